@@ -1,0 +1,72 @@
+/**
+ * What gateway, operator and dashboards exchange with an engine beyond OpenAI's own bodies, and the paths.
+ * The engine serves it and owns it. Unknown fields are ignored by readers; missing ones are refused by name.
+ */
+
+/** Where an adapter's bytes are. */
+export type Tier = 'device' | 'host' | 'disk';
+
+/** One adapter as the engine knows it: `GET /v1/adapters`. */
+export interface AdapterStatus {
+  /** `sha256:<hex>` over canonical config and weights: what the adapter is. */
+  digest: string;
+  /** Served names that point at it. Empty: unloading, waiting for its last request. */
+  names: string[];
+  tier: Tier;
+  /** Largest rank over its modules. */
+  rank: number;
+  /** Target modules it changes, sorted, e.g. `["q_proj","v_proj"]`. */
+  modules: string[];
+  /** LoRA kind: `lora`, `rslora`, `dora`. */
+  kind: string;
+  /** Bytes it holds in its tier, whole pages. */
+  bytes: number;
+  /** Sequences, waiting or running, that use it. */
+  inFlight: number;
+  /** Where it was loaded from. */
+  path: string;
+  /** Unix seconds of when it became resident in this tier. */
+  since: number;
+  /** How long each stage of loading took, in seconds. */
+  loadSeconds: { verify: number; device: number };
+}
+
+export interface AdapterList {
+  object: 'list';
+  /** The device arena: total and free bytes, and how they are used. */
+  arena: { totalBytes: number; freeBytes: number; kvBytes: number; adapterBytes: number };
+  data: AdapterStatus[];
+}
+
+/** One card of `GET /v1/models` (vLLM's shape). */
+export interface ModelCard {
+  id: string;
+  object: 'model';
+  created: number;
+  owned_by: string;
+  /** Path of the artifact. */
+  root: string;
+  /** The base's id for adapters, null for the base. */
+  parent: string | null;
+  max_model_len: number;
+  permission: unknown[];
+}
+
+export interface ModelList {
+  object: 'list';
+  data: ModelCard[];
+}
+
+export const enginePaths = {
+  chat: '/v1/chat/completions',
+  completions: '/v1/completions',
+  models: '/v1/models',
+  adapters: '/v1/adapters',
+  loadAdapter: '/v1/load_lora_adapter',
+  unloadAdapter: '/v1/unload_lora_adapter',
+  tokenize: '/tokenize',
+  detokenize: '/detokenize',
+  metrics: '/metrics',
+  livez: '/livez',
+  readyz: '/readyz',
+} as const;

@@ -1,0 +1,223 @@
+/**
+ * The native core as TypeScript sees it: loads the addon and gives each export its type and its contract.
+ * Everything that takes time returns a promise and runs off the JavaScript thread. One call is one step:
+ * flat typed arrays in, flat typed arrays out, no callback per token.
+ *
+ * A refused argument throws a TypeError or RangeError that names it; a failed file throws an Error with `code`
+ * (`gguf_invalid`, `weights_invalid`, `adapter_invalid`, `io_failed`) and a message that names the field.
+ */
+import { createRequire } from 'node:module';
+
+/** Tensor types of source files. The names are GGUF's, in lower case; safetensors' F32, F16, BF16 map to the first three. */
+export type SourceType =
+  | 'f32' | 'f16' | 'bf16' | 'q8_0' | 'q4_0' | 'q4_1' | 'q5_0' | 'q5_1' | 'q4_k' | 'q5_k' | 'q6_k';
+
+/** Formats of packed matrices, as in src/weights.h; the index in this list is the number in packed files. */
+export const weightFormats = [
+  'f32', 'f16', 'bf16', 'int4', 'int4_min', 'int4_min_f32', 'int8', 'int8_min', 'int8_min_f32', 'int8_group16',
+] as const;
+export type WeightFormat = (typeof weightFormats)[number];
+
+export interface GgufTensor {
+  name: string;
+  /** As GGUF stores it, innermost dimension first. */
+  dims: number[];
+  type: SourceType;
+  /** Absolute in the file. */
+  offsetBytes: number;
+  sizeBytes: number;
+}
+export type GgufValue = string | number | bigint | boolean | string[] | Float64Array | boolean[];
+export interface GgufFile {
+  version: number;
+  /** Strings arrays are string[]; number arrays Float64Array; 64-bit integers bigint when over 2^53. */
+  metadata: Record<string, GgufValue>;
+  tensors: GgufTensor[];
+}
+
+export interface PackJob {
+  sourcePath: string;
+  sourceOffsetBytes: number;
+  sourceType: SourceType;
+  /** [outFeatures, inFeatures]; a vector is [1, n]. */
+  outFeatures: number;
+  inFeatures: number;
+  /** Row permutation: output row n is source row rows[n] (GGUF's llama order of q and k rows to Hugging Face's); null: as they are. */
+  rows: Int32Array | null;
+  /** Added to every element after reading, in f32: 1 for Gemma norms from Hugging Face, else 0. */
+  addend: number;
+  /** 'vector': plain f32 [n]; else a packed matrix. */
+  target: WeightFormat | 'vector';
+  /** An existing file, big enough. */
+  outputPath: string;
+  outputOffsetBytes: number;
+}
+
+export interface ModelDims {
+  numLayers: number;
+  hiddenSize: number;
+  intermediateSize: number;
+  numHeads: number;
+  numKvHeads: number;
+  headDim: number;
+  vocabSize: number;
+  maxPositions: number;
+  normEps: number;
+  /** Multiplies q·k. */
+  attentionScale: number;
+  /** Multiplies token embeddings; 1, or √hiddenSize (as bf16 rounds it, Gemma). */
+  embeddingScale: number;
+  activation: 'silu' | 'gelu_tanh';
+  /** Per layer: keys this many positions back or more are not seen; 0: all are. */
+  slidingWindows: Int32Array;
+  /** Per layer: which row of ropeTables. */
+  ropeTableIndex: Int32Array;
+  /** Per table: inverse frequencies [headDim / 2] f64 and what multiplies cos and sin; rope scaling is already in them. */
+  ropeTables: { inverseFrequencies: Float64Array; attentionFactor: number }[];
+}
+
+/**
+ * One tensor of a packed file. Roles: `embedding`, `final_norm`, `lm_head` (absent when tied), and per layer
+ * `attention_norm`, `post_attention_norm`?, `mlp_norm`, `post_mlp_norm`?, `q_proj`, `k_proj`, `v_proj`, `o_proj`,
+ * `gate_proj`, `up_proj`, `down_proj`, `q_bias`?, `k_bias`?, `v_bias`?, `o_bias`?, `q_norm`?, `k_norm`?  (? may be absent)
+ */
+export interface PackedTensor {
+  role: string;
+  /** −1 for tensors outside the layers. */
+  layer: number;
+  format: WeightFormat | 'vector';
+  outFeatures: number;
+  inFeatures: number;
+  offsetBytes: number;
+  sizeBytes: number;
+}
+
+export interface RuntimeOptions {
+  /** The packed file; mapped read-only and shared. */
+  packedPath: string;
+  dims: ModelDims;
+  tensors: PackedTensor[];
+  /** 'int8': activations are quantised per 32, KV is f16. 'f32': everything in f32, for reference. */
+  activations: 'int8' | 'f32';
+  deviceMemoryBytes: number;
+  /** 0: one per core that this process may use. */
+  numThreads: number;
+}
+
+export const targetModules = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj', 'lm_head'] as const;
+export type TargetModule = (typeof targetModules)[number];
+
+export interface AdapterModule {
+  /** −1 for lm_head. */
+  layer: number;
+  target: TargetModule;
+  rank: number;
+  scaling: number;
+  type: 'f32' | 'f16' | 'bf16';
+  /** Absolute offsets in the safetensors file. A is [rank, inFeatures], B [outFeatures, rank]; both of `type`. */
+  aOffsetBytes: number;
+  bOffsetBytes: number;
+  /** DoRA's magnitude vector [outFeatures] of magnitudeType; −1: none. */
+  magnitudeOffsetBytes: number;
+  magnitudeType: 'f32' | 'f16' | 'bf16';
+  /** lora_B's bias [outFeatures] of `biasType`; −1: none. */
+  biasOffsetBytes: number;
+  biasType: 'f32' | 'f16' | 'bf16';
+}
+
+export interface StepBatch {
+  /** [numTokens] */
+  tokenIds: Int32Array;
+  positions: Int32Array;
+  /** [numSequences + 1]: rows of sequence s are sequenceStarts[s] .. sequenceStarts[s + 1] − 1, consecutive positions. */
+  sequenceStarts: Int32Array;
+  /** [numSequences + 1] into blockIds: pages of sequence s, enough for its last position. */
+  blockStarts: Int32Array;
+  blockIds: Int32Array;
+  /** [numSequences + 1] into adapterHandles and adapterWeights: none, one, or several with weights. */
+  adapterStarts: Int32Array;
+  adapterHandles: Int32Array;
+  adapterWeights: Float32Array;
+  /** [numSamples] row indices whose logits are wanted, ascending. */
+  sampleRows: Int32Array;
+  /** [numSamples] each; see SampleParams in src/kernels/kernels.h. */
+  temperature: Float32Array;
+  topK: Int32Array;
+  topP: Float32Array;
+  minP: Float32Array;
+  repetitionPenalty: Float32Array;
+  presencePenalty: Float32Array;
+  frequencyPenalty: Float32Array;
+  seeds: BigUint64Array;
+  numTop: Int32Array;
+  /** [numSamples + 1] into biasIds and biasValues. */
+  biasStarts: Int32Array;
+  biasIds: Int32Array;
+  biasValues: Float32Array;
+  /** [numSamples + 1] into historyIds; the first historyPromptCounts[i] of a sample's run are its prompt. Empty runs when no penalty is on. */
+  historyStarts: Int32Array;
+  historyPromptCounts: Int32Array;
+  historyIds: Int32Array;
+  /** Return the raw logits too (tests, scoring). */
+  wantLogits: boolean;
+}
+
+export interface StepResult {
+  /** [numSamples] */
+  tokens: Int32Array;
+  logprobs: Float32Array;
+  /** [numSamples × max(numTop)], likeliest first; −1 fills up. */
+  topIds: Int32Array;
+  topLogprobs: Float32Array;
+  /** [numSamples × vocabSize] raw logits when asked for, else null. */
+  logits: Float32Array | null;
+  /** Time inside the step. */
+  durationUs: number;
+}
+
+export interface Runtime {
+  /** Page (= KV block of 16 positions, all layers) size and count of the device arena. */
+  readonly pageBytes: number;
+  readonly numPages: number;
+  readonly blockTokens: number;
+  readonly numThreads: number;
+  /** Bytes of the mapped weights. */
+  readonly weightBytes: number;
+  /** One step at a time; a second call while one runs is refused. */
+  step(batch: StepBatch): Promise<StepResult>;
+  /** Pages that an adapter with these modules takes. */
+  adapterPages(modules: AdapterModule[]): number;
+  /**
+   * Reads, checks (finite numbers, sizes) and lays an adapter out in the given pages; steps go on meanwhile.
+   * @returns a handle for StepBatch.adapterHandles. The pages belong to it until `releaseAdapter`.
+   */
+  loadAdapter(path: string, modules: AdapterModule[], pages: Int32Array): Promise<number>;
+  /** Forgets a handle. Refused while a step that uses it runs; afterwards its pages may be reused. */
+  releaseAdapter(handle: number): void;
+  /** Unmaps and frees everything; later calls fail with code `closed`. Waits for no one: call it when no step runs. */
+  close(): void;
+}
+
+interface Addon {
+  cpuInfo(): { isa: string; isas: string[]; numCpus: number };
+  readGguf(path: string): Promise<GgufFile>;
+  packedBytes(format: WeightFormat | 'vector', outFeatures: number, inFeatures: number): number;
+  sourceBytes(type: SourceType, numElements: number): number;
+  packTensor(job: PackJob): Promise<void>;
+  openRuntime(options: RuntimeOptions): Promise<Runtime>;
+}
+
+const addon = createRequire(import.meta.url)('./build/motet.node') as Addon;
+
+/** The instruction set in use, those this machine has, and how many CPUs this process may use (affinity and cgroup quota). */
+export const cpuInfo = addon.cpuInfo;
+/** Parses and checks a GGUF file's header (v2, v3); every count and offset is checked against the file's size first. */
+export const readGguf = addon.readGguf;
+/** Bytes of a packed tensor; [1, n] for vectors. */
+export const packedBytes = addon.packedBytes;
+/** Bytes of a source tensor of that type; throws when numElements is no multiple of the type's block. */
+export const sourceBytes = addon.sourceBytes;
+/** Reads one tensor, converts or quantises it, and writes it packed at its place in the output file. */
+export const packTensor = addon.packTensor;
+/** Maps a packed file, makes the device arena and the threads. */
+export const openRuntime = addon.openRuntime;

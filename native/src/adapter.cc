@@ -1,0 +1,244 @@
+#include "adapter.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+
+#include "model.h"
+
+namespace motet {
+namespace {
+
+constexpr size_t kPieceAlignment = 64;
+
+std::string module_name(const AdapterModuleSpec& spec) {
+  return (spec.layer < 0 ? "" : "layer " + std::to_string(spec.layer) + " ") + target_name(spec.target);
+}
+
+// Hands out places for pieces of bytes, page after page. With no pages given it only counts.
+class PagePacker {
+ public:
+  PagePacker(size_t page_bytes, const std::vector<int32_t>* pages, uint8_t* arena) : page_bytes_(page_bytes), pages_(pages), arena_(arena) {}
+
+  uint8_t* place(size_t num_bytes) {
+    num_bytes = (num_bytes + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
+    if (num_bytes > page_bytes_)
+      throw AdapterError("adapter piece of " + std::to_string(num_bytes) + " bytes: expected at most a page of " + std::to_string(page_bytes_));
+    if (num_pages_ == 0 || used_bytes_ + num_bytes > page_bytes_) {
+      ++num_pages_;
+      used_bytes_ = 0;
+      if (pages_ && num_pages_ > static_cast<int64_t>(pages_->size()))
+        throw AdapterError("pages: expected at least " + std::to_string(num_pages_) + ", got " + std::to_string(pages_->size()));
+    }
+    const size_t offset = used_bytes_;
+    used_bytes_ += num_bytes;
+    return pages_ ? arena_ + static_cast<size_t>((*pages_)[num_pages_ - 1]) * page_bytes_ + offset : nullptr;
+  }
+  int64_t num_pages() const { return num_pages_; }
+
+ private:
+  size_t page_bytes_;
+  const std::vector<int32_t>* pages_;
+  uint8_t* arena_;
+  int64_t num_pages_ = 0;
+  size_t used_bytes_ = 0;
+};
+
+// The places of one module's pieces, in the order in which both counting and loading ask for them.
+struct Places {
+  std::vector<uint8_t*> a_rows, b_tiles, gain_tiles, bias_tiles;
+};
+Places place_module(PagePacker& packer, const AdapterModuleSpec& spec, int64_t k, int64_t n) {
+  Places places;
+  const size_t element = element_bytes(spec.type);
+  const int64_t tiles = (n + kLoraTileColumns - 1) / kLoraTileColumns;
+  for (int r = 0; r < spec.rank; ++r) places.a_rows.push_back(packer.place(static_cast<size_t>(k) * element));
+  for (int64_t t = 0; t < tiles; ++t) {
+    places.b_tiles.push_back(packer.place(static_cast<size_t>(spec.rank) * kLoraTileColumns * element));
+    if (spec.magnitude_offset >= 0) places.gain_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
+    if (spec.bias_offset >= 0) places.bias_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
+  }
+  return places;
+}
+
+void check_spec(const Model& model, const AdapterModuleSpec& spec) {
+  const bool head = spec.target == Target::kLmHead;
+  if (head ? spec.layer != -1 : (spec.layer < 0 || spec.layer >= model.dims().num_layers))
+    throw AdapterError("adapter module " + module_name(spec) + ": layer out of range");
+  if (spec.rank < 1) throw AdapterError("adapter module " + module_name(spec) + ": expected rank of at least 1, got " + std::to_string(spec.rank));
+  if (!std::isfinite(spec.scaling)) throw AdapterError("adapter module " + module_name(spec) + ": scaling is not finite");
+}
+
+// A file read piece by piece; reads beyond its end are refused.
+class File {
+ public:
+  explicit File(const std::string& path) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    if (fd_ < 0) throw AdapterError("adapter file " + path + ": " + std::strerror(errno));
+  }
+  ~File() { close(fd_); }
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  void read(void* target, size_t num_bytes, int64_t offset) const {
+    auto* out = static_cast<uint8_t*>(target);
+    while (num_bytes > 0) {
+      const ssize_t got = pread(fd_, out, num_bytes, offset);
+      if (got < 0 && errno == EINTR) continue;
+      if (got <= 0)
+        throw AdapterError("adapter file " + path_ + ": expected " + std::to_string(num_bytes) + " more bytes at offset " + std::to_string(offset) +
+                           ", got " + (got < 0 ? std::strerror(errno) : "the end of the file"));
+      out += got, offset += got, num_bytes -= static_cast<size_t>(got);
+    }
+  }
+
+ private:
+  std::string path_;
+  int fd_;
+};
+
+float to_float(const uint8_t* p, ElementType type) {
+  if (type == ElementType::kF32) {
+    float f;
+    std::memcpy(&f, p, 4);
+    return f;
+  }
+  uint16_t h;
+  std::memcpy(&h, p, 2);
+  uint32_t bits;
+  if (type == ElementType::kBF16) {
+    bits = uint32_t{h} << 16;
+  } else {
+    const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    if (exponent == 0) {
+      const float f = std::ldexp(static_cast<float>(mantissa), -24);
+      return sign ? -f : f;
+    }
+    bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | mantissa << 13;
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+std::vector<uint8_t> read_elements(const File& file, const AdapterModuleSpec& spec, const char* what, int64_t offset, size_t count, ElementType type) {
+  if (offset < 0) throw AdapterError("adapter module " + module_name(spec) + " " + what + ": expected an offset of at least 0");
+  std::vector<uint8_t> bytes(count * element_bytes(type));
+  file.read(bytes.data(), bytes.size(), offset);
+  const size_t step = element_bytes(type);
+  for (size_t i = 0; i < count; ++i)
+    if (!std::isfinite(to_float(bytes.data() + i * step, type)))
+      throw AdapterError("adapter module " + module_name(spec) + " " + what + ": expected finite numbers, element " + std::to_string(i) + " is not");
+  return bytes;
+}
+
+std::vector<float> read_floats(const File& file, const AdapterModuleSpec& spec, const char* what, int64_t offset, size_t count, ElementType type) {
+  const auto bytes = read_elements(file, spec, what, offset, count, type);
+  std::vector<float> out(count);
+  for (size_t i = 0; i < count; ++i) out[i] = to_float(bytes.data() + i * element_bytes(type), type);
+  return out;
+}
+
+// DoRA (Liu et al., 2024) as PEFT computes it: gain[n] = magnitude[n] / ‖W[n] + scaling · (B·A)[n]‖₂.
+std::vector<float> dora_gains(const PackedMatrix& w, const AdapterModuleSpec& spec, const std::vector<uint8_t>& a, const std::vector<uint8_t>& b,
+                              const std::vector<float>& magnitude) {
+  const int64_t n = w.out_features, k = w.in_features;
+  std::vector<float> a_floats(a.size() / element_bytes(spec.type)), row(k), delta(k), gains(n);
+  for (size_t i = 0; i < a_floats.size(); ++i) a_floats[i] = to_float(a.data() + i * element_bytes(spec.type), spec.type);
+  for (int64_t i = 0; i < n; ++i) {
+    kernels().unpack_row(row.data(), w, static_cast<int32_t>(i));
+    std::fill(delta.begin(), delta.end(), 0.0f);
+    for (int r = 0; r < spec.rank; ++r) {
+      const float scale = to_float(b.data() + (i * spec.rank + r) * element_bytes(spec.type), spec.type);
+      for (int64_t j = 0; j < k; ++j) delta[j] += scale * a_floats[r * k + j];
+    }
+    double sum = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      const float v = row[j] + spec.scaling * delta[j];
+      sum += double{v} * v;
+    }
+    gains[i] = static_cast<float>(magnitude[i] / std::sqrt(sum));
+    if (!std::isfinite(gains[i]))
+      throw AdapterError("adapter module " + module_name(spec) + " lora_magnitude_vector: the norm of output " + std::to_string(i) + " is zero");
+  }
+  return gains;
+}
+
+}  // namespace
+
+int64_t adapter_pages(const Model& model, const std::vector<AdapterModuleSpec>& specs) {
+  PagePacker packer(model.page_bytes(), nullptr, nullptr);
+  for (const auto& spec : specs) {
+    check_spec(model, spec);
+    const PackedMatrix& w = model.matrix(spec.layer, spec.target);
+    place_module(packer, spec, w.in_features, w.out_features);
+  }
+  return packer.num_pages();
+}
+
+std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& path, const std::vector<AdapterModuleSpec>& specs,
+                                      const std::vector<int32_t>& pages) {
+  std::vector<bool> seen(model.num_pages());
+  for (const int32_t page : pages) {
+    if (page < 0 || page >= model.num_pages() || seen[page]) throw AdapterError("pages: expected distinct ids below " + std::to_string(model.num_pages()));
+    seen[page] = true;
+  }
+  const File file(path);
+  auto adapter = std::make_shared<Adapter>();
+  adapter->modules.resize(static_cast<size_t>(model.dims().num_layers) * kNumLayerTargets + 1);
+  Device& device = model.device();
+  PagePacker packer(model.page_bytes(), &pages, device.arena());
+  // Copies are waited for once per module: their sources live as long as the module's loop turn.
+  for (const auto& spec : specs) {
+    check_spec(model, spec);
+    const PackedMatrix& w = model.matrix(spec.layer, spec.target);
+    const int64_t n = w.out_features, k = w.in_features, tiles = (n + kLoraTileColumns - 1) / kLoraTileColumns;
+    const size_t element = element_bytes(spec.type);
+    const auto a = read_elements(file, spec, "lora_A", spec.a_offset, static_cast<size_t>(spec.rank) * k, spec.type);
+    const auto b = read_elements(file, spec, "lora_B", spec.b_offset, static_cast<size_t>(n) * spec.rank, spec.type);
+    std::vector<float> gains, bias;
+    if (spec.magnitude_offset >= 0)
+      gains = dora_gains(w, spec, a, b, read_floats(file, spec, "lora_magnitude_vector", spec.magnitude_offset, n, spec.magnitude_type));
+    if (spec.bias_offset >= 0) bias = read_floats(file, spec, "lora_B.bias", spec.bias_offset, n, spec.bias_type);
+    gains.resize(gains.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
+    bias.resize(bias.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
+
+    // Bᵀ in tiles of 64 output features, [rank, 64] each.
+    const size_t tile_bytes = static_cast<size_t>(spec.rank) * kLoraTileColumns * element;
+    std::vector<uint8_t> transposed(tiles * tile_bytes, 0);
+    for (int64_t i = 0; i < n; ++i)
+      for (int r = 0; r < spec.rank; ++r)
+        std::memcpy(transposed.data() + (i / kLoraTileColumns) * tile_bytes + (r * kLoraTileColumns + i % kLoraTileColumns) * element,
+                    b.data() + (i * spec.rank + r) * element, element);
+
+    const Places places = place_module(packer, spec, k, n);
+    Event last = 0;
+    auto copy = [&]<typename T>(const std::vector<uint8_t*>& targets, const T* source, size_t piece_bytes) -> const T* const* {
+      const std::shared_ptr<const T*> table(new const T*[targets.size()], std::default_delete<const T*[]>());
+      for (size_t i = 0; i < targets.size(); ++i) {
+        last = device.copy_to_arena(targets[i], reinterpret_cast<const uint8_t*>(source) + i * piece_bytes, piece_bytes);
+        table.get()[i] = reinterpret_cast<const T*>(targets[i]);
+      }
+      adapter->tables.push_back(table);
+      return table.get();
+    };
+    LoraModule& module = spec.layer < 0 ? adapter->modules.back()
+                                        : adapter->modules[static_cast<size_t>(spec.layer) * kNumLayerTargets + static_cast<int>(spec.target)];
+    if (module.rank != 0) throw AdapterError("adapter module " + module_name(spec) + ": given twice");
+    module.rank = spec.rank;
+    module.scaling = spec.scaling;
+    module.type = spec.type;
+    module.a_rows = copy(places.a_rows, static_cast<const void*>(a.data()), static_cast<size_t>(k) * element);
+    module.b_tiles = copy(places.b_tiles, static_cast<const void*>(transposed.data()), tile_bytes);
+    if (!gains.empty()) module.gain_tiles = copy(places.gain_tiles, gains.data(), kLoraTileColumns * sizeof(float));
+    if (!bias.empty()) module.bias_tiles = copy(places.bias_tiles, bias.data(), kLoraTileColumns * sizeof(float));
+    device.wait(last);
+  }
+  return adapter;
+}
+
+}  // namespace motet

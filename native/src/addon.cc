@@ -1,0 +1,331 @@
+// The exports of native/index.ts, which documents them.
+#include <fcntl.h>
+#include <napi.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <map>
+
+#include "step_worker.h"
+#include "translate.h"
+
+namespace motet {
+namespace {
+
+struct IoError : std::runtime_error { using std::runtime_error::runtime_error; };
+
+// Runs `work` on libuv's pool and resolves with what `to_value` makes of its result. An exception rejects with an Error
+// whose `code` says which kind it was.
+template <typename Result>
+class Task final : public Napi::AsyncWorker {
+ public:
+  using Work = std::function<Result()>;
+  using ToValue = std::function<Napi::Value(Napi::Env, Result&)>;
+  static Napi::Promise run(Napi::Env env, Work work, ToValue to_value) {
+    auto* task = new Task(env, std::move(work), std::move(to_value));
+    const auto promise = task->deferred_.Promise();
+    task->Queue();
+    return promise;
+  }
+
+ private:
+  Task(Napi::Env env, Work work, ToValue to_value)
+      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), work_(std::move(work)), to_value_(std::move(to_value)) {}
+  void Execute() override {
+    try {
+      result_ = work_();
+      return;
+    } catch (const GgufError& e) {
+      fail("gguf_invalid", e);
+    } catch (const AdapterError& e) {
+      fail("adapter_invalid", e);
+    } catch (const IoError& e) {
+      fail("io_failed", e);
+    } catch (const std::bad_alloc& e) {
+      fail("out_of_memory", e);
+    } catch (const std::exception& e) {
+      fail("weights_invalid", e);
+    }
+  }
+  void fail(const char* code, const std::exception& e) {
+    code_ = code;
+    SetError(e.what());
+  }
+  void OnOK() override {
+    const Napi::HandleScope scope(Env());
+    deferred_.Resolve(to_value_(Env(), result_));
+  }
+  void OnError(const Napi::Error& error) override {
+    error.Value().As<Napi::Object>().Set("code", code_);
+    deferred_.Reject(error.Value());
+  }
+
+  Napi::Promise::Deferred deferred_;
+  Work work_;
+  ToValue to_value_;
+  Result result_{};
+  std::string code_;
+};
+
+// A file mapped for reading.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) throw IoError(path + ": " + std::strerror(errno));
+    struct stat st {};
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
+      close(fd);
+      throw IoError(path + ": expected a regular file");
+    }
+    size_ = static_cast<size_t>(st.st_size);
+    if (size_ > 0) data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
+    close(fd);
+    if (data_ == MAP_FAILED) throw IoError(path + ": cannot be mapped: " + std::strerror(errno));
+  }
+  ~MappedFile() {
+    if (data_) munmap(data_, size_);
+  }
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  const uint8_t* data() const { return static_cast<const uint8_t*>(data_); }
+  size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+void write_all(int fd, const uint8_t* data, size_t num_bytes, uint64_t offset, const std::string& path) {
+  while (num_bytes > 0) {
+    const ssize_t wrote = pwrite(fd, data, num_bytes, static_cast<off_t>(offset));
+    if (wrote < 0 && errno == EINTR) continue;
+    if (wrote <= 0) throw IoError(path + ": cannot be written: " + std::strerror(errno));
+    data += wrote, offset += wrote, num_bytes -= wrote;
+  }
+}
+
+// Bytes of output packed before they are written: bounds the memory of packing a large matrix.
+constexpr size_t kPackChunkBytes = 8 << 20;
+
+void pack_tensor(const PackJob& job) {
+  const MappedFile source(job.source_path);
+  const SourceInfo& info = source_info(job.source_type);
+  if (job.in_features % info.block_elements != 0)
+    throw std::runtime_error("inFeatures: expected a multiple of " + std::to_string(info.block_elements) + " for " + info.name + ", got " +
+                             std::to_string(job.in_features));
+  const size_t row_bytes = static_cast<size_t>(job.in_features / info.block_elements) * info.block_bytes;
+  const size_t num_bytes = row_bytes * static_cast<size_t>(job.out_features);
+  if (job.source_offset_bytes > source.size() || num_bytes > source.size() - job.source_offset_bytes)
+    throw std::runtime_error("sourceOffsetBytes: expected " + std::to_string(num_bytes) + " bytes inside a file of " + std::to_string(source.size()));
+  const uint8_t* const bytes = source.data() + job.source_offset_bytes;
+  const int fd = open(job.output_path.c_str(), O_WRONLY | O_CLOEXEC);
+  if (fd < 0) throw IoError(job.output_path + ": " + std::strerror(errno));
+  const std::unique_ptr<const int, void (*)(const int*)> closer(&fd, [](const int* f) { close(*f); });
+  if (job.is_vector) {
+    std::vector<float> values(static_cast<size_t>(job.in_features));
+    dequantize_row(values.data(), job.source_type, bytes, job.in_features);
+    for (auto& v : values) {
+      v += job.addend;
+      if (!std::isfinite(v)) throw std::runtime_error("vector: expected finite numbers");
+    }
+    write_all(fd, reinterpret_cast<const uint8_t*>(values.data()), values.size() * sizeof(float), job.output_offset_bytes, job.output_path);
+    return;
+  }
+  if (is_quantized(job.target) && job.in_features % kActivationGroup != 0)
+    throw std::runtime_error("inFeatures: expected a multiple of " + std::to_string(kActivationGroup) + ", got " + std::to_string(job.in_features));
+  const size_t one = tile_bytes(job.target, job.in_features);
+  const int64_t tiles = num_tiles(job.out_features), per_chunk = std::max<int64_t>(1, static_cast<int64_t>(kPackChunkBytes / one));
+  std::vector<uint8_t> out;
+  for (int64_t t = 0; t < tiles; t += per_chunk) {
+    const int64_t end = std::min(tiles, t + per_chunk);
+    out.assign(static_cast<size_t>(end - t) * one, 0);
+    pack_tiles(out.data(), job.target, job.source_type, bytes, static_cast<int64_t>(row_bytes), job.out_features, job.in_features,
+               job.rows.empty() ? nullptr : job.rows.data(), job.addend, t, end);
+    write_all(fd, out.data(), out.size(), job.output_offset_bytes + static_cast<uint64_t>(t) * one, job.output_path);
+  }
+}
+
+class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
+ public:
+  static Napi::Function define(Napi::Env env) {
+    return DefineClass(env, "Runtime",
+                       {InstanceMethod<&RuntimeObject::step>("step"), InstanceMethod<&RuntimeObject::pages>("adapterPages"),
+                        InstanceMethod<&RuntimeObject::load>("loadAdapter"), InstanceMethod<&RuntimeObject::release>("releaseAdapter"),
+                        InstanceMethod<&RuntimeObject::close>("close")});
+  }
+  explicit RuntimeObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RuntimeObject>(info) {
+    if (info.Length() != 1 || !info[0].IsExternal()) throw Napi::TypeError::New(info.Env(), "Runtime: use openRuntime");
+    model_ = *info[0].As<Napi::External<std::shared_ptr<Model>>>().Data();
+    worker_ = std::make_unique<StepWorker>(info.Env(), model_);
+    auto self = info.This().As<Napi::Object>();
+    self.Set("pageBytes", static_cast<double>(model_->page_bytes()));
+    self.Set("numPages", static_cast<double>(model_->num_pages()));
+    self.Set("blockTokens", kBlockTokens);
+    self.Set("numThreads", model_->device().num_threads());
+    self.Set("weightBytes", static_cast<double>(model_->weight_bytes()));
+  }
+
+ private:
+  void require_open(Napi::Env env) const {
+    if (model_) return;
+    auto error = Napi::Error::New(env, "runtime: expected an open one, got one that was closed");
+    error.Value().As<Napi::Object>().Set("code", "closed");
+    throw error;
+  }
+
+  Napi::Value step(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const Batch batch = to_batch(info[0]);
+    std::vector<std::shared_ptr<Adapter>> adapters;
+    for (const int32_t handle : batch.adapter_handles) {
+      const auto it = adapters_.find(handle);
+      if (it == adapters_.end()) throw Napi::RangeError::New(info.Env(), "batch.adapterHandles: expected a loaded adapter's handle, got " + std::to_string(handle));
+      adapters.push_back(it->second);
+    }
+    return worker_->start(info.Env(), info[0].As<Napi::Object>(), batch, std::move(adapters));
+  }
+
+  Napi::Value pages(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    try {
+      return Napi::Number::New(info.Env(), static_cast<double>(adapter_pages(*model_, to_adapter_modules(info[0]))));
+    } catch (const AdapterError& e) {
+      auto error = Napi::Error::New(info.Env(), e.what());
+      error.Value().As<Napi::Object>().Set("code", "adapter_invalid");
+      throw error;
+    }
+  }
+
+  Napi::Value load(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    if (!info[0].IsString()) throw Napi::TypeError::New(info.Env(), "path: expected a string");
+    if (!info[2].IsTypedArray() || info[2].As<Napi::TypedArray>().TypedArrayType() != napi_int32_array)
+      throw Napi::TypeError::New(info.Env(), "pages: expected an Int32Array");
+    const auto array = info[2].As<Napi::Int32Array>();
+    const std::vector<int32_t> pages(array.Data(), array.Data() + array.ElementLength());
+    // Held by the task, so that this object outlives the load.
+    const auto self = std::make_shared<Napi::ObjectReference>(Napi::Persistent(info.This().As<Napi::Object>()));
+    return Task<std::shared_ptr<Adapter>>::run(
+        info.Env(),
+        [model = model_, path = info[0].As<Napi::String>().Utf8Value(), modules = to_adapter_modules(info[1]), pages] {
+          return load_adapter(*model, path, modules, pages);
+        },
+        [this, self](Napi::Env env, std::shared_ptr<Adapter>& adapter) -> Napi::Value {
+          const int32_t handle = next_handle_++;
+          adapters_[handle] = std::move(adapter);
+          return Napi::Number::New(env, handle);
+        });
+  }
+
+  Napi::Value release(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    if (!info[0].IsNumber()) throw Napi::TypeError::New(info.Env(), "handle: expected a number");
+    const auto it = adapters_.find(info[0].As<Napi::Number>().Int32Value());
+    if (it == adapters_.end()) throw Napi::RangeError::New(info.Env(), "handle: expected a loaded adapter's, got " + info[0].ToString().Utf8Value());
+    if (it->second.use_count() > 1) throw Napi::Error::New(info.Env(), "handle: expected one that no running step uses");
+    adapters_.erase(it);
+    return info.Env().Undefined();
+  }
+
+  Napi::Value close(const Napi::CallbackInfo& info) {
+    if (model_) {
+      if (worker_->busy()) throw Napi::Error::New(info.Env(), "close: expected no step to be running");
+      worker_->stop();
+      adapters_.clear();
+      model_.reset();
+    }
+    return info.Env().Undefined();
+  }
+
+  std::shared_ptr<Model> model_;
+  std::unique_ptr<StepWorker> worker_;
+  std::map<int32_t, std::shared_ptr<Adapter>> adapters_;
+  int32_t next_handle_ = 0;
+};
+
+struct AddonData {
+  Napi::FunctionReference runtime;
+};
+
+Napi::Value cpu_info(const Napi::CallbackInfo& info) {
+  auto out = Napi::Object::New(info.Env());
+  auto isas = Napi::Array::New(info.Env());
+  for (const char* name : {"avx512", "avx2", "scalar"})
+    if (kernels_by_name(name)) isas.Set(isas.Length(), name);
+  out.Set("isa", kernels().name);
+  out.Set("isas", isas);
+  out.Set("numCpus", available_cpus());
+  return out;
+}
+
+Napi::Value read_gguf(const Napi::CallbackInfo& info) {
+  if (!info[0].IsString()) throw Napi::TypeError::New(info.Env(), "path: expected a string");
+  return Task<GgufFile>::run(
+      info.Env(),
+      [path = info[0].As<Napi::String>().Utf8Value()] {
+        const MappedFile file(path);
+        return parse_gguf(file.data(), file.size());
+      },
+      [](Napi::Env env, GgufFile& file) -> Napi::Value { return from_gguf(env, file); });
+}
+
+Napi::Value packed_bytes_of(const Napi::CallbackInfo& info) {
+  bool is_vector = false;
+  const WeightFormat format = to_weight_format(info.Env(), info[0].ToString().Utf8Value(), &is_vector);
+  const int64_t n = info[1].ToNumber().Int64Value(), k = info[2].ToNumber().Int64Value();
+  if (n < 1 || k < 1 || n > INT32_MAX || k > INT32_MAX) throw Napi::RangeError::New(info.Env(), "outFeatures, inFeatures: expected 1 to 2147483647");
+  return Napi::Number::New(info.Env(), is_vector ? static_cast<double>(k) * 4 : static_cast<double>(packed_bytes(format, n, k)));
+}
+
+Napi::Value source_bytes_of(const Napi::CallbackInfo& info) {
+  const SourceInfo& source = source_info(to_source_type(info.Env(), info[0].ToString().Utf8Value()));
+  const int64_t n = info[1].ToNumber().Int64Value();
+  if (n < 0 || n % source.block_elements != 0)
+    throw Napi::RangeError::New(info.Env(), "numElements: expected a multiple of " + std::to_string(source.block_elements) + ", got " + std::to_string(n));
+  return Napi::Number::New(info.Env(), static_cast<double>(n / source.block_elements) * source.block_bytes);
+}
+
+Napi::Value pack(const Napi::CallbackInfo& info) {
+  return Task<bool>::run(
+      info.Env(),
+      [job = to_pack_job(info[0])] {
+        pack_tensor(job);
+        return true;
+      },
+      [](Napi::Env env, bool&) -> Napi::Value { return env.Undefined(); });
+}
+
+Napi::Value open_runtime(const Napi::CallbackInfo& info) {
+  return Task<std::shared_ptr<Model>>::run(
+      info.Env(),
+      [spec = to_runtime_spec(info[0])] {
+        return std::make_shared<Model>(spec.packed_path, spec.dims, spec.tensors, spec.reference_mode, spec.device_memory_bytes, spec.num_threads);
+      },
+      [](Napi::Env env, std::shared_ptr<Model>& model) -> Napi::Value {
+        return env.GetInstanceData<AddonData>()->runtime.New({Napi::External<std::shared_ptr<Model>>::New(env, &model)});
+      });
+}
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  env.SetInstanceData(new AddonData{Napi::Persistent(RuntimeObject::define(env))});
+  exports.Set("cpuInfo", Napi::Function::New<cpu_info>(env));
+  exports.Set("readGguf", Napi::Function::New<read_gguf>(env));
+  exports.Set("packedBytes", Napi::Function::New<packed_bytes_of>(env));
+  exports.Set("sourceBytes", Napi::Function::New<source_bytes_of>(env));
+  exports.Set("packTensor", Napi::Function::New<pack>(env));
+  exports.Set("openRuntime", Napi::Function::New<open_runtime>(env));
+  return exports;
+}
+
+}  // namespace
+}  // namespace motet
+
+using motet::init;
+NODE_API_MODULE(motet, init)

@@ -1,0 +1,341 @@
+// The CPU as a device: the arena is a bounded region of memory, copies are done when the call returns, and each
+// operation spreads its rows, tiles or heads over a pool of threads.
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <new>
+#include <string>
+
+#include "device.h"
+#include "thread_pool.h"
+
+namespace motet {
+namespace {
+
+// Least work worth a task of its own, in multiply-adds: about ten microseconds.
+constexpr int64_t kTaskMacs = 256 * 1024;
+// Tasks per thread that an operation is cut into, so that a thread that was held up is caught up with.
+constexpr int kTasksPerThread = 4;
+// Query rows of one prefill task: enough to share each key load, few enough to spread a prompt over threads.
+constexpr int kAttentionTaskRows = 32;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class CpuDevice final : public Device {
+ public:
+  CpuDevice(size_t arena_bytes, int num_threads, bool reference_mode)
+      : kernels_(kernels()), arena_bytes_(arena_bytes), reference_mode_(reference_mode), pool_(num_threads > 0 ? num_threads : available_cpus()) {
+    void* address = mmap(nullptr, arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (address == MAP_FAILED) throw std::bad_alloc();
+    arena_ = static_cast<uint8_t*>(address);
+    madvise(arena_, arena_bytes, MADV_HUGEPAGE);
+  }
+  ~CpuDevice() override { munmap(arena_, arena_bytes_); }
+
+  uint8_t* arena() const override { return arena_; }
+  size_t arena_bytes() const override { return arena_bytes_; }
+  int num_threads() const override { return pool_.num_threads(); }
+
+  Event copy_to_arena(uint8_t* target, const void* source, size_t num_bytes) override {
+    std::memcpy(target, source, num_bytes);
+    return 0;
+  }
+  void wait(Event) override {}
+  void synchronize() override {}
+
+  void grow(Buffer& buffer, size_t num_floats) override {
+    if (buffer.num_floats >= num_floats) return;
+    buffer.data.reset();
+    const size_t bytes = (num_floats * sizeof(float) + 63) / 64 * 64;
+    auto* data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (!data) throw std::bad_alloc();
+    std::memset(data, 0, bytes);
+    buffer.data = {data, [](float* p) { std::free(p); }};
+    buffer.num_floats = num_floats;
+  }
+
+  void embed(float* x, const PackedMatrix& embedding, std::span<const int32_t> tokens, float scale) override {
+    const int64_t k = embedding.in_features;
+    over_rows(static_cast<int>(tokens.size()), k * 8, [&](int begin, int end) {
+      for (int r = begin; r < end; ++r) {
+        kernels_.unpack_row(x + r * k, embedding, tokens[r]);
+        if (scale != 1.0f)
+          for (int64_t i = 0; i < k; ++i) x[r * k + i] *= scale;
+      }
+    });
+  }
+
+  void rmsnorm(float* y, int64_t ldy, const float* x, int64_t ldx, const float* weight, int num_rows, int n, float eps) override {
+    over_rows(num_rows, n * 2, [&](int begin, int end) { kernels_.rmsnorm(y + begin * ldy, ldy, x + begin * ldx, ldx, weight, end - begin, n, eps); });
+  }
+
+  void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora) override {
+    const int k = projections[0].weight->in_features;
+    const bool any_quantized =
+        !reference_mode_ && std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return is_quantized(p.weight->format); });
+    if (any_quantized) quantize(x, ldx, num_rows, k);
+    plan_deltas(projections, layer, lora);
+
+    // One parallel region: the base's tiles, and the shrink half of every delta, which needs only x.
+    tasks_.clear();
+    for (size_t d = 0; d < deltas_.size(); ++d) {
+      const Delta& delta = deltas_[d];
+      const int64_t macs = int64_t{k} * static_cast<int64_t>(delta.group->rows.size());
+      const int per_task = static_cast<int>(std::clamp<int64_t>(kTaskMacs / std::max<int64_t>(macs, 1), 1, delta.module->rank));
+      for (int j = 0; j < delta.module->rank; j += per_task) tasks_.push_back({true, static_cast<int>(d), j, std::min(j + per_task, delta.module->rank)});
+    }
+    int64_t all_tiles = 0;
+    for (const auto& p : projections) all_tiles += num_tiles(p.weight->out_features);
+    const int64_t tile_macs = int64_t{k} * kTileColumns * num_rows;
+    const int per_task = static_cast<int>(std::max({int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
+    for (size_t p = 0; p < projections.size(); ++p) {
+      const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
+      for (int t = 0; t < tiles; t += per_task) tasks_.push_back({false, static_cast<int>(p), t, std::min(t + per_task, tiles)});
+    }
+    run(static_cast<int>(tasks_.size()), [&](int index, int) {
+      const Task& task = tasks_[index];
+      if (task.is_shrink) {
+        const Delta& d = deltas_[task.index];
+        kernels_.lora_shrink(d.s, d.lds, x, ldx, d.group->rows.data(), static_cast<int>(d.group->rows.size()), k, *d.module, task.begin, task.end);
+        return;
+      }
+      const Projection& p = projections[task.index];
+      if (!reference_mode_ && is_quantized(p.weight->format)) {
+        kernels_.matmul_q(p.y, p.ldy, *p.weight, quantized_, num_rows, task.begin, task.end);
+      } else {
+        kernels_.matmul_f(p.y, p.ldy, *p.weight, x, ldx, num_rows, task.begin, task.end);
+      }
+    });
+    expand_deltas(num_rows);
+    for (const auto& p : projections)
+      if (p.bias)
+        for (int r = 0; r < num_rows; ++r) kernels_.add(p.y + r * p.ldy, p.bias, p.weight->out_features);
+  }
+
+  void rope(float* x, int64_t ldx, int num_heads, int head_dim, int num_rows, const RopeAngles& angles) override {
+    if (static_cast<int>(row_indices_.size()) < num_rows)
+      for (int r = static_cast<int>(row_indices_.size()); r < num_rows; ++r) row_indices_.push_back(r);
+    over_rows(num_rows, int64_t{num_heads} * head_dim * 2, [&](int begin, int end) {
+      kernels_.rope(x + begin * ldx, ldx, num_heads, head_dim, row_indices_.data() + begin, end - begin, angles.cos.data(), angles.sin.data());
+    });
+  }
+
+  void store_kv(const KvLayer& kv, const Batch& batch, const float* k, int64_t ldk, const float* v, int64_t ldv) override {
+    page_of_row_.resize(batch.token_ids.size());
+    for (int s = 0; s < batch.num_sequences(); ++s)
+      for (int32_t r = batch.sequence_starts[s]; r < batch.sequence_starts[s + 1]; ++r)
+        page_of_row_[r] = batch.block_ids[batch.block_starts[s] + batch.positions[r] / kBlockTokens];
+    over_rows(batch.num_tokens(), int64_t{kv.num_kv_heads} * kv.head_dim * 4, [&](int begin, int end) {
+      for (int r = begin; r < end; ++r) kernels_.kv_write(kv, page_of_row_[r], batch.positions[r], k + r * ldk, v + r * ldv);
+    });
+  }
+
+  void attention(const KvLayer& kv, const Batch& batch, const float* q, int64_t ldq, float* out, int64_t ldo, int num_heads, int window,
+                 float scale) override {
+    struct Piece {
+      int sequence, kv_head, row, num_rows;
+    };
+    const int heads_per_kv = num_heads / kv.num_kv_heads;
+    static thread_local std::vector<Piece> pieces;
+    pieces.clear();
+    for (int s = 0; s < batch.num_sequences(); ++s)
+      for (int32_t r = batch.sequence_starts[s]; r < batch.sequence_starts[s + 1]; r += kAttentionTaskRows)
+        for (int h = 0; h < kv.num_kv_heads; ++h) pieces.push_back({s, h, r, std::min<int>(kAttentionTaskRows, batch.sequence_starts[s + 1] - r)});
+    const size_t scratch_floats = attention_scratch_floats(heads_per_kv, kv.head_dim);
+    grow(scratch_, scratch_floats * pool_.num_threads());
+    const Piece* const list = pieces.data();
+    run(static_cast<int>(pieces.size()), [&, list](int index, int thread) {
+      const Piece& piece = list[index];
+      const int64_t head = int64_t{piece.kv_head} * heads_per_kv * kv.head_dim;
+      kernels_.attention(kv, {q + piece.row * ldq + head, ldq, out + piece.row * ldo + head, ldo, piece.num_rows, batch.positions[piece.row],
+                              heads_per_kv, piece.kv_head, batch.block_ids.data() + batch.block_starts[piece.sequence], window, scale,
+                              scratch_.data.get() + scratch_floats * thread});
+    });
+  }
+
+  void activate(float* gate, const float* up, int64_t ld, int num_rows, int n, bool gelu) override {
+    const auto f = gelu ? kernels_.gelu_mul : kernels_.silu_mul;
+    over_rows(num_rows, int64_t{n} * 16, [&](int begin, int end) { f(gate + begin * ld, ld, gate + begin * ld, ld, up + begin * ld, ld, end - begin, n); });
+  }
+
+  void add(float* y, const float* x, int64_t num_floats) override { kernels_.add(y, x, num_floats); }
+
+  void gather_rows(float* y, const float* x, int64_t ld, std::span<const int32_t> rows) override {
+    for (size_t i = 0; i < rows.size(); ++i) std::memcpy(y + static_cast<int64_t>(i) * ld, x + rows[i] * ld, ld * sizeof(float));
+  }
+
+  void sample(float* logits, int64_t ldl, int vocab, const Batch& b, int first_sample, int num_samples, int max_top, StepOutput& output) override {
+    const size_t scratch_floats = size_t{2} * vocab + 16;
+    grow(sample_scratch_, scratch_floats * pool_.num_threads());
+    run(num_samples, [&](int i, int thread) {
+      const int s = first_sample + i;
+      SampleParams params{};
+      params.temperature = b.temperature[s];
+      params.top_k = b.top_k[s];
+      params.top_p = b.top_p[s];
+      params.min_p = b.min_p[s];
+      params.repetition_penalty = b.repetition_penalty[s];
+      params.presence_penalty = b.presence_penalty[s];
+      params.frequency_penalty = b.frequency_penalty[s];
+      params.seed = b.seeds[s];
+      params.position = b.positions[b.sample_rows[s]];
+      const int32_t* history = b.history_ids.data() + b.history_starts[s];
+      params.prompt_tokens = history;
+      params.num_prompt_tokens = b.history_prompt_counts[s];
+      params.output_tokens = history + params.num_prompt_tokens;
+      params.num_output_tokens = b.history_starts[s + 1] - b.history_starts[s] - params.num_prompt_tokens;
+      params.bias_ids = b.bias_ids.data() + b.bias_starts[s];
+      params.bias_values = b.bias_values.data() + b.bias_starts[s];
+      params.num_bias = b.bias_starts[s + 1] - b.bias_starts[s];
+      params.num_top = b.num_top[s];
+      const SampleResult result = kernels_.sample(logits + i * ldl, vocab, params, output.top_ids.data() + size_t{1} * s * max_top,
+                                                  output.top_logprobs.data() + size_t{1} * s * max_top, sample_scratch_.data.get() + scratch_floats * thread);
+      output.tokens[s] = result.token;
+      output.logprobs[s] = result.logprob;
+    });
+  }
+
+ private:
+  // One module of one group's adapter on one projection: s holds x · Aᵀ of the group's rows.
+  struct Delta {
+    const Projection* projection;
+    const LoraGroup* group;
+    const LoraModule* module;
+    int wave;
+    float* s;
+    int64_t lds;
+  };
+  struct Task {
+    bool is_shrink;
+    int index, begin, end;
+  };
+
+  template <typename F>
+  void run(int num_tasks, F&& f) {
+    if (num_tasks == 1) return f(0, 0);
+    pool_.run(num_tasks, f);
+  }
+
+  // Calls f(begin, end) over rows, in this thread when there is too little to share.
+  template <typename F>
+  void over_rows(int num_rows, int64_t work_per_row, F&& f) {
+    const int per_task = static_cast<int>(std::max({int64_t{1}, kTaskMacs / std::max<int64_t>(work_per_row, 1),
+                                                    ceil_div(num_rows, int64_t{pool_.num_threads()} * kTasksPerThread)}));
+    if (per_task >= num_rows) return f(0, num_rows);
+    run(static_cast<int>(ceil_div(num_rows, per_task)), [&](int t, int) { f(t * per_task, std::min(num_rows, (t + 1) * per_task)); });
+  }
+
+  void quantize(const float* x, int64_t ldx, int num_rows, int k) {
+    const size_t rows = static_cast<size_t>(num_rows);
+    grow(q_bytes_, rows * k / 4 + 16);
+    grow(q_scales_, rows * (k / kActivationGroup));
+    grow(q_sums_, rows * (k / 16));
+    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), reinterpret_cast<int32_t*>(q_sums_.data.get()), k};
+    over_rows(num_rows, int64_t{k} * 2, [&](int begin, int end) {
+      kernels_.quantize_rows({quantized_.q + int64_t{begin} * k, quantized_.scale + int64_t{begin} * (k / kActivationGroup),
+                              quantized_.sums + int64_t{begin} * (k / 16), k},
+                             x + begin * ldx, ldx, end - begin);
+    });
+  }
+
+  // Lists the modules that this projection's adapters have, and gives each its place in the shrink buffer.
+  void plan_deltas(std::span<const Projection> projections, int layer, const LoraPlan& lora) {
+    deltas_.clear();
+    size_t num_floats = 0;
+    for (size_t wave = 0; wave < lora.waves.size(); ++wave) {
+      for (const auto& group : lora.waves[wave]) {
+        for (const auto& p : projections) {
+          const LoraModule& module = group.adapter->module(layer, p.target);
+          if (module.rank == 0) continue;
+          const int64_t lds = ceil_div(module.rank, 16) * 16;
+          deltas_.push_back({&p, &group, &module, static_cast<int>(wave), nullptr, lds});
+          num_floats += lds * group.rows.size();
+        }
+      }
+    }
+    grow(shrunk_, num_floats);
+    float* s = shrunk_.data.get();
+    for (auto& d : deltas_) {
+      d.s = s;
+      s += d.lds * d.group->rows.size();
+    }
+  }
+
+  // y[rows] += delta, a wave at a time. DoRA's gain multiplies the projection before any adapter, which is kept aside
+  // when a second wave would otherwise see the first one's sum.
+  void expand_deltas(int num_rows) {
+    if (deltas_.empty()) return;
+    const int last_wave = deltas_.back().wave;
+    std::vector<std::pair<const float*, const float*>> kept;  // y → its copy
+    if (last_wave > 0) {
+      size_t offset = 0;
+      std::vector<const Projection*> with_gain;
+      for (const auto& d : deltas_)
+        if (d.module->gain_tiles && std::find(with_gain.begin(), with_gain.end(), d.projection) == with_gain.end()) with_gain.push_back(d.projection);
+      size_t num_floats = 0;
+      for (const auto* p : with_gain) num_floats += static_cast<size_t>(p->ldy) * num_rows;
+      grow(base_, num_floats);
+      for (const auto* p : with_gain) {
+        std::memcpy(base_.data.get() + offset, p->y, static_cast<size_t>(p->ldy) * num_rows * sizeof(float));
+        kept.emplace_back(p->y, base_.data.get() + offset);
+        offset += static_cast<size_t>(p->ldy) * num_rows;
+      }
+    }
+    for (int wave = 0; wave <= last_wave; ++wave) {
+      tasks_.clear();
+      for (size_t i = 0; i < deltas_.size(); ++i) {
+        if (deltas_[i].wave != wave) continue;
+        const int tiles = static_cast<int>(ceil_div(deltas_[i].projection->weight->out_features, kLoraTileColumns));
+        const int64_t tile_macs = int64_t{kLoraTileColumns} * deltas_[i].module->rank * static_cast<int64_t>(deltas_[i].group->rows.size());
+        const int per_task = static_cast<int>(std::max<int64_t>(1, kTaskMacs / tile_macs));
+        for (int t = 0; t < tiles; t += per_task) tasks_.push_back({false, static_cast<int>(i), t, std::min(t + per_task, tiles)});
+      }
+      if (tasks_.empty()) continue;
+      run(static_cast<int>(tasks_.size()), [&](int index, int) {
+        const Task& task = tasks_[index];
+        const Delta& d = deltas_[task.index];
+        const Projection& p = *d.projection;
+        const float* base = p.y;
+        for (const auto& [y, copy] : kept)
+          if (y == p.y) base = copy;
+        kernels_.lora_expand(p.y, p.ldy, base, p.ldy, d.s, d.lds, d.group->rows.data(), d.group->weights.data(), static_cast<int>(d.group->rows.size()),
+                             p.weight->out_features, *d.module, task.begin, task.end);
+      });
+    }
+  }
+
+  const Kernels& kernels_;
+  uint8_t* arena_ = nullptr;
+  size_t arena_bytes_;
+  bool reference_mode_;
+  ThreadPool pool_;
+  Buffer q_bytes_, q_scales_, q_sums_, shrunk_, base_, scratch_, sample_scratch_;
+  QuantizedRows quantized_{};
+  std::vector<Delta> deltas_;
+  std::vector<Task> tasks_;
+  std::vector<int32_t> row_indices_, page_of_row_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, bool reference_mode) {
+  return std::make_unique<CpuDevice>(arena_bytes, num_threads, reference_mode);
+}
+
+int available_cpus() {
+  cpu_set_t set;
+  int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  // cgroup v2: "max 100000" or "<quota> <period>" in microseconds.
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (file >> quota >> period && quota != "max" && period > 0) count = std::min(count, static_cast<int>(std::max(1.0, std::strtod(quota.c_str(), nullptr) / period)));
+  return std::max(count, 1);
+}
+
+}  // namespace motet

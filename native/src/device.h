@@ -1,0 +1,91 @@
+// The seam between the model and what computes it: memory (one arena of a given byte size, scratch buffers), copies with
+// events, and the operations of a forward pass over rows. `cpu_device.cc` implements it; a GPU will be another file.
+// Operations are enqueued in order and each sees the results of those before it; `synchronize` waits for all.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "adapter.h"
+#include "batch.h"
+#include "kernels/kernels.h"
+#include "weights.h"
+
+namespace motet {
+
+// A grow-only array of floats in device memory, 64-byte aligned.
+struct Buffer {
+  std::unique_ptr<float, void (*)(float*)> data{nullptr, nullptr};
+  size_t num_floats = 0;
+};
+
+// cos and sin of one rope table for the rows of this step: [numTokens, headDim / 2] each.
+struct RopeAngles {
+  std::vector<float> cos, sin;
+};
+
+// The rows of a step that one adapter changes, with each row's weight. Wave w holds the w-th adapter of every row, so that
+// a row's deltas are added in the row's own order whatever the batch.
+struct LoraGroup {
+  const Adapter* adapter = nullptr;
+  std::vector<int32_t> rows;
+  std::vector<float> weights;
+};
+struct LoraPlan {
+  std::vector<std::vector<LoraGroup>> waves;
+};
+
+// y = x · wᵀ (+ deltas of the plan's adapters) (+ bias): one of the projections that share an input.
+struct Projection {
+  Target target;
+  const PackedMatrix* weight;
+  const float* bias;  // [outFeatures] or null
+  float* y;           // [numRows, ldy], whole tiles
+  int64_t ldy;
+};
+
+using Event = uint64_t;
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual uint8_t* arena() const = 0;
+  virtual size_t arena_bytes() const = 0;
+  virtual int num_threads() const = 0;
+
+  // Copies host bytes into the arena. The source may be reused, and the bytes be relied on, after wait(event).
+  virtual Event copy_to_arena(uint8_t* target, const void* source, size_t num_bytes) = 0;
+  virtual void wait(Event event) = 0;
+  virtual void grow(Buffer& buffer, size_t num_floats) = 0;
+
+  // x[r] = embedding[tokens[r]] · scale
+  virtual void embed(float* x, const PackedMatrix& embedding, std::span<const int32_t> tokens, float scale) = 0;
+  virtual void rmsnorm(float* y, int64_t ldy, const float* x, int64_t ldx, const float* weight, int num_rows, int n, float eps) = 0;
+  // All projections of the same rows x [numRows, K]; layer picks the adapters' modules.
+  virtual void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora) = 0;
+  virtual void rope(float* x, int64_t ldx, int num_heads, int head_dim, int num_rows, const RopeAngles& angles) = 0;
+  // Stores each row's keys and values in its sequence's blocks.
+  virtual void store_kv(const KvLayer& kv, const Batch& batch, const float* k, int64_t ldk, const float* v, int64_t ldv) = 0;
+  virtual void attention(const KvLayer& kv, const Batch& batch, const float* q, int64_t ldq, float* out, int64_t ldo, int num_heads,
+                         int window, float scale) = 0;
+  // gate[r] = act(gate[r]) · up[r]
+  virtual void activate(float* gate, const float* up, int64_t ld, int num_rows, int n, bool gelu) = 0;
+  virtual void add(float* y, const float* x, int64_t num_floats) = 0;
+  virtual void gather_rows(float* y, const float* x, int64_t ld, std::span<const int32_t> rows) = 0;
+  // Samples rows [0, n) of logits (overwritten), which are the batch's samples first_sample + i.
+  virtual void sample(float* logits, int64_t ldl, int vocab, const Batch& batch, int first_sample, int num_samples, int max_top,
+                      StepOutput& output) = 0;
+  virtual void synchronize() = 0;
+};
+
+// arena_bytes of zeroed memory; num_threads 0: one per CPU that this process may use. In reference mode projections keep
+// activations in f32 instead of int8 groups.
+std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, bool reference_mode);
+
+// CPUs of this process: affinity mask, cut by the cgroup's quota (v2 cpu.max), at least 1.
+int available_cpus();
+
+}  // namespace motet

@@ -1,0 +1,150 @@
+// The arithmetic of one step, as a table of functions per instruction set. Each is written once over simd.h and
+// compiled per instruction set; `kernels()` picks the best this processor has.
+//
+// Two rules hold for every function here:
+// 1. A row's result does not depend on which other rows are in the call, on how rows or tiles are split over
+//    calls, or on the thread. So a batch gives token for token what its sequences give alone.
+// 2. Every variant performs the same operations in the same order (fused multiply-adds written out, no
+//    contraction by the compiler), so scalar, AVX2 and AVX-512 agree bit for bit.
+//
+// Dimension letters: R rows (tokens), K input features, N output features, H heads, D head dimension.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../weights.h"
+
+namespace motet {
+
+// Rows quantised to int8 per group of kActivationGroup input features: x ≈ scale · q.
+struct QuantizedRows {
+  int8_t* q;        // [R, K]
+  float* scale;     // [R, K/32]
+  int32_t* sums;    // [R, K/16]  sum of q over each 16 input features
+  int32_t k;        // K, a multiple of 32
+};
+
+// The keys and values of one layer in the device arena. A block is one page: kBlockTokens positions, all layers.
+//   keys   at page + k_offset: [numKvHeads, D, kBlockTokens]   (positions innermost: scores of a block in one vector)
+//   values at page + v_offset: [numKvHeads, kBlockTokens, D]
+inline constexpr int kBlockTokens = 16;
+struct KvLayer {
+  uint8_t* arena;
+  size_t page_bytes;
+  size_t k_offset, v_offset;  // of this layer, in a page
+  ElementType type;
+  int32_t num_kv_heads, head_dim;
+};
+
+// Attention of consecutive positions of one sequence over its own keys, for one KV head and its query heads.
+//   out[r][h] = softmax(scale · q[r][h] · K[0..p]ᵀ) · V[0..p],   p = first_position + r
+// Keys at positions ≤ p − window are left out when window > 0.
+struct AttentionJob {
+  const float* q;           // row r, head h at q + r·ldq + h·D; heads are those of this KV head
+  int64_t ldq;
+  float* out;               // same shape as q, stride ldo
+  int64_t ldo;
+  int32_t num_rows, first_position;
+  int32_t heads_per_kv;     // query heads that share the KV head
+  int32_t kv_head;
+  const int32_t* blocks;    // page ids of the sequence, in order
+  int32_t window;           // 0: all
+  float scale;
+  float* scratch;           // attention_scratch_floats(heads_per_kv, D) floats of this thread
+};
+inline constexpr int kAttentionRows = 12;  // (row, head) pairs computed together at most
+constexpr size_t attention_scratch_floats(int heads_per_kv, int head_dim) {
+  (void)heads_per_kv;
+  return static_cast<size_t>(kAttentionRows) * (2 * head_dim + 96);  // queries, sums; scores of 64 positions and more
+}
+
+// One module of one adapter, in arena pages. A is [rank, K], a pointer per row. Bᵀ lies in tiles of
+// kLoraTileColumns output features, [rank, kLoraTileColumns] each, so that a tile is one stream and fits a page.
+inline constexpr int kLoraTileColumns = 64;
+struct LoraModule {
+  int32_t rank = 0;         // 0: this adapter leaves the module alone
+  float scaling = 0;        // alpha / r, or alpha / √r
+  ElementType type = ElementType::kF32;
+  const void* const* a_rows = nullptr;     // [rank]
+  const void* const* b_tiles = nullptr;    // [ceil(N / 64)]; columns beyond N are zero
+  const float* const* gain_tiles = nullptr;  // DoRA: magnitude / ‖W + scaling·BA‖ per output feature, f32 [64] a tile; null: none
+  const float* const* bias_tiles = nullptr;  // lora_B's own bias, f32 [64] a tile; null: none
+};
+
+struct SampleParams {
+  float temperature;         // 0: greedy
+  int32_t top_k;             // 0: all
+  float top_p, min_p;        // 1 and 0: off
+  float repetition_penalty;  // 1: off; over prompt and output (Keskar et al., 2019)
+  float presence_penalty, frequency_penalty;  // 0: off; over output only (OpenAI)
+  uint64_t seed;             // the draw depends on (seed, position) alone, so it is the same in any batch
+  int32_t position;
+  const int32_t* prompt_tokens; int32_t num_prompt_tokens;   // given only when a penalty is on
+  const int32_t* output_tokens; int32_t num_output_tokens;
+  const int32_t* bias_ids; const float* bias_values; int32_t num_bias;
+  const uint32_t* allowed;   // [ceil(vocab/32)] bit mask of the tokens that a grammar allows; null: all
+  int32_t num_top;           // how many of the likeliest tokens to report
+};
+struct SampleResult {
+  int32_t token;
+  float logprob;             // of the token, under softmax(raw logits)
+};
+
+struct Kernels {
+  const char* name;  // "avx512", "avx2", "scalar"
+
+  // x [R, K] (stride ldx) to int8 groups. scale = max|x| / 127, q = round-half-even(x / scale); an all-zero group has scale 0.
+  void (*quantize_rows)(const QuantizedRows& out, const float* x, int64_t ldx, int num_rows);
+
+  // y[r][n] = Σ_k x[r][k] · w[n][k] for the tiles [tile_begin, tile_end), integer dot products per group:
+  //   y = fma chain over groups, in order, from 0:  y ← fma(f32(Σ q_w·q_x − zero·Σ q_x), scale_w·scale_x, y), then
+  //   y ← fma(min, scale_x·f32(Σ q_x), y) where the format has a min.
+  // y has room for whole tiles (ldy ≥ 16·numTiles). Quantised formats only.
+  void (*matmul_q)(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int num_rows, int tile_begin, int tile_end);
+
+  // The same with f32 activations, any format: w dequantised as fma(f32(q − zero), scale, min), y ← fma(w, x, y) over k in order.
+  void (*matmul_f)(float* y, int64_t ldy, const PackedMatrix& w, const float* x, int64_t ldx, int num_rows, int tile_begin, int tile_end);
+
+  // out[k] = w[n][k], dequantised: an embedding row.
+  void (*unpack_row)(float* out, const PackedMatrix& w, int32_t n);
+
+  // y[r] = x[r] / √(mean(x[r]²) + eps) · weight;  [R, n], strides ldx, ldy; y may be x.
+  void (*rmsnorm)(float* y, int64_t ldy, const float* x, int64_t ldx, const float* weight, int num_rows, int n, float eps);
+
+  // Rotates pairs (i, i + D/2) of each head (the rotate-half form) by the angles of the row's position, in place.
+  //   cos, sin: [maxPositions, D/2]
+  void (*rope)(float* x, int64_t ldx, int num_heads, int head_dim, const int32_t* positions, int num_rows, const float* cos, const float* sin);
+
+  // out[r][i] = act(gate[r][i]) · up[r][i];  silu, or gelu with the tanh approximation.
+  void (*silu_mul)(float* out, int64_t ldo, const float* gate, int64_t ldg, const float* up, int64_t ldu, int num_rows, int n);
+  void (*gelu_mul)(float* out, int64_t ldo, const float* gate, int64_t ldg, const float* up, int64_t ldu, int num_rows, int n);
+
+  // y[i] += x[i]
+  void (*add)(float* y, const float* x, int64_t n);
+
+  // Writes one row's keys and values ([numKvHeads · D] each, f32) into its block at position % kBlockTokens.
+  void (*kv_write)(const KvLayer& kv, int32_t page, int32_t position, const float* k, const float* v);
+
+  void (*attention)(const KvLayer& kv, const AttentionJob& job);
+
+  // s[i][j] = x[rows[i]] · A[j]  for rank rows j in [j_begin, j_end);  s [numRows, lds] f32
+  void (*lora_shrink)(float* s, int64_t lds, const float* x, int64_t ldx, const int32_t* rows, int num_rows, int k, const LoraModule& m, int j_begin, int j_end);
+
+  // For the output tiles [tile_begin, tile_end) of 64 columns and i in rows:
+  //   delta = scaling · (s[i] · Bᵀ + bias);  gain g:  delta = g · delta + (g − 1) · base[rows[i]]
+  //   y[rows[i]] += weights[i] · delta
+  // base is the projection before any adapter (may be y itself only when each row has one adapter, read before it is
+  // written); n is N. Columns beyond n are not touched.
+  void (*lora_expand)(float* y, int64_t ldy, const float* base, int64_t ldb, const float* s, int64_t lds, const int32_t* rows, const float* weights, int num_rows, int n, const LoraModule& m, int tile_begin, int tile_end);
+
+  // Turns raw logits [vocab] into one token. `logits` is overwritten. The num_top likeliest tokens of the raw distribution
+  // and their logprobs, likeliest first, go to top_ids, top_logprobs. scratch: [vocab] of 8 bytes.
+  SampleResult (*sample)(float* logits, int vocab, const SampleParams& params, int32_t* top_ids, float* top_logprobs, void* scratch);
+};
+
+// The table for this processor; MOTET_ISA=scalar|avx2|avx512 overrides (an instruction set that is absent is an error).
+const Kernels& kernels();
+// One by name, or null when this processor cannot run it: for tests.
+const Kernels* kernels_by_name(const char* name);
+
+}  // namespace motet

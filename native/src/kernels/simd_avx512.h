@@ -1,0 +1,132 @@
+// The backend of simd.h for AVX-512 (F, BW, DQ, VL, VNNI): one 512-bit register a value.
+#pragma once
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns of its own _mm512_undefined_*
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+
+namespace motet::MOTET_ISA {
+
+struct f32x16 { __m512 v; };
+struct i32x16 { __m512i v; };
+struct u8x64 { __m512i v; };
+struct mask16 { __mmask16 v; };
+
+MOTET_INLINE mask16 first_n(int n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
+MOTET_INLINE uint32_t bits(mask16 m) { return m.v; }
+MOTET_INLINE mask16 operator&(mask16 a, mask16 b) { return {static_cast<__mmask16>(a.v & b.v)}; }
+MOTET_INLINE mask16 operator|(mask16 a, mask16 b) { return {static_cast<__mmask16>(a.v | b.v)}; }
+
+MOTET_INLINE f32x16 f32_zero() { return {_mm512_setzero_ps()}; }
+MOTET_INLINE f32x16 f32_set1(float x) { return {_mm512_set1_ps(x)}; }
+MOTET_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+MOTET_INLINE f32x16 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n).v, p)}; }
+MOTET_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
+MOTET_INLINE void store_n(float* p, f32x16 a, int n) { _mm512_mask_storeu_ps(p, first_n(n).v, a.v); }
+
+MOTET_INLINE f32x16 operator+(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+MOTET_INLINE f32x16 operator-(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+MOTET_INLINE f32x16 operator*(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+MOTET_INLINE f32x16 operator/(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+MOTET_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+MOTET_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+MOTET_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+MOTET_INLINE f32x16 abs(f32x16 a) { return {_mm512_abs_ps(a.v)}; }
+MOTET_INLINE f32x16 sqrt(f32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+MOTET_INLINE f32x16 round_even(f32x16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+MOTET_INLINE mask16 operator<(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+MOTET_INLINE mask16 operator<=(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+MOTET_INLINE mask16 operator>(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+MOTET_INLINE mask16 operator>=(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+MOTET_INLINE mask16 operator==(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+MOTET_INLINE f32x16 select(mask16 m, f32x16 a, f32x16 b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
+
+MOTET_INLINE i32x16 i32_zero() { return {_mm512_setzero_si512()}; }
+MOTET_INLINE i32x16 i32_set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+MOTET_INLINE i32x16 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+MOTET_INLINE void store_i32(int32_t* p, i32x16 a) { _mm512_storeu_si512(p, a.v); }
+MOTET_INLINE i32x16 operator+(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+MOTET_INLINE i32x16 operator-(i32x16 a, i32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+MOTET_INLINE i32x16 operator*(i32x16 a, i32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+MOTET_INLINE i32x16 operator&(i32x16 a, i32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+MOTET_INLINE i32x16 operator|(i32x16 a, i32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+MOTET_INLINE i32x16 operator^(i32x16 a, i32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int kBits> MOTET_INLINE i32x16 shift_left(i32x16 a) { return {_mm512_slli_epi32(a.v, kBits)}; }
+template <int kBits> MOTET_INLINE i32x16 shift_right(i32x16 a) { return {_mm512_srai_epi32(a.v, kBits)}; }
+MOTET_INLINE i32x16 max(i32x16 a, i32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+MOTET_INLINE i32x16 min(i32x16 a, i32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+MOTET_INLINE mask16 operator>(i32x16 a, i32x16 b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
+MOTET_INLINE mask16 operator==(i32x16 a, i32x16 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+MOTET_INLINE i32x16 select(mask16 m, i32x16 a, i32x16 b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
+
+MOTET_INLINE f32x16 to_f32(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+MOTET_INLINE i32x16 to_i32(f32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
+MOTET_INLINE f32x16 as_f32(i32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+MOTET_INLINE i32x16 as_i32(f32x16 a) { return {_mm512_castps_si512(a.v)}; }
+MOTET_INLINE i32x16 load_u8(const void* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+MOTET_INLINE i32x16 load_s8(const void* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+MOTET_INLINE void store_s8(void* p, i32x16 a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+
+MOTET_INLINE f32x16 load_f16(const void* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+MOTET_INLINE f32x16 load_bf16(const void* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+MOTET_INLINE void store_f16(void* p, f32x16 a) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+MOTET_INLINE void store_bf16(void* p, f32x16 a) {  // not vcvtneps2bf16, which flushes denormals
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, quiet), 16);
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+
+MOTET_INLINE float reduce_add(f32x16 a) {
+  const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
+}
+MOTET_INLINE float reduce_max(f32x16 a) {
+  const __m256 s8 = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_max_ss(s2, _mm_movehdup_ps(s2)));
+}
+MOTET_INLINE int32_t reduce_add(i32x16 a) { return _mm512_reduce_add_epi32(a.v); }
+
+MOTET_INLINE u8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+MOTET_INLINE u8x64 bytes_word(const void* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return {_mm512_set1_epi32(word)};
+}
+MOTET_INLINE u8x64 low_nibbles(u8x64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+MOTET_INLINE u8x64 high_nibbles(u8x64 a) {
+  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+// As assembly: round the intrinsic gcc 12 adds register moves and spills in loops with many accumulators.
+MOTET_INLINE i32x16 dot4(i32x16 acc, u8x64 u, u8x64 s) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));
+  return acc;
+}
+MOTET_INLINE i32x16 dot4_u7(i32x16 acc, u8x64 u, u8x64 s) { return dot4(acc, u, s); }
+
+}  // namespace motet::MOTET_ISA

@@ -1,0 +1,325 @@
+#include "model.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <map>
+
+namespace motet {
+namespace {
+
+// Pages are at least this big, so that a row of A or a tile of B fits whatever the model.
+constexpr size_t kMinPageBytes = 256 * 1024;
+// Rows of logits computed at a time: bounds their memory to kLogitRows · vocab floats.
+constexpr int kLogitRows = 32;
+
+const char* const kTargetNames[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"};
+
+int64_t padded(int64_t n) { return num_tiles(n) * kTileColumns; }
+
+std::string where(const PackedTensorSpec& t) {
+  return "tensor '" + t.role + "'" + (t.layer < 0 ? "" : " of layer " + std::to_string(t.layer));
+}
+
+}  // namespace
+
+const char* target_name(Target target) { return kTargetNames[static_cast<int>(target)]; }
+
+Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode,
+             size_t device_memory_bytes, int num_threads)
+    : dims_(std::move(dims)), reference_mode_(reference_mode) {
+  const size_t kv_bytes = size_t{2} * dims_.num_layers * dims_.num_kv_heads * dims_.head_dim * kBlockTokens * (reference_mode ? 4 : 2);
+  page_bytes_ = (std::max(kv_bytes, kMinPageBytes) + 4095) / 4096 * 4096;
+  num_pages_ = static_cast<int64_t>(device_memory_bytes / page_bytes_);
+  if (num_pages_ < 1)
+    throw RuntimeError("device memory: expected at least one page of " + std::to_string(page_bytes_) + " bytes, got " +
+                       std::to_string(device_memory_bytes) + " bytes");
+  map(packed_path);
+  try {
+    bind(tensors);
+    device_ = make_cpu_device(static_cast<size_t>(num_pages_) * page_bytes_, num_threads, reference_mode);
+  } catch (...) {
+    munmap(map_, map_bytes_);
+    throw;
+  }
+  buffers_.resize(10);
+  angles_.resize(dims_.rope_tables.size());
+}
+
+Model::~Model() { munmap(map_, map_bytes_); }
+
+void Model::map(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) throw RuntimeError("packed file " + path + ": " + std::strerror(errno));
+  struct stat st {};
+  void* address = fstat(fd, &st) == 0 && st.st_size > 0 ? mmap(nullptr, st.st_size, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
+  const int error = errno;
+  close(fd);
+  if (address == MAP_FAILED) throw RuntimeError("packed file " + path + ": cannot be mapped: " + std::strerror(error));
+  map_ = static_cast<uint8_t*>(address);
+  map_bytes_ = static_cast<size_t>(st.st_size);
+  madvise(map_, map_bytes_, MADV_WILLNEED);
+}
+
+// Finds each role's tensor, and refuses shapes that the dimensions do not allow: after this every pointer is good.
+void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
+  std::map<std::pair<int, std::string>, const PackedTensorSpec*> found;
+  for (const auto& t : tensors) {
+    const size_t expected = t.is_vector ? static_cast<size_t>(t.in_features) * 4 : packed_bytes(t.format, t.out_features, t.in_features);
+    if (t.offset_bytes < 0 || t.offset_bytes % 64 != 0 || t.size_bytes < 0 || static_cast<size_t>(t.size_bytes) != expected ||
+        static_cast<size_t>(t.offset_bytes) > map_bytes_ || expected > map_bytes_ - static_cast<size_t>(t.offset_bytes))
+      throw RuntimeError(where(t) + ": expected " + std::to_string(expected) + " bytes inside a file of " + std::to_string(map_bytes_) +
+                         ", got offset " + std::to_string(t.offset_bytes) + " and size " + std::to_string(t.size_bytes));
+    found[{t.layer, t.role}] = &t;
+  }
+  auto find = [&](int layer, const std::string& role, bool required) -> const PackedTensorSpec* {
+    const auto it = found.find({layer, role});
+    if (it != found.end()) return it->second;
+    if (required) throw RuntimeError("tensor '" + role + "'" + (layer < 0 ? "" : " of layer " + std::to_string(layer)) + ": missing");
+    return nullptr;
+  };
+  auto vector = [&](int layer, const std::string& role, int64_t n, bool required) -> const float* {
+    const PackedTensorSpec* t = find(layer, role, required);
+    if (!t) return nullptr;
+    if (!t->is_vector || t->in_features != n)
+      throw RuntimeError(where(*t) + ": expected a vector of " + std::to_string(n) + ", got [" + std::to_string(t->out_features) + ", " +
+                         std::to_string(t->in_features) + "]");
+    return reinterpret_cast<const float*>(map_ + t->offset_bytes);
+  };
+  auto matrix = [&](int layer, const std::string& role, int64_t n, int64_t k, bool required) -> PackedMatrix {
+    const PackedTensorSpec* t = find(layer, role, required);
+    if (!t) return {};
+    if (t->is_vector || t->out_features != n || t->in_features != k)
+      throw RuntimeError(where(*t) + ": expected a matrix [" + std::to_string(n) + ", " + std::to_string(k) + "], got [" +
+                         std::to_string(t->out_features) + ", " + std::to_string(t->in_features) + "]");
+    return {t->format, static_cast<int32_t>(n), static_cast<int32_t>(k), map_ + t->offset_bytes};
+  };
+  const int64_t hidden = dims_.hidden_size, inter = dims_.intermediate_size;
+  const int64_t q = int64_t{dims_.num_heads} * dims_.head_dim, kv = int64_t{dims_.num_kv_heads} * dims_.head_dim;
+  embedding_ = matrix(-1, "embedding", dims_.vocab_size, hidden, true);
+  final_norm_ = vector(-1, "final_norm", hidden, true);
+  lm_head_ = matrix(-1, "lm_head", dims_.vocab_size, hidden, false);
+  if (!lm_head_.data) lm_head_ = embedding_;
+  const std::pair<int64_t, int64_t> shapes[kNumLayerTargets] = {{q, hidden},     {kv, hidden},    {kv, hidden},   {hidden, q},
+                                                                {inter, hidden}, {inter, hidden}, {hidden, inter}};
+  const char* const biases[kNumLayerTargets] = {"q_bias", "k_bias", "v_bias", "o_bias", nullptr, nullptr, nullptr};
+  layers_.resize(dims_.num_layers);
+  for (int l = 0; l < dims_.num_layers; ++l) {
+    Layer& layer = layers_[l];
+    layer.attention_norm = vector(l, "attention_norm", hidden, true);
+    layer.post_attention_norm = vector(l, "post_attention_norm", hidden, false);
+    layer.mlp_norm = vector(l, "mlp_norm", hidden, true);
+    layer.post_mlp_norm = vector(l, "post_mlp_norm", hidden, false);
+    layer.q_norm = vector(l, "q_norm", dims_.head_dim, false);
+    layer.k_norm = vector(l, "k_norm", dims_.head_dim, false);
+    for (int t = 0; t < kNumLayerTargets; ++t) {
+      layer.projections[t] = matrix(l, kTargetNames[t], shapes[t].first, shapes[t].second, true);
+      if (biases[t]) layer.biases[t] = vector(l, biases[t], shapes[t].first, false);
+    }
+  }
+}
+
+const PackedMatrix& Model::matrix(int layer, Target target) const {
+  return target == Target::kLmHead ? lm_head_ : layers_[layer].projections[static_cast<int>(target)];
+}
+
+// Everything a step will index is checked here, so that the operations need no checks of their own.
+void Model::check(const Batch& b) const {
+  auto require = [](bool ok, const std::string& what) {
+    if (!ok) throw RuntimeError("batch: " + what);
+  };
+  auto starts = [&](std::span<const int32_t> s, size_t entries, size_t total, const char* name) {
+    require(s.size() == entries + 1 && s[0] == 0 && static_cast<size_t>(s.back()) == total,
+            std::string(name) + ": expected " + std::to_string(entries + 1) + " entries from 0 to " + std::to_string(total));
+    for (size_t i = 0; i < entries; ++i) require(s[i] <= s[i + 1], std::string(name) + ": expected ascending entries");
+  };
+  const size_t num_tokens = b.token_ids.size(), num_samples = b.sample_rows.size();
+  require(num_tokens > 0 && b.positions.size() == num_tokens, "positions: expected one per token, at least one token");
+  require(!b.sequence_starts.empty(), "sequenceStarts: expected at least one entry");
+  const size_t num_sequences = b.sequence_starts.size() - 1;
+  starts(b.sequence_starts, num_sequences, num_tokens, "sequenceStarts");
+  starts(b.block_starts, num_sequences, b.block_ids.size(), "blockStarts");
+  starts(b.adapter_starts, num_sequences, b.adapter_handles.size(), "adapterStarts");
+  require(b.adapter_weights.size() == b.adapter_handles.size(), "adapterWeights: expected one per handle");
+  for (const int32_t id : b.token_ids)
+    require(id >= 0 && id < dims_.vocab_size, "tokenIds: expected 0 to " + std::to_string(dims_.vocab_size - 1) + ", got " + std::to_string(id));
+  for (const int32_t id : b.block_ids)
+    require(id >= 0 && id < num_pages_, "blockIds: expected 0 to " + std::to_string(num_pages_ - 1) + ", got " + std::to_string(id));
+  for (size_t s = 0; s < num_sequences; ++s) {
+    const int32_t begin = b.sequence_starts[s], end = b.sequence_starts[s + 1];
+    require(begin < end, "sequenceStarts: expected at least one row per sequence");
+    require(b.positions[begin] >= 0, "positions: expected none below 0");
+    for (int32_t r = begin + 1; r < end; ++r) require(b.positions[r] == b.positions[r - 1] + 1, "positions: expected consecutive ones in a sequence");
+    require(b.positions[end - 1] < dims_.max_positions, "positions: expected below " + std::to_string(dims_.max_positions) + ", got " +
+                                                            std::to_string(b.positions[end - 1]));
+    require(b.block_starts[s + 1] - b.block_starts[s] > b.positions[end - 1] / kBlockTokens, "blockIds: too few for position " +
+                                                                                               std::to_string(b.positions[end - 1]));
+  }
+  for (size_t i = 0; i < num_samples; ++i)
+    require(b.sample_rows[i] >= 0 && static_cast<size_t>(b.sample_rows[i]) < num_tokens && (i == 0 || b.sample_rows[i] > b.sample_rows[i - 1]),
+            "sampleRows: expected ascending row indices");
+  for (const size_t n : {b.temperature.size(), b.top_p.size(), b.min_p.size(), b.repetition_penalty.size(), b.presence_penalty.size(),
+                         b.frequency_penalty.size(), b.top_k.size(), b.num_top.size(), b.seeds.size(), b.history_prompt_counts.size()})
+    require(n == num_samples, "sampling parameters: expected one per sample");
+  starts(b.bias_starts, num_samples, b.bias_ids.size(), "biasStarts");
+  require(b.bias_values.size() == b.bias_ids.size(), "biasValues: expected one per biasIds");
+  starts(b.history_starts, num_samples, b.history_ids.size(), "historyStarts");
+  for (const auto& ids : {b.bias_ids, b.history_ids})
+    for (const int32_t id : ids) require(id >= 0 && id < dims_.vocab_size, "biasIds and historyIds: expected token ids, got " + std::to_string(id));
+  for (size_t i = 0; i < num_samples; ++i) {
+    require(b.history_prompt_counts[i] >= 0 && b.history_prompt_counts[i] <= b.history_starts[i + 1] - b.history_starts[i],
+            "historyPromptCounts: expected at most the sample's history");
+    require(b.num_top[i] >= 0 && b.num_top[i] <= dims_.vocab_size, "numTop: expected 0 to the vocabulary size");
+  }
+}
+
+namespace {
+
+// Groups rows by adapter, wave by wave. row_of maps a sequence to its rows; see LoraPlan.
+template <typename RowsOf>
+LoraPlan plan_lora(const Batch& batch, const std::vector<const Adapter*>& adapters, RowsOf rows_of) {
+  LoraPlan plan;
+  for (int s = 0; s < batch.num_sequences(); ++s) {
+    const std::vector<int32_t> rows = rows_of(s);
+    if (rows.empty()) continue;
+    for (int32_t i = batch.adapter_starts[s], wave = 0; i < batch.adapter_starts[s + 1]; ++i, ++wave) {
+      if (plan.waves.size() <= static_cast<size_t>(wave)) plan.waves.emplace_back();
+      auto& groups = plan.waves[wave];
+      auto group = std::find_if(groups.begin(), groups.end(), [&](const LoraGroup& g) { return g.adapter == adapters[i]; });
+      if (group == groups.end()) {
+        groups.push_back({adapters[i], {}, {}});
+        group = groups.end() - 1;
+      }
+      group->rows.insert(group->rows.end(), rows.begin(), rows.end());
+      group->weights.insert(group->weights.end(), rows.size(), batch.adapter_weights[i]);
+    }
+  }
+  return plan;
+}
+
+}  // namespace
+
+void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output) {
+  check(batch);
+  const auto begin = std::chrono::steady_clock::now();
+  const int num_tokens = batch.num_tokens();
+  const size_t rows = static_cast<size_t>(num_tokens);
+  const size_t q_dim = padded(int64_t{dims_.num_heads} * dims_.head_dim), kv_dim = padded(int64_t{dims_.num_kv_heads} * dims_.head_dim);
+  const size_t hidden = padded(dims_.hidden_size), inter = padded(dims_.intermediate_size);
+  float** const slots[] = {&act_.x, &act_.h, &act_.q, &act_.k, &act_.v, &act_.attn, &act_.gate, &act_.up, &act_.o};
+  const size_t widths[] = {hidden, hidden, q_dim, kv_dim, kv_dim, q_dim, inter, inter, hidden};
+  for (size_t i = 0; i < std::size(slots); ++i) {
+    device_->grow(buffers_[i], rows * widths[i]);
+    *slots[i] = buffers_[i].data.get();
+  }
+  lora_ = plan_lora(batch, adapters, [&](int s) {
+    std::vector<int32_t> r;
+    for (int32_t i = batch.sequence_starts[s]; i < batch.sequence_starts[s + 1]; ++i) r.push_back(i);
+    return r;
+  });
+  // Angles as transformers computes them: the product in f32, cos and sin of that number.
+  const int half = dims_.head_dim / 2;
+  for (size_t t = 0; t < angles_.size(); ++t) {
+    const auto& table = dims_.rope_tables[t];
+    angles_[t].cos.resize(rows * half);
+    angles_[t].sin.resize(rows * half);
+    for (size_t r = 0; r < rows; ++r) {
+      for (int i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(batch.positions[r]) * table.inverse_frequencies[i];
+        angles_[t].cos[r * half + i] = std::cos(angle) * table.attention_factor;
+        angles_[t].sin[r * half + i] = std::sin(angle) * table.attention_factor;
+      }
+    }
+  }
+
+  device_->embed(act_.x, embedding_, batch.token_ids, dims_.embedding_scale);
+  for (int l = 0; l < dims_.num_layers; ++l) run_layer(l, batch);
+  sample(batch, adapters, output);
+  device_->synchronize();
+  output.duration_us = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
+}
+
+void Model::run_layer(int l, const Batch& batch) {
+  const Layer& layer = layers_[l];
+  const auto [x, h, q, k, v, attn, gate, up, o] = act_;
+  const int rows = batch.num_tokens(), hidden = dims_.hidden_size, head_dim = dims_.head_dim;
+  const int64_t ldh = padded(hidden), ldq = padded(int64_t{dims_.num_heads} * head_dim), ldkv = padded(int64_t{dims_.num_kv_heads} * head_dim);
+  const int64_t ldi = padded(dims_.intermediate_size);
+  auto projection = [&](Target t, float* y, int64_t ldy) {
+    return Projection{t, &layer.projections[static_cast<int>(t)], layer.biases[static_cast<int>(t)], y, ldy};
+  };
+  const size_t kv_bytes = size_t{1} * dims_.num_kv_heads * head_dim * kBlockTokens * (reference_mode_ ? 4 : 2);
+  const KvLayer kv{device_->arena(),      page_bytes_,  2 * l * kv_bytes, (2 * l + 1) * kv_bytes, reference_mode_ ? ElementType::kF32 : ElementType::kF16,
+                   dims_.num_kv_heads, head_dim};
+
+  device_->rmsnorm(h, ldh, x, ldh, layer.attention_norm, rows, hidden, dims_.norm_eps);
+  const Projection qkv[] = {projection(Target::kQ, q, ldq), projection(Target::kK, k, ldkv), projection(Target::kV, v, ldkv)};
+  device_->project(qkv, h, ldh, rows, l, lora_);
+  // Heads of a row are adjacent, so a norm per head is a norm over rows · heads short rows.
+  auto norm_heads = [&](float* y, int64_t ld, int num_heads, const float* weight) {
+    for (int i = 0; i < num_heads; ++i) device_->rmsnorm(y + i * head_dim, ld, y + i * head_dim, ld, weight, rows, head_dim, dims_.norm_eps);
+  };
+  if (layer.q_norm) norm_heads(q, ldq, dims_.num_heads, layer.q_norm);
+  if (layer.k_norm) norm_heads(k, ldkv, dims_.num_kv_heads, layer.k_norm);
+  const RopeAngles& angles = angles_[dims_.rope_table_index[l]];
+  device_->rope(q, ldq, dims_.num_heads, head_dim, rows, angles);
+  device_->rope(k, ldkv, dims_.num_kv_heads, head_dim, rows, angles);
+  device_->store_kv(kv, batch, k, ldkv, v, ldkv);
+  device_->attention(kv, batch, q, ldq, attn, ldq, dims_.num_heads, dims_.sliding_windows[l], dims_.attention_scale);
+  const Projection out[] = {projection(Target::kO, o, ldh)};
+  device_->project(out, attn, ldq, rows, l, lora_);
+  if (layer.post_attention_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_attention_norm, rows, hidden, dims_.norm_eps);
+  device_->add(x, o, int64_t{rows} * ldh);
+
+  device_->rmsnorm(h, ldh, x, ldh, layer.mlp_norm, rows, hidden, dims_.norm_eps);
+  const Projection gate_up[] = {projection(Target::kGate, gate, ldi), projection(Target::kUp, up, ldi)};
+  device_->project(gate_up, h, ldh, rows, l, lora_);
+  device_->activate(gate, up, ldi, rows, dims_.intermediate_size, dims_.gelu);
+  const Projection down[] = {projection(Target::kDown, o, ldh)};
+  device_->project(down, gate, ldi, rows, l, lora_);
+  if (layer.post_mlp_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_mlp_norm, rows, hidden, dims_.norm_eps);
+  device_->add(x, o, int64_t{rows} * ldh);
+}
+
+// The head only for rows that sample, a bounded number at a time.
+void Model::sample(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output) {
+  const int num_samples = batch.num_samples();
+  const int vocab = dims_.vocab_size;
+  const int max_top = num_samples ? *std::max_element(batch.num_top.begin(), batch.num_top.end()) : 0;
+  output.tokens.resize(num_samples);
+  output.logprobs.resize(num_samples);
+  output.top_ids.assign(static_cast<size_t>(num_samples) * max_top, -1);
+  output.top_logprobs.assign(static_cast<size_t>(num_samples) * max_top, 0);
+  output.logits.resize(batch.want_logits ? static_cast<size_t>(num_samples) * vocab : 0);
+  const int64_t ldh = padded(dims_.hidden_size), ldl = padded(vocab);
+  device_->grow(buffers_[9], std::min<size_t>(num_samples, kLogitRows) * ldl);
+  float* const logits = buffers_[9].data.get();
+  for (int first = 0; first < num_samples; first += kLogitRows) {
+    const int n = std::min(kLogitRows, num_samples - first);
+    const auto rows = batch.sample_rows.subspan(first, n);
+    device_->gather_rows(act_.h, act_.x, ldh, rows);
+    device_->rmsnorm(act_.h, ldh, act_.h, ldh, final_norm_, n, dims_.hidden_size, dims_.norm_eps);
+    const LoraPlan plan = plan_lora(batch, adapters, [&](int s) {
+      std::vector<int32_t> r;
+      for (int i = 0; i < n; ++i)
+        if (rows[i] >= batch.sequence_starts[s] && rows[i] < batch.sequence_starts[s + 1]) r.push_back(i);
+      return r;
+    });
+    const Projection head[] = {{Target::kLmHead, &lm_head_, nullptr, logits, ldl}};
+    device_->project(head, act_.h, ldh, n, -1, plan);
+    if (batch.want_logits) {
+      device_->synchronize();
+      for (int i = 0; i < n; ++i) std::memcpy(output.logits.data() + static_cast<size_t>(first + i) * vocab, logits + i * ldl, size_t{4} * vocab);
+    }
+    device_->sample(logits, ldl, vocab, batch, first, n, max_top, output);
+  }
+}
+
+}  // namespace motet

@@ -1,0 +1,90 @@
+// The base model: its mapped weights, and the forward pass of one step. Differences between model families are data
+// (which norms and biases exist, windows, rope tables), never subclasses.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "adapter.h"
+#include "batch.h"
+#include "device.h"
+#include "weights.h"
+
+namespace motet {
+
+// As ModelDims of native/index.ts.
+struct ModelDims {
+  int32_t num_layers = 0, hidden_size = 0, intermediate_size = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  int32_t vocab_size = 0, max_positions = 0;
+  float norm_eps = 0, attention_scale = 0, embedding_scale = 1;
+  bool gelu = false;
+  std::vector<int32_t> sliding_windows, rope_table_index;  // [numLayers]
+  struct RopeTable { std::vector<float> inverse_frequencies; float attention_factor = 1; };
+  std::vector<RopeTable> rope_tables;
+};
+
+struct PackedTensorSpec {
+  std::string role;
+  int32_t layer = -1;
+  bool is_vector = false;
+  WeightFormat format = WeightFormat::kF32;
+  int64_t out_features = 0, in_features = 0, offset_bytes = 0, size_bytes = 0;
+};
+
+struct RuntimeError : std::runtime_error { using std::runtime_error::runtime_error; };
+
+struct Layer {
+  const float *attention_norm = nullptr, *post_attention_norm = nullptr, *mlp_norm = nullptr, *post_mlp_norm = nullptr;
+  const float *q_norm = nullptr, *k_norm = nullptr;
+  PackedMatrix projections[kNumLayerTargets];               // by Target
+  const float* biases[kNumLayerTargets] = {};
+};
+
+class Model {
+ public:
+  // Maps `packed_path` read-only. Throws RuntimeError naming the tensor that is missing, misplaced or misshapen.
+  Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode,
+        size_t device_memory_bytes, int num_threads);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  // Runs one step. adapters: one per batch.adapter_handles entry. Throws RuntimeError, before anything is written, when the
+  // batch refers to what does not exist.
+  void step(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
+
+  const ModelDims& dims() const { return dims_; }
+  const PackedMatrix& matrix(int layer, Target target) const;
+  Device& device() const { return *device_; }
+  size_t page_bytes() const { return page_bytes_; }
+  int64_t num_pages() const { return num_pages_; }
+  size_t weight_bytes() const { return map_bytes_; }
+
+ private:
+  void map(const std::string& packed_path);
+  void bind(const std::vector<PackedTensorSpec>& tensors);
+  void check(const Batch& batch) const;
+  void run_layer(int layer, const Batch& batch);
+  void sample(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
+
+  ModelDims dims_;
+  bool reference_mode_;
+  std::unique_ptr<Device> device_;
+  uint8_t* map_ = nullptr;
+  size_t map_bytes_ = 0;
+  size_t page_bytes_ = 0;
+  int64_t num_pages_ = 0;
+  PackedMatrix embedding_, lm_head_;
+  const float* final_norm_ = nullptr;
+  std::vector<Layer> layers_;
+
+  // Activations of the running step, [numTokens, …] f32; rows padded to whole tiles. Grown, never shrunk.
+  std::vector<Buffer> buffers_;
+  struct Activations { float *x, *h, *q, *k, *v, *attn, *gate, *up, *o; } act_{};
+  std::vector<RopeAngles> angles_;
+  LoraPlan lora_;
+};
+
+}  // namespace motet

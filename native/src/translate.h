@@ -1,0 +1,71 @@
+// JavaScript values to C++ views and back. Every refusal is a TypeError or RangeError that names the argument.
+// Views point into typed arrays; whoever uses one after the call returns must hold a reference to its object.
+#pragma once
+#include <napi.h>
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "adapter.h"
+#include "batch.h"
+#include "gguf.h"
+#include "model.h"
+#include "pack.h"
+
+namespace motet {
+
+// Reads the fields of one options object.
+class Fields {
+ public:
+  Fields(const Napi::Value& value, const std::string& name);
+  double number(const char* key, double low, double high) const;
+  int64_t integer(const char* key, int64_t low, int64_t high) const;
+  std::string text(const char* key) const;
+  bool boolean(const char* key) const;
+  bool is_null(const char* key) const;
+  Napi::Array array(const char* key) const;
+  Napi::Object object() const { return object_; }
+  // A view of a typed array field; `T` is int32_t, float, double or uint64_t.
+  template <typename T>
+  std::span<const T> view(const char* key) const;
+
+ private:
+  [[noreturn]] void refuse(const char* key, const std::string& expected) const;
+  Napi::Value get(const char* key) const;
+  Napi::Object object_;
+  std::string name_;
+};
+
+struct PackJob {
+  std::string source_path, output_path;
+  uint64_t source_offset_bytes = 0, output_offset_bytes = 0;
+  SourceType source_type = SourceType::kF32;
+  int64_t out_features = 0, in_features = 0;
+  std::vector<int32_t> rows;  // empty: as they are
+  float addend = 0;
+  bool is_vector = false;
+  WeightFormat target = WeightFormat::kF32;
+};
+
+struct RuntimeSpec {
+  std::string packed_path;
+  ModelDims dims;
+  std::vector<PackedTensorSpec> tensors;
+  bool reference_mode = false;
+  size_t device_memory_bytes = 0;
+  int num_threads = 0;
+};
+
+PackJob to_pack_job(const Napi::Value& value);
+RuntimeSpec to_runtime_spec(const Napi::Value& value);
+Batch to_batch(const Napi::Value& value);
+std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value);
+// A format's or type's number from its name in native/index.ts; `is_vector` is set for 'vector' when not null.
+WeightFormat to_weight_format(const Napi::Env& env, const std::string& name, bool* is_vector);
+SourceType to_source_type(const Napi::Env& env, const std::string& name);
+
+Napi::Object from_gguf(Napi::Env env, const GgufFile& file);
+Napi::Object from_step_output(Napi::Env env, const StepOutput& output, bool with_logits);
+
+}  // namespace motet
