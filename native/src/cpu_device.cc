@@ -234,11 +234,14 @@ class CpuDevice final : public Device {
     const size_t rows = static_cast<size_t>(num_rows);
     grow(q_bytes_, rows * k / 4 + 16);
     grow(q_scales_, rows * (k / kActivationGroup));
-    grow(q_sums_, rows * (k / 16));
-    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), reinterpret_cast<int32_t*>(q_sums_.data.get()), k};
+    const size_t groups = rows * (k / kActivationGroup);
+    q_integers_.resize(groups * 4);
+    int32_t* const integers = q_integers_.data();
+    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), integers, integers + groups * 2, integers + groups * 3, k};
     over_rows(num_rows, int64_t{k} * 2, [&](int begin, int end) {
-      kernels_.quantize_rows({quantized_.q + int64_t{begin} * k, quantized_.scale + int64_t{begin} * (k / kActivationGroup),
-                              quantized_.sums + int64_t{begin} * (k / 16), k},
+      const int64_t group = int64_t{begin} * (k / kActivationGroup);
+      kernels_.quantize_rows({quantized_.q + int64_t{begin} * k, quantized_.scale + group, quantized_.sums + group * 2, quantized_.peak_words + group,
+                              quantized_.peak_chunks + group, k},
                              x + begin * ldx, ldx, end - begin);
     });
   }
@@ -314,8 +317,9 @@ class CpuDevice final : public Device {
   size_t arena_bytes_;
   bool reference_mode_;
   ThreadPool pool_;
-  Buffer q_bytes_, q_scales_, q_sums_, shrunk_, base_, scratch_, sample_scratch_;
+  Buffer q_bytes_, q_scales_, shrunk_, base_, scratch_, sample_scratch_;
   QuantizedRows quantized_{};
+  std::vector<int32_t> q_integers_;  // sums, peak words, peak chunks
   std::vector<Delta> deltas_;
   std::vector<Task> tasks_;
   std::vector<int32_t> row_indices_, page_of_row_;

@@ -12,8 +12,9 @@ namespace motet {
 namespace {
 
 constexpr SourceInfo kSources[kNumSourceTypes] = {
-    {"f32", 1, 4},    {"f16", 1, 2},    {"bf16", 1, 2},   {"q8_0", 32, 34},   {"q4_0", 32, 18},  {"q4_1", 32, 20},
-    {"q5_0", 32, 22}, {"q5_1", 32, 24}, {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210},
+    {"f32", 1, 4},      {"f16", 1, 2},      {"bf16", 1, 2},     {"q8_0", 32, 34},
+    {"q4_0", 32, 18},   {"q4_1", 32, 20},   {"q5_0", 32, 22},   {"q5_1", 32, 24},
+    {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210},
 };
 
 float from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
@@ -71,7 +72,8 @@ struct Block {
   float scale[16], min[8];  // per group of that format
 };
 
-// The low nibbles of 16 bytes are elements 0..15, the high nibbles 16..31. `fifth` holds bit 4 of element i at bit i.
+// The low nibbles of 16 bytes are elements 0..15, the high nibbles 16..31. `fifth` holds bit 4 of element i
+// at bit i.
 void decode_nibbles(uint8_t* q, const uint8_t* nibbles, uint32_t fifth, int offset) {
   for (int i = 0; i < 16; i++) {
     q[i] = static_cast<uint8_t>(((nibbles[i] & 15) | ((fifth >> i) & 1) << 4) + offset);
@@ -79,9 +81,9 @@ void decode_nibbles(uint8_t* q, const uint8_t* nibbles, uint32_t fifth, int offs
   }
 }
 
-// Q4_K and Q5_K pack eight 6-bit scales and eight 6-bit mins into 12 bytes: bytes 0..3 and 4..7 hold the first four
-// of each in their low 6 bits; bytes 8..11 the low nibbles of the last four (scale low, min high), whose upper
-// two bits are the upper two bits of bytes 0..3 (scales) and 4..7 (mins).
+// Q4_K and Q5_K pack eight 6-bit scales and eight 6-bit mins into 12 bytes: bytes 0..3 and 4..7 hold the
+// first four of each in their low 6 bits; bytes 8..11 the low nibbles of the last four (scale low, min high),
+// whose upper two bits are the upper two bits of bytes 0..3 (scales) and 4..7 (mins).
 void decode_k_scales(Block& block, const uint8_t* bytes) {
   const float d = half_at(bytes), dmin = half_at(bytes + 2);
   const uint8_t* packed = bytes + 4;
@@ -160,8 +162,9 @@ void decode<SourceType::kQ5_K>(Block& block, const uint8_t* bytes) {
   }
 }
 
-// Two halves of 128 elements, each four runs of 32. Runs 0 and 1 are the low nibbles of 64 bytes, runs 2 and 3 the
-// high ones; the upper two bits of run r are bits 2r, 2r + 1 of 32 more bytes. Scales are i8 per 16 elements.
+// Two halves of 128 elements, each four runs of 32. Runs 0 and 1 are the low nibbles of 64 bytes, runs 2 and
+// 3 the high ones; the upper two bits of run r are bits 2r, 2r + 1 of 32 more bytes. Scales are i8 per 16
+// elements.
 template <>
 void decode<SourceType::kQ6_K>(Block& block, const uint8_t* bytes) {
   const float d = half_at(bytes + 208);
@@ -179,26 +182,38 @@ void decode<SourceType::kQ6_K>(Block& block, const uint8_t* bytes) {
   }
 }
 
-// Calls visit.operator()<type>() for the quantised type at hand, so that its block loop is compiled for that type alone.
+// Calls visit.operator()<type>() for the quantised type at hand, so that its block loop is compiled for that
+// type alone.
 template <typename Visit>
 void with_quantized_type(SourceType type, Visit visit) {
   switch (type) {
-    case SourceType::kQ8_0: return visit.template operator()<SourceType::kQ8_0>();
-    case SourceType::kQ4_0: return visit.template operator()<SourceType::kQ4_0>();
-    case SourceType::kQ4_1: return visit.template operator()<SourceType::kQ4_1>();
-    case SourceType::kQ5_0: return visit.template operator()<SourceType::kQ5_0>();
-    case SourceType::kQ5_1: return visit.template operator()<SourceType::kQ5_1>();
-    case SourceType::kQ4_K: return visit.template operator()<SourceType::kQ4_K>();
-    case SourceType::kQ5_K: return visit.template operator()<SourceType::kQ5_K>();
-    case SourceType::kQ6_K: return visit.template operator()<SourceType::kQ6_K>();
-    case SourceType::kF32: case SourceType::kF16: case SourceType::kBF16: break;
+    case SourceType::kQ8_0:
+      return visit.template operator()<SourceType::kQ8_0>();
+    case SourceType::kQ4_0:
+      return visit.template operator()<SourceType::kQ4_0>();
+    case SourceType::kQ4_1:
+      return visit.template operator()<SourceType::kQ4_1>();
+    case SourceType::kQ5_0:
+      return visit.template operator()<SourceType::kQ5_0>();
+    case SourceType::kQ5_1:
+      return visit.template operator()<SourceType::kQ5_1>();
+    case SourceType::kQ4_K:
+      return visit.template operator()<SourceType::kQ4_K>();
+    case SourceType::kQ5_K:
+      return visit.template operator()<SourceType::kQ5_K>();
+    case SourceType::kQ6_K:
+      return visit.template operator()<SourceType::kQ6_K>();
+    case SourceType::kF32:
+    case SourceType::kF16:
+    case SourceType::kBF16:
+      break;
   }
   throw std::runtime_error("pack: not a quantised source type");
 }
 
 constexpr WeightFormat kLosslessFormats[kNumSourceTypes] = {
-    WeightFormat::kF32,     WeightFormat::kF16,        WeightFormat::kBF16,       WeightFormat::kInt8,
-    WeightFormat::kInt4,    WeightFormat::kInt4Min,    WeightFormat::kInt8,       WeightFormat::kInt8Min,
+    WeightFormat::kF32,        WeightFormat::kF16,        WeightFormat::kBF16,        WeightFormat::kInt8,
+    WeightFormat::kInt4,       WeightFormat::kInt4Min,    WeightFormat::kInt8,        WeightFormat::kInt8Min,
     WeightFormat::kInt4MinF32, WeightFormat::kInt8MinF32, WeightFormat::kInt8Group16,
 };
 
@@ -233,7 +248,8 @@ struct Source {
   int64_t row_index(int64_t row) const {
     if (row >= out_features) return -1;
     const int64_t index = rows ? rows[row] : row;
-    if (index < 0 || index >= out_features) refuse_row(row, "a source row within the matrix, got one outside");
+    if (index < 0 || index >= out_features)
+      refuse_row(row, "a source row within the matrix, got one outside");
     return index;
   }
   const uint8_t* row(int64_t index) const { return data + index * row_bytes; }
@@ -247,14 +263,17 @@ struct TileWriter {
         mins(tile + in_features / info.group_size * kTileColumns * info.scale_bytes),
         quants(tile + tile_header_bytes(format, in_features)) {
     // What follows the scales, up to the quants, is zero in every file.
-    const int64_t used = in_features / info.group_size * kTileColumns * info.scale_bytes * (info.has_min ? 2 : 1);
+    const int64_t used =
+        in_features / info.group_size * kTileColumns * info.scale_bytes * (info.has_min ? 2 : 1);
     std::memset(tile + used, 0, quants - (tile + used));
   }
 
   void put_number(uint8_t* array, int64_t g, int n, float value) const {
     const int64_t at = g * kTileColumns + n;
-    if (info.scale_bytes == 2) store(array + 2 * at, f32_to_f16(value));
-    else store(array + 4 * at, value);
+    if (info.scale_bytes == 2)
+      store(array + 2 * at, f32_to_f16(value));
+    else
+      store(array + 4 * at, value);
   }
 
   void put_group(int64_t g, int n, const uint8_t* q, float scale, float min) const {
@@ -264,7 +283,8 @@ struct TileWriter {
     if (info.bits == 8) {
       for (int c = 0; c < info.group_size / 4; c++) std::memcpy(group + 64 * c, q + 4 * c, 4);
     } else {
-      for (int v = 0; v < 4; v++) store(group + 64 * v, load<uint32_t>(q + 4 * v) | load<uint32_t>(q + 4 * v + 16) << 4);
+      for (int v = 0; v < 4; v++)
+        store(group + 64 * v, load<uint32_t>(q + 4 * v) | load<uint32_t>(q + 4 * v + 16) << 4);
     }
   }
 
@@ -297,8 +317,8 @@ void copy_tile(const TileWriter& tile, const Source& source, int64_t first_row) 
   }
 }
 
-// One value of each of a tile's rows: the quantisers below work on sixteen rows at once, in vector lanes. GCC and
-// Clang split such a vector into what the machine has.
+// One value of each of a tile's rows: the quantisers below work on sixteen rows at once, in vector lanes. GCC
+// and Clang split such a vector into what the machine has.
 typedef float Lanes __attribute__((vector_size(4 * kTileColumns)));
 constexpr int kGroup = 32;
 
@@ -324,10 +344,10 @@ void round_to_scale(Lanes* q, const Lanes* x, const Lanes& scale, float low, flo
   }
 }
 
-// Symmetric int4, q in [-8, 7]. Each candidate puts the value of largest magnitude at another place, then refits the
-// scale to the quants: Σxq / Σqq is the best one for them. The candidate of least squared error stays. 7 is plain
-// absmax, -8 is Q4_0's rule; beyond -8 the extreme value is clipped for the benefit of the others. Scales are judged
-// as f16 holds them.
+// Symmetric int4, q in [-8, 7]. Each candidate puts the value of largest magnitude at another place, then
+// refits the scale to the quants: Σxq / Σqq is the best one for them. The candidate of least squared error
+// stays. 7 is plain absmax, -8 is Q4_0's rule; beyond -8 the extreme value is clipped for the benefit of the
+// others. Scales are judged as f16 holds them.
 void quantize_int4(Lanes* q, Lanes& scale, const Lanes* x) {
   constexpr float kPlaces[] = {7, -7.25f, -7.5f, -7.75f, -8, -8.25f, -8.5f, -8.75f, -9, -9.5f, -10};
   Lanes extreme = {};
@@ -364,14 +384,16 @@ void quantize_int8(Lanes* q, Lanes& scale, const Lanes* x) {
   round_to_scale(q, x, scale, -127, 127);
 }
 
-// Compiled for wider vectors too, and chosen when the program starts. The arithmetic is the same, bit for bit.
-// (GCC takes such a function for one that never throws, so nothing in it may.)
+// Compiled for wider vectors too, and chosen when the program starts. The arithmetic is the same, bit for
+// bit. (GCC takes such a function for one that never throws, so nothing in it may.)
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
 __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 void quantize_group(Lanes* q, Lanes* scale, const Lanes* x, int bits) {
-  if (bits == 4) quantize_int4(q, *scale, x);
-  else quantize_int8(q, *scale, x);
+  if (bits == 4)
+    quantize_int4(q, *scale, x);
+  else
+    quantize_int8(q, *scale, x);
 }
 
 // values: [kTileColumns][in_features] f32.
@@ -386,13 +408,15 @@ void quantize_tile(const TileWriter& tile, const float* values, int64_t in_featu
     for (int n = 0; n < kTileColumns; n++) {
       if (!std::isfinite(scale[n])) refuse_row(first_row + n, kInRange);
       uint8_t quants[kGroup];
-      for (int k = 0; k < kGroup; k++) quants[k] = static_cast<uint8_t>(static_cast<int>(q[k][n]) + tile.info.zero);
+      for (int k = 0; k < kGroup; k++)
+        quants[k] = static_cast<uint8_t>(static_cast<int>(q[k][n]) + tile.info.zero);
       tile.put_group(g, n, quants, scale[n], 0);
     }
   }
 }
 
-void store_float_tile(uint8_t* out, WeightFormat target, const float* values, int64_t in_features, int64_t first_row) {
+void store_float_tile(uint8_t* out, WeightFormat target, const float* values, int64_t in_features,
+                      int64_t first_row) {
   for (int n = 0; n < kTileColumns; n++) {
     for (int64_t k = 0; k < in_features; k++) {
       const float value = values[n * in_features + k];
@@ -448,25 +472,27 @@ void dequantize_row(float* out, SourceType type, const uint8_t* source, int64_t 
       return;
     default:
       with_quantized_type(type, [&]<SourceType quantized>() {
-        dequantize_blocks<quantized>(out, source, num_elements / kSources[static_cast<int>(quantized)].block_elements);
+        dequantize_blocks<quantized>(out, source,
+                                     num_elements / kSources[static_cast<int>(quantized)].block_elements);
       });
   }
 }
 
 void pack_tiles(uint8_t* out, WeightFormat target, SourceType source_type, const uint8_t* source_data,
-                int64_t row_bytes, int64_t out_features, int64_t in_features, const int32_t* rows, float addend,
-                int64_t tile_begin, int64_t tile_end) {
+                int64_t row_bytes, int64_t out_features, int64_t in_features, const int32_t* rows,
+                float addend, int64_t tile_begin, int64_t tile_end) {
   const SourceInfo& info = source_info(source_type);
   const bool to_quants = is_quantized(target);
   const bool is_copy = to_quants && addend == 0 && lossless_format(source_type) == target;
   if (in_features % info.block_elements != 0 || (to_quants && in_features % kActivationGroup != 0)) {
     throw std::runtime_error("pack: in_features: expected a multiple of " +
-                             std::to_string(std::max(info.block_elements, to_quants ? kActivationGroup : 1)) + ", got " +
-                             std::to_string(in_features));
+                             std::to_string(std::max(info.block_elements, to_quants ? kActivationGroup : 1)) +
+                             ", got " + std::to_string(in_features));
   }
   if (to_quants && !is_copy && target != WeightFormat::kInt4 && target != WeightFormat::kInt8) {
-    throw std::runtime_error(std::string("pack: target: expected int4, int8 or a float format for source type ") +
-                             info.name + ", got a format that only holds its own source type");
+    throw std::runtime_error(
+        std::string("pack: target: expected int4, int8 or a float format for source type ") + info.name +
+        ", got a format that only holds its own source type");
   }
 
   const Source source = {source_type, source_data, row_bytes, out_features, in_features, rows};
@@ -475,12 +501,15 @@ void pack_tiles(uint8_t* out, WeightFormat target, SourceType source_type, const
     const int64_t first_row = t * kTileColumns;
     if (is_copy) {
       const TileWriter tile(out, target, in_features);
-      with_quantized_type(source_type, [&]<SourceType quantized>() { copy_tile<quantized>(tile, source, first_row); });
+      with_quantized_type(source_type,
+                          [&]<SourceType quantized>() { copy_tile<quantized>(tile, source, first_row); });
       continue;
     }
     read_rows(values.data(), source, addend, first_row);
-    if (to_quants) quantize_tile(TileWriter(out, target, in_features), values.data(), in_features, first_row);
-    else store_float_tile(out, target, values.data(), in_features, first_row);
+    if (to_quants)
+      quantize_tile(TileWriter(out, target, in_features), values.data(), in_features, first_row);
+    else
+      store_float_tile(out, target, values.data(), in_features, first_row);
   }
 }
 

@@ -68,7 +68,8 @@ void ThreadPool::run_tasks(int num_tasks, Call call, void* context) {
 
   claim_tasks(0);
 
-  // No task is left to claim. Whoever is inside still works on its last one; whoever is not is not waited for.
+  // No task is left to claim. Whoever is inside still works on its last one; whoever is not is not waited
+  // for.
   uint32_t inside = inside_.fetch_and(~kOpen, std::memory_order_acquire) & ~kOpen;
   while (inside != 0) inside = await_change(inside_, inside);
 }
@@ -95,7 +96,8 @@ void ThreadPool::work(int thread) {
 bool ThreadPool::enter() {
   uint32_t inside = inside_.load(std::memory_order_relaxed);
   while ((inside & kOpen) != 0) {
-    if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire, std::memory_order_relaxed)) {
+    if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire,
+                                      std::memory_order_relaxed)) {
       return true;
     }
   }
@@ -103,7 +105,8 @@ bool ThreadPool::enter() {
 }
 
 void ThreadPool::leave() {
-  if (inside_.fetch_sub(1, std::memory_order_release) == 1) inside_.notify_one();  // the caller, once it has closed
+  if (inside_.fetch_sub(1, std::memory_order_release) == 1)
+    inside_.notify_one();  // the caller, once it has closed
 }
 
 }  // namespace motet

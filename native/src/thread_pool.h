@@ -1,5 +1,6 @@
-// A fixed number of threads that share out the tasks of one call at a time. Workers spin for some microseconds after a
-// call, so that the next one of the same step finds them awake, and then sleep: an idle pool burns nothing.
+// A fixed number of threads that share out the tasks of one call at a time. Workers spin for some
+// microseconds after a call, so that the next one of the same step finds them awake, and then sleep: an idle
+// pool burns nothing.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -20,14 +21,16 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls function(task, thread) once for every task in [0, num_tasks), tasks claimed in ascending order, thread in
-  // [0, num_threads); returns when all are done, and then everything they wrote is visible. The function must not
-  // throw (that terminates) nor call run(). One call at a time.
+  // Calls function(task, thread) once for every task in [0, num_tasks), tasks claimed in ascending order,
+  // thread in [0, num_threads); returns when all are done, and then everything they wrote is visible. The
+  // function must not throw (that terminates) nor call run(). One call at a time.
   template <typename Function>
   void run(int num_tasks, Function&& function) {
     using Plain = std::remove_reference_t<Function>;
-    run_tasks(num_tasks, [](void* context, int task, int thread) noexcept { (*static_cast<Plain*>(context))(task, thread); },
-              const_cast<void*>(static_cast<const void*>(std::addressof(function))));
+    const Call call = [](void* context, int task, int thread) noexcept {
+      (*static_cast<Plain*>(context))(task, thread);
+    };
+    run_tasks(num_tasks, call, const_cast<void*>(static_cast<const void*>(std::addressof(function))));
   }
 
  private:
@@ -45,7 +48,8 @@ class ThreadPool {
   Call call_ = nullptr;
   void* context_ = nullptr;
   alignas(64) std::atomic<int64_t> next_task_{0};
-  // How many workers are inside the call; kOpen while more may enter. A worker that wakes late finds the call closed.
+  // How many workers are inside the call; kOpen while more may enter. A worker that wakes late finds the call
+  // closed.
   alignas(64) std::atomic<uint32_t> inside_{0};
   // Grows by one with every call: what idle workers watch.
   alignas(64) std::atomic<uint32_t> generation_{0};

@@ -49,8 +49,9 @@ namespace {
 const Kernels& choose() {
   if (const char* wanted = std::getenv("MOTET_ISA"); wanted != nullptr && *wanted != '\0') {
     if (const Kernels* named = kernels_by_name(wanted)) return *named;
-    throw std::runtime_error("MOTET_ISA: expected an instruction set of this processor (scalar, avx2 or avx512), got " +
-                             std::string(wanted));
+    throw std::runtime_error(
+        "MOTET_ISA: expected an instruction set of this processor (scalar, avx2 or avx512), got " +
+        std::string(wanted));
   }
   for (const char* name : {"avx512", "avx2"}) {
     if (const Kernels* best = kernels_by_name(name)) return *best;

@@ -16,13 +16,20 @@
 
 namespace motet {
 
-// Rows quantised to int8 per group of kActivationGroup input features: x ≈ scale · q.
+// Rows quantised to int8 per group of kActivationGroup input features: x ≈ scale · n, n an integer. One value of a group,
+// its greatest, may have an integer of up to 14 bits, so that an outlier does not cost its 31 neighbours their precision:
+//   n = q for all but the peak;  n = q + 128 · h for the peak, h from −127 to 127.
+// On SmolLM2-135M this brings the divergence from f32 activations down from 0.0037 to 0.0005 nats.
 struct QuantizedRows {
-  int8_t* q;        // [R, K]
-  float* scale;     // [R, K/32]
-  int32_t* sums;    // [R, K/16]  sum of q over each 16 input features
-  int32_t k;        // K, a multiple of 32
+  int8_t* q;             // [R, K]
+  float* scale;          // [R, K/32]
+  int32_t* sums;         // [R, K/16]  sum of n over each 16 input features
+  int32_t* peak_words;   // [R, K/32]  h as a byte at the peak's place among its four input features, the others 0
+  int32_t* peak_chunks;  // [R, K/32]  which four input features of the group those are, 0 to 7
+  int32_t k;             // K, a multiple of 32
 };
+inline constexpr int kPeakShift = 7;            // h counts 128ths
+inline constexpr float kPeakMax = 127 * 128 + 63;  // the greatest |n| of a peak
 
 // The keys and values of one layer in the device arena. A block is one page: kBlockTokens positions, all layers.
 //   keys   at page + k_offset: [numKvHeads, D, kBlockTokens]   (positions innermost: scores of a block in one vector)
@@ -93,12 +100,14 @@ struct SampleResult {
 struct Kernels {
   const char* name;  // "avx512", "avx2", "scalar"
 
-  // x [R, K] (stride ldx) to int8 groups. scale = max|x| / 127, q = round-half-even(x / scale); an all-zero group has scale 0.
+  // x [R, K] (stride ldx) to int8 groups. The peak is the first value of greatest magnitude.
+  //   scale = max(second greatest |x| / 127, greatest |x| / kPeakMax), n = round-half-even(x / scale), h = ⌊(n + 64) / 128⌋
+  // A group that is too small to divide by has scale 0; one with a value that is not finite has scale NaN.
   void (*quantize_rows)(const QuantizedRows& out, const float* x, int64_t ldx, int num_rows);
 
   // y[r][n] = Σ_k x[r][k] · w[n][k] for the tiles [tile_begin, tile_end), integer dot products per group:
-  //   y = fma chain over groups, in order, from 0:  y ← fma(f32(Σ q_w·q_x − zero·Σ q_x), scale_w·scale_x, y), then
-  //   y ← fma(min, scale_x·f32(Σ q_x), y) where the format has a min.
+  //   y = fma chain over groups, in order, from 0:  y ← fma(f32(Σ q_w·n_x − zero·Σ n_x), scale_w·scale_x, y), then
+  //   y ← fma(min, scale_x·f32(Σ n_x), y) where the format has a min.
   // y has room for whole tiles (ldy ≥ 16·numTiles). Quantised formats only.
   void (*matmul_q)(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int num_rows, int tile_begin, int tile_end);
 
@@ -137,8 +146,9 @@ struct Kernels {
   // written); n is N. Columns beyond n are not touched.
   void (*lora_expand)(float* y, int64_t ldy, const float* base, int64_t ldb, const float* s, int64_t lds, const int32_t* rows, const float* weights, int num_rows, int n, const LoraModule& m, int tile_begin, int tile_end);
 
-  // Turns raw logits [vocab] into one token. `logits` is overwritten. The num_top likeliest tokens of the raw distribution
-  // and their logprobs, likeliest first, go to top_ids, top_logprobs. scratch: [vocab] of 8 bytes.
+  // Turns raw logits [vocab] into one token. `logits` stays raw; what is not finite in it is made so. The num_top
+  // likeliest tokens of the raw distribution and their logprobs, likeliest first, go to top_ids, top_logprobs; beyond
+  // the vocabulary −1 and −∞. scratch: [vocab] of 8 bytes.
   SampleResult (*sample)(float* logits, int vocab, const SampleParams& params, int32_t* top_ids, float* top_logprobs, void* scratch);
 };
 

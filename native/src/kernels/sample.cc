@@ -1,7 +1,7 @@
 // From raw logits to one token, in the order of vLLM's sampler: log-probabilities of the raw logits; repetition, then
 // frequency and presence penalties; logit bias; the allowed mask; greedy choice or temperature, min-p, top-k, top-p
-// and a draw. Nothing here sorts the vocabulary: top-k keeps a running threshold, top-p first drops the tail that
-// cannot matter, and both end in a radix select over the few candidates that remain.
+// and a draw. Nothing here sorts the vocabulary: top-k scans with a running threshold, top-p bisects for the octave of
+// weights that holds its border, and a radix select over the few that remain ends both.
 //
 // Ties are broken by the lower id everywhere; top-k keeps exactly k. The draw is the inverse of the cumulative
 // distribution over the kept tokens in order of id, at a uniform number that is a hash of (seed, position).
@@ -19,7 +19,8 @@ constexpr float kLargest = 3.40282347e+38f;
 constexpr float kNone = -__builtin_inff();  // the logit of a token that may not be chosen
 constexpr float kGreedyBelow = 1e-5f;       // temperature; as vLLM's _SAMPLING_EPS
 
-// Sums run in f32 lanes over so many tokens, and in double from run to run: the error does not grow with the vocabulary.
+// Sums go in f32 lanes over a run of so many tokens, and in double from run to run: the error does not grow with the
+// vocabulary.
 constexpr int kRun = 512;
 
 MOTET_INLINE f32x16 finite(f32x16 v) {
@@ -29,23 +30,19 @@ MOTET_INLINE f32x16 finite(f32x16 v) {
 
 float finite(float v) { return v > -kLargest ? (v < kLargest ? v : kLargest) : -kLargest; }
 
-// Logits as finite numbers, in place; a copy of them in `raw`; their maximum.
-float copy_finite(float* raw, float* logits, int n) {
-  f32x16 largest = f32_set1(-kLargest);
+bool all_finite(const float* values, int n) {
+  const f32x16 largest = f32_set1(kLargest);
+  mask16 good = first_n(16);
   int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const f32x16 v = finite(load(logits + i));
-    store(logits + i, v);
-    store(raw + i, v);
-    largest = max(largest, v);
-  }
-  float result = reduce_max(largest);
-  for (; i < n; ++i) {
-    const float v = finite(logits[i]);
-    logits[i] = raw[i] = v;
-    if (v > result) result = v;
-  }
-  return result;
+  for (; i + 16 <= n; i += 16) good = good & (abs(load(values + i)) <= largest);
+  if (i < n) good = good & (abs(load_n(values + i, n - i)) <= largest);
+  return bits(good) == 0xffff;
+}
+
+void make_finite(float* values, int n) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) store(values + i, finite(load(values + i)));
+  for (; i < n; ++i) values[i] = finite(values[i]);
 }
 
 float max_of(const float* values, int n) {
@@ -81,19 +78,27 @@ float sum_run(const float* values, int n) {
   return reduce_add(sum);
 }
 
-// Σ exp(values − maximum).
-double sum_exp(const float* values, int n, float maximum) {
-  const f32x16 shift = f32_set1(maximum);
+// Calls each(begin, end) for the runs of n values and adds up its results.
+template <class Each>
+double sum_over_runs(int n, const Each& each) {
   double total = 0;
   for (int begin = 0; begin < n; begin += kRun) {
     const int end = n - begin < kRun ? n : begin + kRun;
+    total += static_cast<double>(each(begin, end));
+  }
+  return total;
+}
+
+// Σ exp(values − maximum).
+double sum_exp(const float* values, int n, float maximum) {
+  const f32x16 shift = f32_set1(maximum);
+  return sum_over_runs(n, [&](int begin, int end) {
     f32x16 sum = f32_zero();
     int i = begin;
     for (; i + 16 <= end; i += 16) sum = sum + exp(load(values + i) - shift);
     if (i < end) sum = sum + select(first_n(end - i), exp(load_n(values + i, end - i) - shift), f32_zero());
-    total += static_cast<double>(reduce_add(sum));
-  }
-  return total;
+    return reduce_add(sum);
+  });
 }
 
 // Order of preference as unsigned numbers: a higher value gives a higher key, −0 counts as 0.
@@ -104,53 +109,45 @@ uint32_t key_of(float value) {
   return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-// Finds the key at which the sum over the candidates, from the highest key down, reaches `target`, by one byte of the
-// key at a time. `weigh(id)` is a candidate's share of the sum. Writes what the higher keys sum to into `above`.
-template <class Sum, class Weigh>
-uint32_t radix_select(const float* values, const int32_t* ids, int n, Sum target, Sum* above, const Weigh& weigh) {
+// Finds the key at which the sum of the weights, from the highest key down, reaches `target`: one byte of the key after
+// the other. key(i) and weight(i) describe member i of n. Writes what the higher keys sum to into `above`.
+template <class Sum, class Key, class Weight>
+uint32_t radix_select(int n, Sum target, Sum* above, const Key& key, const Weight& weight) {
   uint32_t prefix = 0;
   Sum higher = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     Sum sums[256] = {};
     int members[256] = {};
     for (int i = 0; i < n; ++i) {
-      const uint32_t key = key_of(values[ids[i]]);
-      if (shift < 24 && key >> (shift + 8) != prefix) continue;
-      sums[key >> shift & 255] += weigh(ids[i]);
-      members[key >> shift & 255] += 1;
+      const uint32_t k = key(i);
+      if (shift < 24 && k >> (shift + 8) != prefix) continue;
+      sums[k >> shift & 255] += weight(i);
+      members[k >> shift & 255] += 1;
     }
     // The lowest bin that has members ends the search when rounding keeps the sum from its target.
     int bin = -1;
-    Sum below_bin = higher;
     for (int b = 255; b >= 0; --b) {
       if (members[b] == 0) continue;
-      if (bin >= 0) below_bin += sums[bin];
+      if (bin >= 0) higher += sums[bin];
       bin = b;
-      if (below_bin + sums[b] >= target) break;
+      if (higher + sums[b] >= target) break;
     }
-    higher = below_bin;
     prefix = prefix << 8 | static_cast<uint32_t>(bin);
   }
   *above = higher;
   return prefix;
 }
 
-// Keeps of ids (ascending) those with a key above `key`, and the first `num_ties` of those with that very key.
-int keep_from(const float* values, int32_t* ids, int n, uint32_t key, int num_ties) {
-  int kept = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t own = key_of(values[ids[i]]);
-    if (own < key || (own == key && num_ties-- <= 0)) continue;
-    ids[kept++] = ids[i];
-  }
-  return kept;
-}
-
-// Keeps the k best of n > k candidates, 1 <= k.
+// Keeps the k best of n > k candidates, 1 <= k; ids stay ascending.
 void keep_best(const float* values, int32_t* ids, int n, int k) {
+  const auto key = [&](int i) { return key_of(values[ids[i]]); };
   int above = 0;
-  const uint32_t key = radix_select<int>(values, ids, n, k, &above, [](int32_t) { return 1; });
-  keep_from(values, ids, n, key, k - above);
+  const uint32_t border = radix_select<int>(n, k, &above, key, [](int) { return 1; });
+  int num_ties = k - above, kept = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t own = key(i);
+    if (own > border || (own == border && num_ties-- > 0)) ids[kept++] = ids[i];
+  }
 }
 
 // The ids of the k best values, ascending; fewer when fewer are above kNone. ids has room for n.
@@ -276,167 +273,197 @@ double uniform(uint64_t seed, int32_t position) {
 
 // What makes a logit a weight, relative to the likeliest token's 1; weights below min_p become 0.
 struct Weighting {
-  float maximum, temperature, min_p;
+  float maximum, inverse_temperature, min_p;
   MOTET_INLINE f32x16 of(f32x16 logits) const {
-    const f32x16 w = exp((logits - f32_set1(maximum)) / f32_set1(temperature));
+    const f32x16 w = exp((logits - f32_set1(maximum)) * f32_set1(inverse_temperature));
     return select(w >= f32_set1(min_p), w, f32_zero());
   }
 };
 
-// logits to weights in place, all of them; their sum.
-double weigh_all(float* logits, int n, const Weighting& weighting) {
-  double total = 0;
-  for (int begin = 0; begin < n; begin += kRun) {
-    const int end = n - begin < kRun ? n : begin + kRun;
+// Writes weights; logits may be the same array. Their sum.
+double weigh(float* weights, const float* logits, int n, const Weighting& weighting) {
+  return sum_over_runs(n, [&](int begin, int end) {
     int i = begin;
-    for (; i + 16 <= end; i += 16) store(logits + i, weighting.of(load(logits + i)));
-    if (i < end) store_n(logits + i, weighting.of(load_n(logits + i, end - i)), end - i);
-    total += static_cast<double>(sum_run(logits + begin, end - begin));
-  }
-  return total;
+    for (; i + 16 <= end; i += 16) store(weights + i, weighting.of(load(logits + i)));
+    if (i < end) store_n(weights + i, weighting.of(load_n(logits + i, end - i)), end - i);
+    return sum_run(weights + begin, end - begin);
+  });
 }
 
-// The same for the listed tokens.
-double weigh_listed(float* logits, const int32_t* ids, int n, const Weighting& weighting) {
-  double total = 0;
-  for (int i = 0; i < n; i += 16) {
-    const int count = n - i < 16 ? n - i : 16;
-    float lanes[16] = {};
-    for (int j = 0; j < count; ++j) lanes[j] = logits[ids[i + j]];
-    store(lanes, weighting.of(load(lanes)));
-    for (int j = 0; j < count; ++j) {
-      logits[ids[i + j]] = lanes[j];
-      total += static_cast<double>(lanes[j]);
+// Σ of the weights that are at least `bound`.
+double mass_from(const float* weights, int n, float bound) {
+  const f32x16 lowest = f32_set1(bound);
+  return sum_over_runs(n, [&](int begin, int end) {
+    f32x16 sum = f32_zero();
+    int i = begin;
+    for (; i + 16 <= end; i += 16) {
+      const f32x16 w = load(weights + i);
+      sum = sum + select(w >= lowest, w, f32_zero());
     }
-  }
-  return total;
+    if (i < end) {
+      const f32x16 w = load_n(weights + i, end - i);
+      sum = sum + select(w >= lowest, w, f32_zero());
+    }
+    return reduce_add(sum);
+  });
 }
 
-// Every token whose weight may belong to the nucleus: those left out weigh less than (1 − top_p) · total together.
-int collect_nucleus_candidates(const float* weights, int n, float top_p, double total, int32_t* ids) {
-  const double threshold = 0.5 * (1.0 - static_cast<double>(top_p)) * total / n;
-  const f32x16 lowest = f32_set1(static_cast<float>(threshold));
+// 2^−k for 0 <= k <= 126.
+float power_of_half(int k) {
+  const uint32_t u = static_cast<uint32_t>(127 - k) << 23;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
+// The positive weights in [low, high), in order, to `members`; their number.
+int collect_between(const float* weights, int n, float low, float high, float* members) {
+  const f32x16 lows = f32_set1(low), highs = f32_set1(high);
   int count = 0, i = 0;
   for (; i + 16 <= n; i += 16) {
     const f32x16 w = load(weights + i);
-    for (uint32_t hits = bits(w >= lowest) & bits(w > f32_zero()); hits != 0; hits &= hits - 1)
-      ids[count++] = i + __builtin_ctz(hits);
+    for (uint32_t hits = bits((w >= lows) & (w < highs) & (w > f32_zero())); hits != 0; hits &= hits - 1)
+      members[count++] = weights[i + __builtin_ctz(hits)];
   }
   for (; i < n; ++i) {
-    if (weights[i] >= static_cast<float>(threshold) && weights[i] > 0) ids[count++] = i;
+    if (weights[i] >= low && weights[i] < high && weights[i] > 0) members[count++] = weights[i];
   }
   return count;
 }
 
-// Keeps the smallest set of likeliest tokens that weigh top_p · total together; at least one.
-int keep_nucleus(const float* weights, int32_t* ids, int n, float top_p, double total) {
-  const double target = static_cast<double>(top_p) * total;
+// Zeroes all but the smallest set of likeliest tokens that weigh `target` together; at least one stays. Weights are at
+// most 1, and some is 1. `room` [n] holds the octave of the border meanwhile; without it the search is over them all.
+void keep_nucleus(float* weights, int n, double target, float* room) {
+  const float* members = weights;
+  int num_members = n;
   double above = 0;
-  const uint32_t key = radix_select<double>(weights, ids, n, target, &above,
-                                            [&](int32_t id) { return static_cast<double>(weights[id]); });
-  // Of the tokens that weigh the same at the border, as many as it takes.
-  int num_ties = 0;
-  for (int i = 0; i < n; ++i) {
-    if (key_of(weights[ids[i]]) != key) continue;
-    if (num_ties > 0 && above >= target) break;
-    above += static_cast<double>(weights[ids[i]]);
-    ++num_ties;
+  if (room != nullptr) {
+    int enough = 127, too_few = -1;  // exponents: weights from 2^−enough up reach the target (127: all), too_few do not
+    while (enough - too_few > 1) {
+      const int middle = (enough + too_few) / 2;
+      (mass_from(weights, n, power_of_half(middle)) >= target ? enough : too_few) = middle;
+    }
+    const float low = enough < 127 ? power_of_half(enough) : 0.0f;
+    const float high = too_few >= 0 ? power_of_half(too_few) : 2.0f;
+    above = mass_from(weights, n, high);
+    num_members = collect_between(weights, n, low, high, room);
+    members = room;
   }
-  return keep_from(weights, ids, n, key, num_ties);
+  if (num_members == 0) return;
+  double above_in_octave = 0;
+  const uint32_t key = radix_select<double>(
+      num_members, target - above, &above_in_octave, [&](int i) { return key_of(members[i]); },
+      [&](int i) { return static_cast<double>(members[i]); });
+  const uint32_t border_bits = key & 0x7fffffffu;  // key_of a number that is not negative
+  float border;
+  __builtin_memcpy(&border, &border_bits, 4);
+
+  // Of the tokens that weigh the same at the border, as many as it takes, the first ones.
+  double sum = above + above_in_octave + static_cast<double>(border);
+  int num_ties = 1;
+  for (; sum < target && num_ties < n; ++num_ties) sum += static_cast<double>(border);
+  const f32x16 borders = f32_set1(border);
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f32x16 w = load(weights + i);
+    store(weights + i, select(w >= borders, w, f32_zero()));
+    for (uint32_t hits = bits(w == borders); hits != 0; hits &= hits - 1) {
+      if (--num_ties < 0) weights[i + __builtin_ctz(hits)] = 0;
+    }
+  }
+  for (; i < n; ++i) {
+    if (weights[i] < border || (weights[i] == border && --num_ties < 0)) weights[i] = 0;
+  }
 }
 
-int draw_listed(const float* weights, const int32_t* ids, int n, double u) {
-  double total = 0;
-  for (int i = 0; i < n; ++i) total += static_cast<double>(weights[ids[i]]);
+// The index at which the running sum passes u · total, 0 <= u < 1; the last that has a weight when rounding keeps the
+// sum from it.
+int draw_index(const float* weights, int n, double total, double u) {
   const double target = u * total;
   double sum = 0;
-  int last = ids[0];
-  for (int i = 0; i < n; ++i) {
-    if (!(weights[ids[i]] > 0)) continue;
-    last = ids[i];
-    sum += static_cast<double>(weights[ids[i]]);
-    if (sum > target) break;
-  }
-  return last;
-}
-
-int draw_all(const float* weights, int n, double total, double u) {
-  const double target = u * total;
-  double sum = 0;
-  int last = 0;  // the last token with a weight, for sums that rounding keeps below the target
   for (int begin = 0; begin < n; begin += kRun) {
     const int end = n - begin < kRun ? n : begin + kRun;
     const double run = static_cast<double>(sum_run(weights + begin, end - begin));
-    if (run == 0) continue;
-    const bool here = sum + run > target;
-    double within = sum;
-    sum += run;
-    if (!here && sum < total) continue;
+    if (sum + run <= target) {
+      sum += run;
+      continue;
+    }
+    int last = begin;
     for (int i = begin; i < end; ++i) {
       if (!(weights[i] > 0)) continue;
       last = i;
-      within += static_cast<double>(weights[i]);
-      if (within > target) return i;
+      sum += static_cast<double>(weights[i]);
+      if (sum > target) break;
     }
-    if (here) return last;
+    return last;
   }
+  int last = n - 1;
+  while (last > 0 && !(weights[last] > 0)) --last;
   return last;
 }
 
-// A token by temperature, min-p, top-k and top-p. `logits` has at least one above kNone, and is overwritten.
-int draw(float* logits, int vocab, float maximum, const SampleParams& p, int32_t* ids) {
+// A token by temperature, min-p, top-k and top-p. logits, of which some are above kNone, may be `weights` itself.
+// weights, ids: [vocab], scratch.
+int draw(const float* logits, int vocab, float maximum, const SampleParams& p, float* weights, int32_t* ids) {
   const float min_p = p.min_p > 0 ? (p.min_p < 1.0f ? p.min_p : 1.0f) : 0.0f;  // 1 keeps the likeliest
-  const float top_p = p.top_p > 0 ? p.top_p : 0.0f;                            // 0 keeps one token
-  const Weighting weighting = {maximum, p.temperature, min_p};
-  const bool has_top_p = top_p < 1.0f;
-  const double u = uniform(p.seed, p.position);
-  double total;
-  int count;
-  if (p.top_k > 0 && p.top_k < vocab) {
-    count = collect_best(logits, vocab, p.top_k, ids);
-    total = weigh_listed(logits, ids, count, weighting);
-  } else {
-    total = weigh_all(logits, vocab, weighting);
-    if (!has_top_p) return draw_all(logits, vocab, total, u);
-    count = collect_nucleus_candidates(logits, vocab, top_p, total, ids);
+  const Weighting weighting = {maximum, 1.0f / p.temperature, min_p};
+  const bool has_top_k = p.top_k > 0 && p.top_k < vocab;
+  int n = vocab;
+  if (has_top_k) {  // from here on, index i stands for token ids[i]; i <= ids[i], so that the copy may be in place
+    n = collect_best(logits, vocab, p.top_k, ids);
+    for (int i = 0; i < n; ++i) weights[i] = logits[ids[i]];
+    logits = weights;
   }
-  if (has_top_p) count = keep_nucleus(logits, ids, count, top_p, total);
-  return draw_listed(logits, ids, count, u);
+  double total = weigh(weights, logits, n, weighting);
+  if (p.top_p < 1.0f) {
+    const double share = p.top_p > 0 ? static_cast<double>(p.top_p) : 0.0;  // 0 keeps one token
+    keep_nucleus(weights, n, share * total, has_top_k ? nullptr : reinterpret_cast<float*>(ids));
+    total = mass_from(weights, n, 0.0f);
+  }
+  const int index = draw_index(weights, n, total, uniform(p.seed, p.position));
+  return has_top_k ? ids[index] : index;
 }
 
 }  // namespace
 
 SampleResult sample(float* logits, int vocab, const SampleParams& params, int32_t* top_ids, float* top_logprobs,
                     void* scratch) {
-  float* raw = static_cast<float*>(scratch);
-  int32_t* ids = reinterpret_cast<int32_t*>(raw + vocab);
+  float* work = static_cast<float*>(scratch);
+  int32_t* ids = reinterpret_cast<int32_t*>(work + vocab);
 
-  const float raw_max = copy_finite(raw, logits, vocab);
-  const double log_sum = __builtin_log(sum_exp(raw, vocab, raw_max));
+  if (!all_finite(logits, vocab)) make_finite(logits, vocab);
+  const float raw_max = max_of(logits, vocab);
+  const double log_sum = __builtin_log(sum_exp(logits, vocab, raw_max));
   const auto logprob = [&](int32_t id) {
-    return static_cast<float>(static_cast<double>(raw[id]) - static_cast<double>(raw_max) - log_sum);
+    return static_cast<float>(static_cast<double>(logits[id]) - static_cast<double>(raw_max) - log_sum);
   };
   if (params.num_top > 0) {
-    const int count = collect_best(raw, vocab, params.num_top < vocab ? params.num_top : vocab, ids);
-    sort_best_first(raw, ids, count);
+    const int count = collect_best(logits, vocab, params.num_top < vocab ? params.num_top : vocab, ids);
+    sort_best_first(logits, ids, count);
     for (int i = 0; i < params.num_top; ++i) {
       top_ids[i] = i < count ? ids[i] : -1;
       top_logprobs[i] = i < count ? logprob(ids[i]) : kNone;
     }
   }
 
-  if (has_penalties(params)) apply_penalties(logits, vocab, params, ids);
-  if (params.num_bias > 0) apply_bias(logits, vocab, params);
-  if (params.allowed != nullptr) apply_mask(logits, vocab, params.allowed);
+  const float* changed = logits;
+  float maximum = raw_max;
+  if (has_penalties(params) || params.num_bias > 0 || params.allowed != nullptr) {
+    __builtin_memcpy(work, logits, static_cast<size_t>(vocab) * sizeof(float));
+    if (has_penalties(params)) apply_penalties(work, vocab, params, ids);
+    if (params.num_bias > 0) apply_bias(work, vocab, params);
+    if (params.allowed != nullptr) apply_mask(work, vocab, params.allowed);
+    changed = work;
+    maximum = max_of(work, vocab);
+  }
 
-  const float maximum = max_of(logits, vocab);
   int token;
   if (maximum == kNone) {
-    token = first_index_of(raw, vocab, raw_max);
+    token = first_index_of(logits, vocab, raw_max);
   } else if (!(params.temperature >= kGreedyBelow)) {
-    token = first_index_of(logits, vocab, maximum);
+    token = first_index_of(changed, vocab, maximum);
   } else {
-    token = draw(logits, vocab, maximum, params, ids);
+    token = draw(changed, vocab, maximum, params, work, ids);
   }
   return {token, logprob(token)};
 }

@@ -4,21 +4,25 @@
 //   f32x16, i32x16  sixteen 32-bit lanes        mask16  one truth value per lane
 //   u8x64           sixty-four bytes            always_inline functions only: nothing here reaches the linker
 //
-// Every function gives the same bits on every instruction set, special values included (payloads of NaN aside):
+// Every function gives the same bits on every instruction set, special values included (but payloads of NaN):
 //   - fma rounds once; nothing else is fused.
 //   - max(a, b) is a > b ? a : b and min(a, b) is a < b ? a : b, lane by lane: b where either is NaN.
 //   - reductions add lanes i and i + 8, then i + 4, i + 2, i + 1.
 //   - to_i32 rounds half to even; out of range and NaN give INT32_MIN.
-// Pointers need no alignment. Functions ending in _n touch n lanes only, 0 <= n <= 16; lanes that are not loaded are 0.
+// Pointers need no alignment. Functions ending in _n touch n lanes only, 0 <= n <= 16; lanes not loaded are 0.
 //
 // The backends define, besides what the shared part below builds from them:
 //   f32_zero, f32_set1, load, load_n, store, store_n, operators + - * /, fma, max, min, abs, sqrt, round_even
-//   i32_zero, i32_set1, load_i32, store_i32, operators + - * & | ^, shift_left<n>, shift_right<n> (arithmetic),
-//   to_f32, to_i32, as_f32, as_i32 (bit casts), max, min, load_u8, load_s8 (16 bytes widened), store_s8 (low bytes)
-//   operators < <= > >= == on f32x16 and > == on i32x16 giving mask16; select(mask, if_true, if_false), bits, first_n
+//   i32_zero, i32_set1, load_i32, store_i32, operators + - * & | ^, max, min
+//   shift_left<n>, shift_right<n> (arithmetic)
+//   to_f32, to_i32; as_f32, as_i32 (bit casts)
+//   load_u8, load_s8 (16 bytes widened), store_s8 (the low bytes)
+//   operators < <= > >= == on f32x16 and > == on i32x16 giving mask16; select(mask, if_true, if_false), bits,
+//   first_n
 //   load_f16, load_bf16, store_f16, store_bf16 (round to nearest even)
-//   load_bytes, bytes_word (a 32-bit word in every lane), low_nibbles, high_nibbles,
-//   dot4(acc, u8, s8): acc[i] += Σ_{j<4} u8[4i + j] · s8[4i + j], exact;  dot4_u7: the same, for u8 at most 127
+//   load_bytes, bytes_word (a 32-bit word in every lane), low_nibbles, high_nibbles
+//   dot4(acc, u8, s8): acc[i] += Σ_{j<4} u8[4i + j] · s8[4i + j], exact
+//   dot4_u7: the same, for u8 at most 127
 #pragma once
 #include <cstdint>
 
@@ -37,6 +41,7 @@
 namespace motet::MOTET_ISA {
 
 MOTET_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+MOTET_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 MOTET_INLINE f32x16 neg(f32x16 a) { return as_f32(as_i32(a) ^ i32_set1(INT32_MIN)); }
 
@@ -100,10 +105,10 @@ MOTET_INLINE f32x16 tanh(f32x16 x) {
   p = fma(p, z, f32_set1(-5.37397155531e-2f));
   p = fma(p, z, f32_set1(1.33314422036e-1f));
   p = fma(p, z, f32_set1(-3.33332819422e-1f));
-  const f32x16 near_zero = fma(p * z, x, x);
+  const f32x16 near_zero = fma(p * z, magnitude, magnitude);
   const f32x16 far = f32_set1(1.0f) - f32_set1(2.0f) / (exp(magnitude + magnitude) + f32_set1(1.0f));
-  const f32x16 signed_far = as_f32(as_i32(far) | (as_i32(x) & i32_set1(INT32_MIN)));
-  return select(magnitude < f32_set1(0.625f), near_zero, signed_far);
+  const f32x16 unsigned_tanh = select(magnitude < f32_set1(0.625f), near_zero, far);
+  return as_f32(as_i32(unsigned_tanh) | (as_i32(x) & i32_set1(INT32_MIN)));
 }
 
 }  // namespace motet::MOTET_ISA

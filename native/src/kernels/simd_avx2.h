@@ -1,4 +1,5 @@
-// The backend of simd.h for AVX2 with FMA and F16C: two 256-bit registers a value, lanes 0–7 in `a`, 8–15 in `b`.
+// The backend of simd.h for AVX2 with FMA and F16C: two 256-bit registers a value, lanes 0–7 in `a`, 8–15 in
+// `b`.
 #pragma once
 #include <immintrin.h>
 
@@ -6,10 +7,18 @@
 
 namespace motet::MOTET_ISA {
 
-struct f32x16 { __m256 a, b; };
-struct i32x16 { __m256i a, b; };
-struct u8x64 { __m256i a, b; };
-struct mask16 { __m256 a, b; };  // all ones or all zeros per lane
+struct f32x16 {
+  __m256 a, b;
+};
+struct i32x16 {
+  __m256i a, b;
+};
+struct u8x64 {
+  __m256i a, b;
+};
+struct mask16 {
+  __m256 a, b;
+};  // all ones or all zeros per lane
 
 MOTET_INLINE mask16 first_n(int n) {
   const __m256i count = _mm256_set1_epi32(n);
@@ -19,7 +28,9 @@ MOTET_INLINE mask16 first_n(int n) {
 MOTET_INLINE uint32_t bits(mask16 m) {
   return static_cast<uint32_t>(_mm256_movemask_ps(m.a)) | static_cast<uint32_t>(_mm256_movemask_ps(m.b)) << 8;
 }
-MOTET_INLINE mask16 operator&(mask16 x, mask16 y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
+MOTET_INLINE mask16 operator&(mask16 x, mask16 y) {
+  return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)};
+}
 MOTET_INLINE mask16 operator|(mask16 x, mask16 y) { return {_mm256_or_ps(x.a, y.a), _mm256_or_ps(x.b, y.b)}; }
 
 MOTET_INLINE f32x16 f32_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -27,7 +38,8 @@ MOTET_INLINE f32x16 f32_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_p
 MOTET_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 MOTET_INLINE f32x16 load_n(const float* p, int n) {
   const mask16 m = first_n(n);
-  return {_mm256_maskload_ps(p, _mm256_castps_si256(m.a)), _mm256_maskload_ps(p + 8, _mm256_castps_si256(m.b))};
+  return {_mm256_maskload_ps(p, _mm256_castps_si256(m.a)),
+          _mm256_maskload_ps(p + 8, _mm256_castps_si256(m.b))};
 }
 MOTET_INLINE void store(float* p, f32x16 x) {
   _mm256_storeu_ps(p, x.a);
@@ -39,10 +51,18 @@ MOTET_INLINE void store_n(float* p, f32x16 x, int n) {
   _mm256_maskstore_ps(p + 8, _mm256_castps_si256(m.b), x.b);
 }
 
-MOTET_INLINE f32x16 operator+(f32x16 x, f32x16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-MOTET_INLINE f32x16 operator-(f32x16 x, f32x16 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
-MOTET_INLINE f32x16 operator*(f32x16 x, f32x16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-MOTET_INLINE f32x16 operator/(f32x16 x, f32x16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+MOTET_INLINE f32x16 operator+(f32x16 x, f32x16 y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+MOTET_INLINE f32x16 operator-(f32x16 x, f32x16 y) {
+  return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+}
+MOTET_INLINE f32x16 operator*(f32x16 x, f32x16 y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+MOTET_INLINE f32x16 operator/(f32x16 x, f32x16 y) {
+  return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
 MOTET_INLINE f32x16 fma(f32x16 x, f32x16 y, f32x16 z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
@@ -57,7 +77,8 @@ MOTET_INLINE f32x16 round_even(f32x16 x) {
   return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
           _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-template <int kCompare> MOTET_INLINE mask16 compare(f32x16 x, f32x16 y) {
+template <int kCompare>
+MOTET_INLINE mask16 compare(f32x16 x, f32x16 y) {
   return {_mm256_cmp_ps(x.a, y.a, kCompare), _mm256_cmp_ps(x.b, y.b, kCompare)};
 }
 MOTET_INLINE mask16 operator<(f32x16 x, f32x16 y) { return compare<_CMP_LT_OQ>(x, y); }
@@ -80,27 +101,45 @@ MOTET_INLINE void store_i32(int32_t* p, i32x16 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
 }
-MOTET_INLINE i32x16 operator+(i32x16 x, i32x16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-MOTET_INLINE i32x16 operator-(i32x16 x, i32x16 y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+MOTET_INLINE i32x16 operator+(i32x16 x, i32x16 y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+MOTET_INLINE i32x16 operator-(i32x16 x, i32x16 y) {
+  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+}
 MOTET_INLINE i32x16 operator*(i32x16 x, i32x16 y) {
   return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)};
 }
-MOTET_INLINE i32x16 operator&(i32x16 x, i32x16 y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
-MOTET_INLINE i32x16 operator|(i32x16 x, i32x16 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-MOTET_INLINE i32x16 operator^(i32x16 x, i32x16 y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
-template <int kBits> MOTET_INLINE i32x16 shift_left(i32x16 x) {
+MOTET_INLINE i32x16 operator&(i32x16 x, i32x16 y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+MOTET_INLINE i32x16 operator|(i32x16 x, i32x16 y) {
+  return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};
+}
+MOTET_INLINE i32x16 operator^(i32x16 x, i32x16 y) {
+  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
+}
+template <int kBits>
+MOTET_INLINE i32x16 shift_left(i32x16 x) {
   return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)};
 }
-template <int kBits> MOTET_INLINE i32x16 shift_right(i32x16 x) {
+template <int kBits>
+MOTET_INLINE i32x16 shift_right(i32x16 x) {
   return {_mm256_srai_epi32(x.a, kBits), _mm256_srai_epi32(x.b, kBits)};
 }
-MOTET_INLINE i32x16 max(i32x16 x, i32x16 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
-MOTET_INLINE i32x16 min(i32x16 x, i32x16 y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
+MOTET_INLINE i32x16 max(i32x16 x, i32x16 y) {
+  return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)};
+}
+MOTET_INLINE i32x16 min(i32x16 x, i32x16 y) {
+  return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)};
+}
 MOTET_INLINE mask16 operator>(i32x16 x, i32x16 y) {
-  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(x.a, y.a)), _mm256_castsi256_ps(_mm256_cmpgt_epi32(x.b, y.b))};
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(x.a, y.a)),
+          _mm256_castsi256_ps(_mm256_cmpgt_epi32(x.b, y.b))};
 }
 MOTET_INLINE mask16 operator==(i32x16 x, i32x16 y) {
-  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(x.a, y.a)), _mm256_castsi256_ps(_mm256_cmpeq_epi32(x.b, y.b))};
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(x.a, y.a)),
+          _mm256_castsi256_ps(_mm256_cmpeq_epi32(x.b, y.b))};
 }
 MOTET_INLINE i32x16 select(mask16 m, i32x16 x, i32x16 y) { return as_i32(select(m, as_f32(x), as_f32(y))); }
 
@@ -179,7 +218,8 @@ MOTET_INLINE u8x64 low_nibbles(u8x64 x) {
 }
 MOTET_INLINE u8x64 high_nibbles(u8x64 x) {
   const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
+  return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask),
+          _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
 }
 // vpmaddubsw saturates at 16 bits for u8 above 127, so even and odd bytes are widened and multiplied apart.
 MOTET_INLINE __m256i dot4_half(__m256i acc, __m256i u, __m256i s) {

@@ -10,10 +10,18 @@
 
 namespace motet::MOTET_ISA {
 
-struct f32x16 { __m512 v; };
-struct i32x16 { __m512i v; };
-struct u8x64 { __m512i v; };
-struct mask16 { __mmask16 v; };
+struct f32x16 {
+  __m512 v;
+};
+struct i32x16 {
+  __m512i v;
+};
+struct u8x64 {
+  __m512i v;
+};
+struct mask16 {
+  __mmask16 v;
+};
 
 MOTET_INLINE mask16 first_n(int n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
 MOTET_INLINE uint32_t bits(mask16 m) { return m.v; }
@@ -56,8 +64,14 @@ MOTET_INLINE i32x16 operator*(i32x16 a, i32x16 b) { return {_mm512_mullo_epi32(a
 MOTET_INLINE i32x16 operator&(i32x16 a, i32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 MOTET_INLINE i32x16 operator|(i32x16 a, i32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 MOTET_INLINE i32x16 operator^(i32x16 a, i32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
-template <int kBits> MOTET_INLINE i32x16 shift_left(i32x16 a) { return {_mm512_slli_epi32(a.v, kBits)}; }
-template <int kBits> MOTET_INLINE i32x16 shift_right(i32x16 a) { return {_mm512_srai_epi32(a.v, kBits)}; }
+template <int kBits>
+MOTET_INLINE i32x16 shift_left(i32x16 a) {
+  return {_mm512_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+MOTET_INLINE i32x16 shift_right(i32x16 a) {
+  return {_mm512_srai_epi32(a.v, kBits)};
+}
 MOTET_INLINE i32x16 max(i32x16 a, i32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 MOTET_INLINE i32x16 min(i32x16 a, i32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 MOTET_INLINE mask16 operator>(i32x16 a, i32x16 b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
@@ -86,7 +100,8 @@ MOTET_INLINE f32x16 load_bf16(const void* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 MOTET_INLINE void store_f16(void* p, f32x16 a) {
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(static_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 MOTET_INLINE void store_bf16(void* p, f32x16 a) {  // not vcvtneps2bf16, which flushes denormals
   const __m512i u = _mm512_castps_si512(a.v);

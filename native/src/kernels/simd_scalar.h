@@ -1,22 +1,30 @@
-// The backend of simd.h in plain C++: arrays of sixteen. It is what the other backends are held to, and what runs where
-// nothing better is known; clarity comes before speed.
+// The backend of simd.h in plain C++: arrays of sixteen. It is what the other backends are held to, and what
+// runs where nothing better is known; clarity comes before speed.
 #pragma once
 #include <cstdint>
 
 namespace motet::MOTET_ISA {
 
-struct f32x16 { float v[16]; };
-struct i32x16 { int32_t v[16]; };
-struct u8x64 { uint8_t v[64]; };
-struct mask16 { uint32_t v; };  // bit i is lane i
+struct f32x16 {
+  float v[16];
+};
+struct i32x16 {
+  int32_t v[16];
+};
+struct u8x64 {
+  uint8_t v[64];
+};
+struct mask16 {
+  uint32_t v;
+};  // bit i is lane i
 
 // One result lane from the lanes of the arguments; i is the lane.
-#define MOTET_LANES(Type, expression)                    \
-  Type out;                                              \
-  for (int i = 0; i < 16; ++i) out.v[i] = (expression);  \
+#define MOTET_LANES(Type, expression)                   \
+  Type out;                                             \
+  for (int i = 0; i < 16; ++i) out.v[i] = (expression); \
   return out
-#define MOTET_LANE_BITS(expression)                                                     \
-  mask16 out{0};                                                                        \
+#define MOTET_LANE_BITS(expression)                                                       \
+  mask16 out{0};                                                                          \
   for (int i = 0; i < 16; ++i) out.v |= static_cast<uint32_t>((expression) ? 1 : 0) << i; \
   return out
 
@@ -42,14 +50,18 @@ MOTET_INLINE f32x16 f32_set1(float x) { MOTET_LANES(f32x16, x); }
 MOTET_INLINE f32x16 f32_zero() { return f32_set1(0); }
 MOTET_INLINE f32x16 load(const float* p) { MOTET_LANES(f32x16, p[i]); }
 MOTET_INLINE f32x16 load_n(const float* p, int n) { MOTET_LANES(f32x16, i < n ? p[i] : 0); }
-MOTET_INLINE void store_n(float* p, f32x16 a, int n) { for (int i = 0; i < n; ++i) p[i] = a.v[i]; }
+MOTET_INLINE void store_n(float* p, f32x16 a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = a.v[i];
+}
 MOTET_INLINE void store(float* p, f32x16 a) { store_n(p, a, 16); }
 
 MOTET_INLINE f32x16 operator+(f32x16 a, f32x16 b) { MOTET_LANES(f32x16, a.v[i] + b.v[i]); }
 MOTET_INLINE f32x16 operator-(f32x16 a, f32x16 b) { MOTET_LANES(f32x16, a.v[i] - b.v[i]); }
 MOTET_INLINE f32x16 operator*(f32x16 a, f32x16 b) { MOTET_LANES(f32x16, a.v[i] * b.v[i]); }
 MOTET_INLINE f32x16 operator/(f32x16 a, f32x16 b) { MOTET_LANES(f32x16, a.v[i] / b.v[i]); }
-MOTET_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { MOTET_LANES(f32x16, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
+MOTET_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  MOTET_LANES(f32x16, __builtin_fmaf(a.v[i], b.v[i], c.v[i]));
+}
 MOTET_INLINE f32x16 max(f32x16 a, f32x16 b) { MOTET_LANES(f32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 MOTET_INLINE f32x16 min(f32x16 a, f32x16 b) { MOTET_LANES(f32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 MOTET_INLINE f32x16 abs(f32x16 a) { MOTET_LANES(f32x16, __builtin_fabsf(a.v[i])); }
@@ -60,25 +72,43 @@ MOTET_INLINE mask16 operator<=(f32x16 a, f32x16 b) { MOTET_LANE_BITS(a.v[i] <= b
 MOTET_INLINE mask16 operator>(f32x16 a, f32x16 b) { MOTET_LANE_BITS(a.v[i] > b.v[i]); }
 MOTET_INLINE mask16 operator>=(f32x16 a, f32x16 b) { MOTET_LANE_BITS(a.v[i] >= b.v[i]); }
 MOTET_INLINE mask16 operator==(f32x16 a, f32x16 b) { MOTET_LANE_BITS(a.v[i] == b.v[i]); }
-MOTET_INLINE f32x16 select(mask16 m, f32x16 a, f32x16 b) { MOTET_LANES(f32x16, m.v >> i & 1 ? a.v[i] : b.v[i]); }
+MOTET_INLINE f32x16 select(mask16 m, f32x16 a, f32x16 b) {
+  MOTET_LANES(f32x16, m.v >> i & 1 ? a.v[i] : b.v[i]);
+}
 
 MOTET_INLINE i32x16 i32_set1(int32_t x) { MOTET_LANES(i32x16, x); }
 MOTET_INLINE i32x16 i32_zero() { return i32_set1(0); }
 MOTET_INLINE i32x16 load_i32(const int32_t* p) { MOTET_LANES(i32x16, p[i]); }
-MOTET_INLINE void store_i32(int32_t* p, i32x16 a) { for (int i = 0; i < 16; ++i) p[i] = a.v[i]; }
-MOTET_INLINE i32x16 operator+(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) + unwrap(b.v[i]))); }
-MOTET_INLINE i32x16 operator-(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) - unwrap(b.v[i]))); }
-MOTET_INLINE i32x16 operator*(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) * unwrap(b.v[i]))); }
+MOTET_INLINE void store_i32(int32_t* p, i32x16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = a.v[i];
+}
+MOTET_INLINE i32x16 operator+(i32x16 a, i32x16 b) {
+  MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) + unwrap(b.v[i])));
+}
+MOTET_INLINE i32x16 operator-(i32x16 a, i32x16 b) {
+  MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) - unwrap(b.v[i])));
+}
+MOTET_INLINE i32x16 operator*(i32x16 a, i32x16 b) {
+  MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) * unwrap(b.v[i])));
+}
 MOTET_INLINE i32x16 operator&(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, a.v[i] & b.v[i]); }
 MOTET_INLINE i32x16 operator|(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, a.v[i] | b.v[i]); }
 MOTET_INLINE i32x16 operator^(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, a.v[i] ^ b.v[i]); }
-template <int kBits> MOTET_INLINE i32x16 shift_left(i32x16 a) { MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) << kBits)); }
-template <int kBits> MOTET_INLINE i32x16 shift_right(i32x16 a) { MOTET_LANES(i32x16, a.v[i] >> kBits); }
+template <int kBits>
+MOTET_INLINE i32x16 shift_left(i32x16 a) {
+  MOTET_LANES(i32x16, wrap(unwrap(a.v[i]) << kBits));
+}
+template <int kBits>
+MOTET_INLINE i32x16 shift_right(i32x16 a) {
+  MOTET_LANES(i32x16, a.v[i] >> kBits);
+}
 MOTET_INLINE i32x16 max(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 MOTET_INLINE i32x16 min(i32x16 a, i32x16 b) { MOTET_LANES(i32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 MOTET_INLINE mask16 operator>(i32x16 a, i32x16 b) { MOTET_LANE_BITS(a.v[i] > b.v[i]); }
 MOTET_INLINE mask16 operator==(i32x16 a, i32x16 b) { MOTET_LANE_BITS(a.v[i] == b.v[i]); }
-MOTET_INLINE i32x16 select(mask16 m, i32x16 a, i32x16 b) { MOTET_LANES(i32x16, m.v >> i & 1 ? a.v[i] : b.v[i]); }
+MOTET_INLINE i32x16 select(mask16 m, i32x16 a, i32x16 b) {
+  MOTET_LANES(i32x16, m.v >> i & 1 ? a.v[i] : b.v[i]);
+}
 
 MOTET_INLINE int32_t to_i32_lane(float x) {
   const float whole = __builtin_nearbyintf(x);
@@ -103,9 +133,12 @@ MOTET_INLINE float f16_lane(uint16_t h) {
 }
 MOTET_INLINE uint16_t to_f16_lane(float x) {
   const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));  // NaN, quiet
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and more round to infinity
-  if (magnitude < 0x38800000) {  // below 2^−14: a multiple of 2^−24; adding 0.5 lets the hardware round half to even
+  if (magnitude > 0x7f800000)
+    return static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));  // NaN, quiet
+  if (magnitude >= 0x477ff000)
+    return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and more round to infinity
+  if (magnitude <
+      0x38800000) {  // below 2^−14: a multiple of 2^−24; adding 0.5 lets the hardware round half to even
     return static_cast<uint16_t>(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000));
   }
   const uint32_t odd = magnitude >> 13 & 1;

@@ -20,7 +20,9 @@ struct Tile {
     const int64_t one = k / kInfo.group_size * kScaleStride;
     return (one * (kInfo.has_min ? 2 : 1) + 63) / 64 * 64;
   }
-  MOTET_INLINE static int64_t bytes(int64_t k) { return header_bytes(k) + k / kInfo.group_size * kGroupBytes; }
+  MOTET_INLINE static int64_t bytes(int64_t k) {
+    return header_bytes(k) + k / kInfo.group_size * kGroupBytes;
+  }
 
   MOTET_INLINE Tile(const uint8_t* tile, int64_t k)
       : scales(tile), mins(tile + k / kInfo.group_size * kScaleStride), quants(tile + header_bytes(k)) {}
@@ -48,7 +50,7 @@ MOTET_INLINE void dequantize_group(float* out, const Tile<kFormat>& tile, int64_
   const auto put = [&](int k, i32x16 q) __attribute__((always_inline)) {
     store(out + k * kTileColumns, fma(to_f32((q & mask) - zero), scale, min));
   };
-  const int32_t* words = reinterpret_cast<const int32_t*>(tile.group(g));  // byte 4n + j of a vector: column n
+  const int32_t* words = reinterpret_cast<const int32_t*>(tile.group(g));  // byte 4n + j: column n
   for (int c = 0; c < Tile<kFormat>::kGroupBytes / 64; ++c) {
     const i32x16 word = load_i32(words + 16 * c);
     put(4 * c + 0, word);
@@ -64,20 +66,30 @@ MOTET_INLINE void dequantize_group(float* out, const Tile<kFormat>& tile, int64_
   }
 }
 
-// Calls f with the weight format as a template argument: dispatch_format(format, [&]<WeightFormat kFormat>() {...}).
+// Calls f with the weight format as a template argument.
 template <typename Function>
 MOTET_INLINE void dispatch_format(WeightFormat format, Function&& f) {
   switch (format) {
-    case WeightFormat::kF32: return f.template operator()<WeightFormat::kF32>();
-    case WeightFormat::kF16: return f.template operator()<WeightFormat::kF16>();
-    case WeightFormat::kBF16: return f.template operator()<WeightFormat::kBF16>();
-    case WeightFormat::kInt4: return f.template operator()<WeightFormat::kInt4>();
-    case WeightFormat::kInt4Min: return f.template operator()<WeightFormat::kInt4Min>();
-    case WeightFormat::kInt4MinF32: return f.template operator()<WeightFormat::kInt4MinF32>();
-    case WeightFormat::kInt8: return f.template operator()<WeightFormat::kInt8>();
-    case WeightFormat::kInt8Min: return f.template operator()<WeightFormat::kInt8Min>();
-    case WeightFormat::kInt8MinF32: return f.template operator()<WeightFormat::kInt8MinF32>();
-    case WeightFormat::kInt8Group16: return f.template operator()<WeightFormat::kInt8Group16>();
+    case WeightFormat::kF32:
+      return f.template operator()<WeightFormat::kF32>();
+    case WeightFormat::kF16:
+      return f.template operator()<WeightFormat::kF16>();
+    case WeightFormat::kBF16:
+      return f.template operator()<WeightFormat::kBF16>();
+    case WeightFormat::kInt4:
+      return f.template operator()<WeightFormat::kInt4>();
+    case WeightFormat::kInt4Min:
+      return f.template operator()<WeightFormat::kInt4Min>();
+    case WeightFormat::kInt4MinF32:
+      return f.template operator()<WeightFormat::kInt4MinF32>();
+    case WeightFormat::kInt8:
+      return f.template operator()<WeightFormat::kInt8>();
+    case WeightFormat::kInt8Min:
+      return f.template operator()<WeightFormat::kInt8Min>();
+    case WeightFormat::kInt8MinF32:
+      return f.template operator()<WeightFormat::kInt8MinF32>();
+    case WeightFormat::kInt8Group16:
+      return f.template operator()<WeightFormat::kInt8Group16>();
   }
 }
 

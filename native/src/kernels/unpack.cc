@@ -34,14 +34,16 @@ static void unpack_row_format(float* out, const PackedMatrix& w, int64_t n) {
         q[i] = static_cast<float>((kInfo.bits == 4 ? byte >> 4 * high & 15 : byte) - kInfo.zero);
       }
       for (int i = 0; i < kInfo.group_size; i += 16) {
-        store(out + g * kInfo.group_size + i, fma(load(q + i), f32_set1(scale[column]), f32_set1(min[column])));
+        store(out + g * kInfo.group_size + i,
+              fma(load(q + i), f32_set1(scale[column]), f32_set1(min[column])));
       }
     }
   }
 }
 
 void unpack_row(float* out, const PackedMatrix& w, int32_t n) {
-  dispatch_format(w.format, [&]<WeightFormat kFormat>() __attribute__((always_inline)) { unpack_row_format<kFormat>(out, w, n); });
+  dispatch_format(w.format, [&]<WeightFormat kFormat>()
+                                __attribute__((always_inline)) { unpack_row_format<kFormat>(out, w, n); });
 }
 
 }  // namespace motet::MOTET_ISA

@@ -1,34 +1,36 @@
-// One instruction set's functions: the entries of Kernels (kernels.h has their contracts), each defined in the file of
-// its operation. Everything in a kernel file lives in namespace motet::MOTET_ISA, and none uses inline functions of the
-// standard library: the linker keeps one copy of those, which might be the AVX-512 one.
+// One instruction set's functions: the entries of Kernels (kernels.h has their contracts), each defined in
+// the file of its operation. Everything in a kernel file lives in namespace motet::MOTET_ISA, and none uses
+// inline functions of the standard library: the linker keeps one copy of those, which might be the AVX-512
+// one.
 #pragma once
 #include "kernels.h"
 
 namespace motet::MOTET_ISA {
 
 void quantize_rows(const QuantizedRows& out, const float* x, int64_t ldx, int num_rows);
-void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int num_rows, int tile_begin,
-              int tile_end);
-void matmul_f(float* y, int64_t ldy, const PackedMatrix& w, const float* x, int64_t ldx, int num_rows, int tile_begin,
-              int tile_end);
+void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int num_rows,
+              int tile_begin, int tile_end);
+void matmul_f(float* y, int64_t ldy, const PackedMatrix& w, const float* x, int64_t ldx, int num_rows,
+              int tile_begin, int tile_end);
 void unpack_row(float* out, const PackedMatrix& w, int32_t n);
-void rmsnorm(float* y, int64_t ldy, const float* x, int64_t ldx, const float* weight, int num_rows, int n, float eps);
-void rope(float* x, int64_t ldx, int num_heads, int head_dim, const int32_t* positions, int num_rows, const float* cos,
-          const float* sin);
-void silu_mul(float* out, int64_t ldo, const float* gate, int64_t ldg, const float* up, int64_t ldu, int num_rows,
-              int n);
-void gelu_mul(float* out, int64_t ldo, const float* gate, int64_t ldg, const float* up, int64_t ldu, int num_rows,
-              int n);
+void rmsnorm(float* y, int64_t ldy, const float* x, int64_t ldx, const float* weight, int num_rows, int n,
+             float eps);
+void rope(float* x, int64_t ldx, int num_heads, int head_dim, const int32_t* positions, int num_rows,
+          const float* cos, const float* sin);
+void silu_mul(float* out, int64_t ldo, const float* gate, int64_t ldg, const float* up, int64_t ldu,
+              int num_rows, int n);
+void gelu_mul(float* out, int64_t ldo, const float* gate, int64_t ldg, const float* up, int64_t ldu,
+              int num_rows, int n);
 void add(float* y, const float* x, int64_t n);
 void kv_write(const KvLayer& kv, int32_t page, int32_t position, const float* k, const float* v);
 void attention(const KvLayer& kv, const AttentionJob& job);
 void lora_shrink(float* s, int64_t lds, const float* x, int64_t ldx, const int32_t* rows, int num_rows, int k,
                  const LoraModule& m, int j_begin, int j_end);
 void lora_expand(float* y, int64_t ldy, const float* base, int64_t ldb, const float* s, int64_t lds,
-                 const int32_t* rows, const float* weights, int num_rows, int n, const LoraModule& m, int tile_begin,
-                 int tile_end);
-SampleResult sample(float* logits, int vocab, const SampleParams& params, int32_t* top_ids, float* top_logprobs,
-                    void* scratch);
+                 const int32_t* rows, const float* weights, int num_rows, int n, const LoraModule& m,
+                 int tile_begin, int tile_end);
+SampleResult sample(float* logits, int vocab, const SampleParams& params, int32_t* top_ids,
+                    float* top_logprobs, void* scratch);
 
 extern const Kernels table;
 

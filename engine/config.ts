@@ -1,0 +1,313 @@
+/**
+ * Every setting of the engine, parsed once: flag, environment variable, unit, default, range. A flag wins over its
+ * variable (MOTET_ and the flag's name in upper snake case). Nothing else in the engine reads the environment.
+ */
+import { readFileSync } from 'node:fs';
+import { isIP } from 'node:net';
+import { homedir } from 'node:os';
+import { join } from 'node:path';
+
+export class ConfigError extends Error {
+  override name = 'ConfigError';
+}
+
+interface Setting<T> {
+  /** What --help shows for the value; '' for a switch. */
+  value: string;
+  help: string;
+  /** Turns the text of a flag or variable into its value; throws what it expected. */
+  parse: (text: string) => T;
+  default: T | undefined;
+  /** May be given several times; each adds to a list. */
+  isRepeatable?: boolean;
+}
+
+const text = (value: string, help: string, fallback?: string): Setting<string | null> => ({
+  value,
+  help,
+  parse: (given) => given,
+  default: fallback ?? null,
+});
+
+const oneOf = <const T extends string>(choices: readonly T[], help: string, fallback: T): Setting<T> => ({
+  value: choices.join('|'),
+  help,
+  parse(given) {
+    const choice = choices.find((one) => one === given);
+    if (choice === undefined) throw new ConfigError(`one of ${choices.join(', ')}`);
+    return choice;
+  },
+  default: fallback,
+});
+
+const integer = <T extends number | null>(
+  value: string,
+  help: string,
+  range: [number, number],
+  fallback: T,
+): Setting<number | T> => ({
+  value,
+  help,
+  parse(given) {
+    const number = Number(given);
+    if (!/^\d+$/.test(given) || number < range[0] || number > range[1]) {
+      throw new ConfigError(`an integer from ${range[0]} to ${range[1]}`);
+    }
+    return number;
+  },
+  default: fallback,
+});
+
+const unitBytes: Record<string, number> = {
+  '': 1,
+  KiB: 2 ** 10,
+  MiB: 2 ** 20,
+  GiB: 2 ** 30,
+  kB: 1e3,
+  MB: 1e6,
+  GB: 1e9,
+};
+
+const bytes = (help: string, range: [number, number], fallback: number): Setting<number> => ({
+  value: 'BYTES',
+  help,
+  parse(given) {
+    const [, number, unit] = /^(\d+(?:\.\d+)?) ?([A-Za-z]*)$/.exec(given) ?? [];
+    const size = Math.floor(Number(number) * (unitBytes[unit ?? '-'] ?? Number.NaN));
+    if (!(size >= range[0] && size <= range[1])) {
+      throw new ConfigError(
+        `bytes from ${range[0]} to ${range[1]}, as a number or with KiB, MiB, GiB, kB, MB, GB`,
+      );
+    }
+    return size;
+  },
+  default: fallback,
+});
+
+const toggle = (help: string): Setting<boolean> => ({
+  value: '',
+  help,
+  parse(given) {
+    if (given === '' || given === 'true' || given === '1') return true;
+    if (given === 'false' || given === '0') return false;
+    throw new ConfigError('true or false');
+  },
+  default: false,
+});
+
+const settings = {
+  model: text('PATH', 'base model: a GGUF file, or a folder of safetensors (required)'),
+  'served-name': text('NAME', "the base model's name in the API; default: the file's or folder's name"),
+  host: text('ADDRESS', 'address to listen on', '127.0.0.1'),
+  port: integer('PORT', 'port to listen on; 0 takes a free one', [0, 65_535], 8000),
+  cache: text('DIR', 'where prepared weights are kept; default: motet under $XDG_CACHE_HOME or ~/.cache'),
+  'device-memory': bytes('device arena for KV and adapters', [2 ** 20, 2 ** 46], 2 ** 30),
+  quantization: oneOf(['keep', 'int4', 'int8'], 'weights: as the file has them, or quantised', 'keep'),
+  activations: oneOf(['int8', 'f32'], 'arithmetic: int8 is fast; f32 is for reference', 'int8'),
+  'max-model-len': integer(
+    'TOKENS',
+    "prompt and output of one sequence; default: the model's, if the arena holds it",
+    [16, 2 ** 24],
+    null,
+  ),
+  'max-batch-tokens': integer(
+    'TOKENS',
+    'tokens in one step: bounds how long a step delays the next token',
+    [1, 65_536],
+    256,
+  ),
+  'max-sequences': integer('COUNT', 'sequences in one step', [1, 4096], 64),
+  'max-waiting': integer('COUNT', 'sequences that may wait; more get 429', [0, 65_536], 256),
+  'max-lora-rank': integer('RANK', 'largest rank of an adapter', [1, 4096], 256),
+  threads: integer('COUNT', 'threads of the native core; 0 is one per usable CPU', [0, 1024], 0),
+  adapter: {
+    value: 'NAME=PATH',
+    help: 'an adapter to load at start (repeatable; the variable holds a comma list)',
+    parse(given: string) {
+      const at = given.indexOf('=');
+      if (at < 1 || at === given.length - 1) throw new ConfigError('NAME=PATH');
+      return { name: given.slice(0, at), path: given.slice(at + 1) };
+    },
+    default: undefined,
+    isRepeatable: true,
+  } satisfies Setting<{ name: string; path: string }>,
+  'adapter-root': text(
+    'DIR',
+    'adapters may be loaded from under this folder only; default on loopback: anywhere',
+  ),
+  'api-key-file': text('PATH', 'file of accepted bearer keys, one a line'),
+  insecure: toggle('serve without keys on an address that others reach'),
+  'drain-seconds': integer('SECONDS', 'how long running requests may go on after SIGTERM', [0, 3600], 30),
+  'log-level': oneOf(['fatal', 'error', 'warn', 'info', 'debug'], 'least severe line to log', 'info'),
+} satisfies Record<string, Setting<unknown>>;
+
+type Settings = typeof settings;
+type Flag = keyof Settings;
+
+export interface Config {
+  modelPath: string;
+  servedName: string | null;
+  host: string;
+  port: number;
+  cacheDir: string;
+  deviceMemoryBytes: number;
+  quantization: 'keep' | 'int4' | 'int8';
+  activations: 'int8' | 'f32';
+  maxModelLen: number | null;
+  maxBatchTokens: number;
+  maxSequences: number;
+  maxWaiting: number;
+  maxLoraRank: number;
+  numThreads: number;
+  adapters: { name: string; path: string }[];
+  adapterRoot: string | null;
+  apiKeys: string[] | null;
+  drainSeconds: number;
+  logLevel: string;
+}
+
+/** @returns the configuration, or what --help prints.  @throws ConfigError with one line that says what to change */
+export function parseConfig(
+  args: readonly string[],
+  env: Record<string, string | undefined>,
+): Config | { help: string } {
+  if (args.includes('--help')) return { help: helpText() };
+  const given = readFlags(args);
+  const all = <F extends Flag>(flag: F): ReturnType<Settings[F]['parse']>[] => {
+    const { parse, isRepeatable } = settings[flag] as Setting<unknown>;
+    const name = variableOf(flag);
+    const fromEnv = env[name];
+    const texts =
+      given.get(flag) ?? (fromEnv === undefined ? [] : isRepeatable ? fromEnv.split(',') : [fromEnv]);
+    const source = given.has(flag) ? `--${flag}` : name;
+    return texts.map((value) => {
+      try {
+        return parse(value) as ReturnType<Settings[F]['parse']>;
+      } catch (error) {
+        throw new ConfigError(
+          `${source}: expected ${(error as Error).message}, got ${JSON.stringify(value)}`,
+        );
+      }
+    });
+  };
+  const one = <F extends Flag>(flag: F) =>
+    (all(flag).at(-1) ?? settings[flag].default) as ReturnType<Settings[F]['parse']>;
+
+  const modelPath = one('model');
+  if (modelPath === null) throw new ConfigError('--model: expected the path of a base model, got nothing');
+  const maxBatchTokens = one('max-batch-tokens');
+  const maxSequences = Math.min(one('max-sequences'), maxBatchTokens);
+  if (given.has('max-sequences') && maxSequences < one('max-sequences')) {
+    throw new ConfigError(
+      `--max-sequences: expected at most --max-batch-tokens, which is ${maxBatchTokens}, got ${one('max-sequences')}`,
+    );
+  }
+
+  const host = one('host')!;
+  const isLoopback = host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'));
+  const apiKeyFile = one('api-key-file');
+  const isInsecure = one('insecure');
+  if (!isLoopback && apiKeyFile === null && !isInsecure) {
+    throw new ConfigError(
+      `--host ${host}: expected --api-key-file (or --insecure) beside an address that others reach`,
+    );
+  }
+  const adapterRoot = one('adapter-root');
+  if (!isLoopback && adapterRoot === null) {
+    throw new ConfigError(`--host ${host}: expected --adapter-root beside an address that others reach`);
+  }
+
+  return {
+    modelPath,
+    servedName: one('served-name'),
+    host,
+    port: one('port'),
+    cacheDir: one('cache') ?? join(env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'motet'),
+    deviceMemoryBytes: one('device-memory'),
+    quantization: one('quantization'),
+    activations: one('activations'),
+    maxModelLen: one('max-model-len') as number | null,
+    maxBatchTokens,
+    maxSequences,
+    maxWaiting: one('max-waiting'),
+    maxLoraRank: one('max-lora-rank'),
+    numThreads: one('threads'),
+    adapters: all('adapter'),
+    adapterRoot,
+    apiKeys: apiKeyFile === null ? null : readKeys(apiKeyFile),
+    drainSeconds: one('drain-seconds'),
+    logLevel: one('log-level'),
+  };
+}
+
+/** Flags as given, `--flag value` or `--flag=value`; a switch takes its value only with `=`. */
+function readFlags(args: readonly string[]): Map<Flag, string[]> {
+  const given = new Map<Flag, string[]>();
+  for (let i = 0; i < args.length; i++) {
+    const [, name, inline] = /^--([^=]+)(?:=(.*))?$/s.exec(args[i]!) ?? [];
+    if (name === undefined)
+      throw new ConfigError(`expected a flag, got ${JSON.stringify(args[i])}; --help lists them`);
+    if (!Object.hasOwn(settings, name)) {
+      throw new ConfigError(`--${name}: unknown flag; did you mean --${nearestFlag(name)}? --help lists all`);
+    }
+    const flag = name as Flag;
+    const { value, isRepeatable } = settings[flag] as Setting<unknown>;
+    const text = inline ?? (value === '' ? '' : args[++i]);
+    if (text === undefined) throw new ConfigError(`--${flag}: expected ${value}, got nothing`);
+    if (given.has(flag) && !isRepeatable) throw new ConfigError(`--${flag}: expected once, got it twice`);
+    given.set(flag, [...(given.get(flag) ?? []), text]);
+  }
+  return given;
+}
+
+function readKeys(path: string): string[] {
+  let content: string;
+  try {
+    content = readFileSync(path, 'utf8');
+  } catch (error) {
+    throw new ConfigError(
+      `--api-key-file: expected a readable file, got ${(error as NodeJS.ErrnoException).code}`,
+    );
+  }
+  const keys = content
+    .split('\n')
+    .map((line) => line.trim())
+    .filter((line) => line !== '');
+  if (keys.length === 0)
+    throw new ConfigError('--api-key-file: expected at least one key, got an empty file');
+  return keys;
+}
+
+function variableOf(flag: string): string {
+  return `MOTET_${flag.toUpperCase().replaceAll('-', '_')}`;
+}
+
+function helpText(): string {
+  const lines = Object.entries(settings as Record<string, Setting<unknown>>).map(([flag, setting]) => {
+    const { value, help, default: fallback } = setting;
+    const left = `  --${flag}${value && ` ${value}`}`;
+    const note =
+      fallback === undefined || fallback === null || fallback === false ? '' : ` (default ${fallback})`;
+    return `${left.padEnd(36)} ${help}${note}`;
+  });
+  return `Serves one base model and any number of LoRA adapters over OpenAI's API.\n\n${lines.join('\n')}\n
+Each setting may also be given as a variable: --max-waiting is ${variableOf('max-waiting')}. A flag wins.\n`;
+}
+
+function nearestFlag(name: string): string {
+  const flags = [...Object.keys(settings), 'help'];
+  return flags.reduce((best, flag) => (editDistance(name, flag) < editDistance(name, best) ? flag : best));
+}
+
+/** Levenshtein: letters to insert, delete or replace. */
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) {
+      next.push(Math.min(row[j]! + 1, next[j - 1]! + 1, row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1)));
+    }
+    row = next;
+  }
+  return row[b.length]!;
+}

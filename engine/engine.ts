@@ -1,0 +1,578 @@
+/**
+ * The step loop: reap what ended, schedule, run, append, emit. The text of step n is made and sent while step n + 1
+ * runs; only what the next plan depends on (the tokens themselves, end tokens, lengths) is decided in between.
+ *
+ * A sequence that ends while a step has it (cancelled, or its stop string found) keeps its blocks until that step is
+ * over. Sequences enter only when they fit into the arena alone beside the loaded adapters, and loads leave that much
+ * for KV, so the oldest sequence can always go on and preemption never loops.
+ */
+import type { Logger } from 'pino';
+import type { Runtime, StepResult } from '../native/index.ts';
+import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
+import type { Arena } from './arena.ts';
+import { BatchLayout } from './batch.ts';
+import { EngineError, InvariantError } from './errors.ts';
+import type { EngineMetrics } from './metrics.ts';
+import type { SamplingParams } from './sampling.ts';
+import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';
+import { blocksFor, Sequence } from './sequence.ts';
+import { type FinishReason, StopStrings, stopAtToken } from './stop.ts';
+
+/** Ids to text, piece by piece; a piece never ends inside a character. */
+export interface Detokenizer {
+  push(tokenId: number): string;
+  flush(): string;
+}
+
+export interface EngineLimits {
+  /** Prompt and output of one sequence. */
+  maxModelLen: number;
+  maxBatchTokens: number;
+  maxSequences: number;
+  /** Sequences that wait beyond those that have a seat. */
+  maxWaiting: number;
+}
+
+export interface EngineOptions {
+  runtime: Runtime;
+  arena: Arena;
+  limits: EngineLimits;
+  eosTokenIds: ReadonlySet<number>;
+  createDetokenizer: (options: { skipSpecialTokens: boolean }) => Detokenizer;
+  metrics: EngineMetrics;
+  log: Logger;
+  /** Milliseconds, never going back. */
+  now: () => number;
+  /** Our own books are broken: the process must end. */
+  onFatal: (error: unknown) => void;
+}
+
+/** One drawn token with its alternatives, when logprobs were asked for. */
+export interface TokenLogprobs {
+  tokenId: number;
+  logprob: number;
+  topIds: Int32Array;
+  topLogprobs: Float32Array;
+}
+
+/** What a sequence has to say after a step. The last one carries finishReason. */
+export interface SequenceOutput {
+  /** May be empty: text is held back inside a character or a possible stop string. */
+  text: string;
+  logprobs: TokenLogprobs | null;
+  finishReason: FinishReason | null;
+  /** The stop string or the client's stop token that ended it; null otherwise. */
+  stopReason: string | number | null;
+  /** Set when finishReason is `error`. */
+  error: EngineError | null;
+}
+
+export interface SequenceRequest {
+  promptTokens: ArrayLike<number>;
+  params: SamplingParams;
+  adapter: Adapter | null;
+  /** Called once per token, and once at the end; never after that. Must not throw. */
+  onOutput: (output: SequenceOutput) => void;
+}
+
+/** A sequence that the engine holds, and what only the engine needs to know of it. */
+interface Live {
+  sequence: Sequence;
+  request: SequenceRequest;
+  /** The client named no maximum: it ends by `length` when the arena has no more for it. */
+  isOpenEnded: boolean;
+  /** The last word was said. */
+  isTold: boolean;
+  detokenizer: Detokenizer;
+  stopStrings: StopStrings;
+  /** Decided by tokens; told once the text is out. */
+  tokenStop: { finishReason: FinishReason; stopReason: number | null } | null;
+  arrivedMs: number;
+  scheduledMs: number | null;
+  firstTokenMs: number | null;
+  lastTokenMs: number | null;
+  sumLogprobs: number;
+}
+
+/** A token that was drawn and not yet told. */
+interface Drawn {
+  live: Live;
+  tokenId: number;
+  logprobs: TokenLogprobs | null;
+}
+
+export interface SequenceHandle {
+  readonly sequence: Sequence;
+  /** Mean logprob of its output tokens; 0 without any. */
+  readonly meanLogprob: number;
+  /** Ends it with `abort`; its blocks are back before the next step. Does nothing when it has ended. */
+  cancel(): void;
+}
+
+export class Engine {
+  readonly #options: EngineOptions;
+  readonly #layout: BatchLayout;
+  readonly #live = new Map<Sequence, Live>();
+  readonly #waiting: Sequence[] = [];
+  readonly #running: Sequence[] = [];
+  readonly #sampled: Sequence[] = [];
+  #drawn: Drawn[] = [];
+  /** When sequences ended, the latest last; for the pace. */
+  readonly #finishedMs: number[] = [];
+  #tiers: AdapterTiers | null = null;
+  #nextId = 1;
+  #wake: (() => void) | null = null;
+  #onIdle: (() => void) | null = null;
+  #isDraining = false;
+  #isClosed = false;
+  #loop: Promise<void> | null = null;
+
+  constructor(options: EngineOptions) {
+    this.#options = options;
+    this.#layout = new BatchLayout(options.limits, options.eosTokenIds);
+  }
+
+  /** The tiers need the engine (pages to keep) and the engine the tiers (pages wanted): this closes the circle. */
+  start(tiers: AdapterTiers): void {
+    this.#tiers = tiers;
+    this.#loop = this.#run().catch((error) => this.#options.onFatal(error));
+  }
+
+  get numRunning(): number {
+    return this.#running.length;
+  }
+
+  get numWaiting(): number {
+    return this.#waiting.length;
+  }
+
+  get maxModelLen(): number {
+    return this.#options.limits.maxModelLen;
+  }
+
+  get isDraining(): boolean {
+    return this.#isDraining;
+  }
+
+  get waitingAdapterKeys(): Iterable<string> {
+    return this.#waiting.map((sequence) => sequence.adapterKey);
+  }
+
+  /** Most tokens, prompt and output, that one sequence may have now beside the loaded adapters. */
+  get maxTokensOfOne(): number {
+    const { arena, runtime, limits } = this.#options;
+    return Math.min(limits.maxModelLen, (arena.numPages - arena.numUsed('adapter')) * runtime.blockTokens);
+  }
+
+  /** Pages that the largest live sequence may come to need. */
+  numPagesKept(): number {
+    let most = 0;
+    for (const { sequence, isOpenEnded } of this.#live.values()) {
+      most = Math.max(most, isOpenEnded ? sequence.numTokens + 1 : sequence.maxTotalTokens);
+    }
+    return blocksFor(most, this.#options.runtime.blockTokens);
+  }
+
+  /**
+   * Takes in sequences that belong together (the choices of one request): all or none.
+   * @throws EngineError context_length_exceeded, arena_full, overloaded, draining
+   */
+  add(requests: readonly SequenceRequest[]): SequenceHandle[] {
+    const { limits, now } = this.#options;
+    if (this.#isDraining || this.#isClosed) {
+      throw new EngineError('draining', 'the engine is draining; another replica takes new requests', {
+        retryAfterSeconds: 5,
+      });
+    }
+    const totals = requests.map((request) => this.#totalTokens(request));
+    const numSeats = limits.maxWaiting + limits.maxSequences - this.#running.length;
+    if (this.#waiting.length + requests.length > numSeats) {
+      this.#options.metrics.rejected.inc();
+      throw new EngineError(
+        'overloaded',
+        `${this.#waiting.length} sequences wait already, and the queue holds ${limits.maxWaiting}; retry later`,
+        { retryAfterSeconds: this.#retryAfterSeconds() },
+      );
+    }
+    const handles = requests.map((request, index) => {
+      const sequence = new Sequence({
+        id: this.#nextId++,
+        promptTokens: request.promptTokens,
+        maxTotalTokens: totals[index]!,
+        params: request.params,
+        adapters: request.adapter ? [{ handle: request.adapter.handle, weight: 1 }] : [],
+        adapterKey: request.adapter?.digest ?? '',
+      });
+      if (request.adapter) this.#tiers!.acquire(request.adapter);
+      const live: Live = {
+        sequence,
+        request,
+        isOpenEnded: request.params.maxTokens === null,
+        isTold: false,
+        detokenizer: this.#options.createDetokenizer(request.params),
+        stopStrings: new StopStrings(request.params.stopStrings, request.params.includeStop),
+        tokenStop: null,
+        arrivedMs: now(),
+        scheduledMs: null,
+        firstTokenMs: null,
+        lastTokenMs: null,
+        sumLogprobs: 0,
+      };
+      this.#live.set(sequence, live);
+      this.#waiting.push(sequence);
+      return {
+        sequence,
+        get meanLogprob() {
+          return live.sumLogprobs / Math.max(1, sequence.numOutputTokens);
+        },
+        cancel: () => this.#finish(live, 'abort'),
+      };
+    });
+    this.wake();
+    return handles;
+  }
+
+  /** Looks for work again: something changed. */
+  wake(): void {
+    this.#wake?.();
+    this.#wake = null;
+  }
+
+  /** Refuses new sequences, waits for those it has, and ends what is left after timeoutMs. */
+  async drain(timeoutMs: number): Promise<void> {
+    this.#isDraining = true;
+    if (this.#live.size === 0) return;
+    await new Promise<void>((resolve) => {
+      const timer = setTimeout(resolve, timeoutMs);
+      this.#onIdle = () => {
+        clearTimeout(timer);
+        resolve();
+      };
+    });
+    const error = new EngineError('draining', 'the engine stopped before this request was done');
+    for (const live of [...this.#live.values()]) this.#finish(live, 'error', null, error);
+  }
+
+  /** Ends everything; resolves when no step runs any more. The runtime may be closed after that. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    this.#isDraining = true;
+    for (const live of [...this.#live.values()]) this.#finish(live, 'abort');
+    this.wake();
+    await this.#loop;
+  }
+
+  async #run(): Promise<void> {
+    while (!this.#isClosed) {
+      this.#reap();
+      const plan = this.#plan();
+      if (plan.chunks.length > 0) {
+        this.#carryOut(plan);
+        await this.#step(plan.chunks);
+      } else if (this.#drawn.length > 0) {
+        this.#emit();
+      } else if (plan.preempted.length > 0) {
+        this.#endAtArenaLimit(plan.preempted);
+      } else if (this.#waiting.length > 0) {
+        throw new InvariantError('a sequence waits that does not fit into the arena alone');
+      } else {
+        if (this.#live.size === 0) this.#onIdle?.();
+        await new Promise<void>((resolve) => {
+          this.#wake = resolve;
+        });
+      }
+    }
+    this.#emit();
+    this.#reap();
+  }
+
+  async #step(chunks: readonly Chunk[]): Promise<void> {
+    const { runtime, metrics, now } = this.#options;
+    const beginMs = now();
+    let step: Promise<StepResult>;
+    try {
+      step = runtime.step(this.#layout.lay(chunks, this.#sampled));
+    } catch (error) {
+      return this.#failStep(chunks, error);
+    }
+    // The thread is ours while the step runs on others: tell the last step's tokens now. Were this to throw, blocks must
+    // not go back under the running step; so it is not caught below, and the process ends.
+    this.#emit();
+    let result: StepResult;
+    try {
+      result = await step;
+    } catch (error) {
+      if (isClosedError(error)) throw error;
+      return this.#failStep(chunks, error);
+    }
+    this.#append(chunks, result);
+    const numTokens = chunks.reduce((sum, chunk) => sum + chunk.numTokens, 0);
+    metrics.observeStep((now() - beginMs) / 1000, chunks.length, numTokens);
+  }
+
+  /** Gives back the blocks of sequences that ended. Never runs while a step has them. */
+  #reap(): void {
+    let numLeft = 0;
+    for (const sequence of this.#running) {
+      if (sequence.isFinished) this.#dispose(sequence);
+      else this.#running[numLeft++] = sequence;
+    }
+    if (numLeft === this.#running.length) return;
+    this.#running.length = numLeft;
+    this.#tiers!.servePageWaiters();
+  }
+
+  #plan(): SchedulePlan {
+    const { arena, runtime, limits } = this.#options;
+    this.#tiers!.servePageWaiters();
+    return schedule({
+      waiting: this.#waiting,
+      running: this.#running,
+      numFreePages: arena.numFree,
+      numWantedPages: this.#tiers!.numWantedPages,
+      blockSizeTokens: runtime.blockTokens,
+      maxBatchTokens: limits.maxBatchTokens,
+      maxSequences: limits.maxSequences,
+    });
+  }
+
+  #carryOut(plan: SchedulePlan): void {
+    const { arena, metrics, now } = this.#options;
+    for (const sequence of plan.preempted) {
+      this.#giveBackBlocks(sequence);
+      sequence.status = 'waiting';
+      sequence.wasPreempted = true;
+      this.#running.splice(this.#running.indexOf(sequence), 1);
+      this.#waiting.unshift(sequence);
+      metrics.preemptions.inc();
+    }
+    for (const sequence of plan.passedOver) sequence.numPassedOver++;
+    for (const sequence of plan.admitted) {
+      this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
+      this.#running.push(sequence);
+      sequence.status = 'running';
+      const live = this.#live.get(sequence)!;
+      live.scheduledMs ??= now();
+    }
+    for (const { sequence, numNewBlocks } of plan.chunks) {
+      if (numNewBlocks === 0) continue;
+      const table = sequence.roomForBlocks(numNewBlocks);
+      if (!arena.take('kv', numNewBlocks, table, sequence.numBlocks)) {
+        throw new InvariantError(`the plan takes ${numNewBlocks} pages, ${arena.numFree} are free`);
+      }
+      sequence.numBlocks += numNewBlocks;
+    }
+  }
+
+  /** After a step: KV is there, drawn tokens are appended, and tokens that end a sequence end it. */
+  #append(chunks: readonly Chunk[], result: StepResult): void {
+    const { metrics, eosTokenIds, now } = this.#options;
+    for (const { sequence, numTokens } of chunks) sequence.numComputedTokens += numTokens;
+    const topWidth = this.#sampled.length === 0 ? 0 : result.topIds.length / this.#sampled.length;
+    const nowMs = now();
+    for (let i = 0; i < this.#sampled.length; i++) {
+      const sequence = this.#sampled[i]!;
+      if (sequence.isFinished) continue;
+      const live = this.#live.get(sequence)!;
+      const tokenId = result.tokens[i]!;
+      sequence.appendToken(tokenId);
+      live.sumLogprobs += result.logprobs[i]!;
+      live.tokenStop = stopAtToken(
+        tokenId,
+        sequence.numOutputTokens,
+        sequence.maxTotalTokens - sequence.numPromptTokens,
+        sequence.params,
+        eosTokenIds,
+      );
+      // Out of the next plan; #emit tells the last text and the reason.
+      if (live.tokenStop) sequence.status = 'finished';
+      this.#drawn.push({ live, tokenId, logprobs: logprobsOf(sequence, tokenId, result, i, topWidth) });
+
+      if (live.firstTokenMs === null) {
+        live.firstTokenMs = nowMs;
+        metrics.timeToFirstToken.observe((nowMs - live.arrivedMs) / 1000);
+      } else {
+        metrics.interTokenLatency.observe((nowMs - live.lastTokenMs!) / 1000);
+      }
+      live.lastTokenMs = nowMs;
+      metrics.generationTokens.inc();
+    }
+  }
+
+  /** Tells what the last step drew: text, stop strings, ends. */
+  #emit(): void {
+    if (this.#drawn.length === 0) return;
+    const drawn = this.#drawn;
+    this.#drawn = [];
+    for (const { live, tokenId, logprobs } of drawn) {
+      const { sequence, tokenStop } = live;
+      if (live.isTold) continue;
+      const isEndToken = tokenStop?.finishReason === 'stop';
+      let piece = isEndToken && !sequence.params.includeStop ? '' : live.detokenizer.push(tokenId);
+      if (tokenStop) piece += live.detokenizer.flush();
+      const maySearch = sequence.numOutputTokens > sequence.params.minTokens;
+      const stop = maySearch ? live.stopStrings.push(piece) : { text: piece, found: null };
+      if (stop.found !== null) {
+        this.#finish(live, 'stop', { text: stop.text, logprobs, stopReason: stop.found });
+      } else if (tokenStop) {
+        const text = stop.text + live.stopStrings.flush();
+        this.#finish(live, tokenStop.finishReason, { text, logprobs, stopReason: tokenStop.stopReason });
+      } else {
+        this.#say(live, {
+          text: stop.text,
+          logprobs,
+          finishReason: null,
+          stopReason: null,
+          error: null,
+        });
+      }
+    }
+  }
+
+  /** Native refused the step: its sequences fail, the engine goes on. */
+  #failStep(chunks: readonly Chunk[], cause: unknown): void {
+    this.#options.log.error({ err: cause, numSequences: chunks.length }, 'step failed');
+    const error = new EngineError('step_failed', 'the step that computed this request failed', { cause });
+    for (const { sequence } of chunks) this.#finish(this.#live.get(sequence)!, 'error', null, error);
+  }
+
+  /** The one running sequence has the whole arena and needs more. Only an open-ended one may come here. */
+  #endAtArenaLimit(preempted: readonly Sequence[]): void {
+    const live = this.#live.get(preempted[0]!)!;
+    if (preempted.length > 1 || this.#running.length > 1 || !live.isOpenEnded) {
+      throw new InvariantError('every running sequence was preempted, and none can run');
+    }
+    const text = live.stopStrings.push(live.detokenizer.flush()).text + live.stopStrings.flush();
+    this.#finish(live, 'length', { text, logprobs: null, stopReason: null });
+  }
+
+  /** Says the last word of a sequence. A waiting one is let go at once, a running one before the next step. */
+  #finish(
+    live: Live,
+    finishReason: FinishReason,
+    last: { text: string; logprobs: TokenLogprobs | null; stopReason: string | number | null } | null = null,
+    error: EngineError | null = null,
+  ): void {
+    if (live.isTold) return;
+    live.isTold = true;
+    const { sequence } = live;
+    const wasWaiting = sequence.status === 'waiting';
+    sequence.status = 'finished';
+    sequence.finishReason = finishReason;
+    if (wasWaiting) {
+      this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
+      this.#dispose(sequence);
+    }
+    this.#observeEnd(live, finishReason);
+    this.#say(live, {
+      text: last?.text ?? '',
+      logprobs: last?.logprobs ?? null,
+      finishReason,
+      stopReason: last?.stopReason ?? null,
+      error,
+    });
+    this.wake();
+  }
+
+  /** A listener that throws ends its own sequence. The step that runs now must not hear of it. */
+  #say(live: Live, output: SequenceOutput): void {
+    try {
+      live.request.onOutput(output);
+    } catch (error) {
+      this.#options.log.error({ err: error, sequence: live.sequence.id }, 'output listener threw');
+      live.isTold = true;
+      live.sequence.status = 'finished';
+    }
+  }
+
+  /** Blocks and adapter go back. Once per sequence, and never while a step has it. */
+  #dispose(sequence: Sequence): void {
+    const live = this.#live.get(sequence);
+    if (!live) throw new InvariantError(`sequence ${sequence.id} let go twice`);
+    this.#live.delete(sequence);
+    this.#giveBackBlocks(sequence);
+    if (live.request.adapter) this.#tiers!.release(live.request.adapter);
+  }
+
+  #giveBackBlocks(sequence: Sequence): void {
+    this.#options.arena.giveBack('kv', sequence.blocks.subarray(0, sequence.numBlocks));
+    sequence.numBlocks = 0;
+    sequence.numComputedTokens = 0;
+  }
+
+  /** Prompt and most output tokens of a request, checked against the context and the arena. */
+  #totalTokens({ promptTokens, params }: SequenceRequest): number {
+    const { maxModelLen } = this.#options.limits;
+    const numPrompt = promptTokens.length;
+    if (numPrompt === 0) {
+      throw new EngineError('invalid_value', 'prompt: expected at least one token, got none', {
+        param: 'prompt',
+      });
+    }
+    const numWanted = numPrompt + (params.maxTokens ?? 1);
+    if (numWanted > maxModelLen) {
+      const isPromptAlone = numPrompt >= maxModelLen;
+      const output = isPromptAlone ? '' : ` and max_tokens asks for ${params.maxTokens} more`;
+      throw new EngineError(
+        'context_length_exceeded',
+        `This model's maximum context length is ${maxModelLen} tokens, but the prompt has ${numPrompt} tokens${output}.`,
+        { param: isPromptAlone ? 'prompt' : 'max_tokens' },
+      );
+    }
+    if (numWanted > this.maxTokensOfOne) {
+      throw new EngineError(
+        'arena_full',
+        `the request needs room for ${numWanted} tokens, and the device arena has room for ${this.maxTokensOfOne} ` +
+          'beside the loaded adapters; ask for less, unload an adapter, or give the engine more --device-memory',
+      );
+    }
+    return params.maxTokens === null ? maxModelLen : numWanted;
+  }
+
+  /** How long the queue takes at the pace of the last sequences that ended, in whole seconds from 1 to 60. */
+  #retryAfterSeconds(): number {
+    const ended = this.#finishedMs;
+    if (ended.length < 2) return 1;
+    const msPerSequence = (this.#options.now() - ended[0]!) / ended.length;
+    return Math.min(60, Math.max(1, Math.ceil((this.#waiting.length * msPerSequence) / 1000)));
+  }
+
+  #observeEnd(live: Live, finishReason: FinishReason): void {
+    const { metrics, now } = this.#options;
+    const { sequence, arrivedMs, scheduledMs, firstTokenMs, lastTokenMs } = live;
+    const nowMs = now();
+    this.#finishedMs.push(nowMs);
+    if (this.#finishedMs.length > 32) this.#finishedMs.shift();
+    metrics.observeSequence({
+      finishReason,
+      numPromptTokens: sequence.numPromptTokens,
+      numOutputTokens: sequence.numOutputTokens,
+      queueSeconds: scheduledMs === null ? null : (scheduledMs - arrivedMs) / 1000,
+      prefillSeconds: firstTokenMs === null ? null : (firstTokenMs - scheduledMs!) / 1000,
+      decodeSeconds: firstTokenMs === null ? null : (lastTokenMs! - firstTokenMs) / 1000,
+      totalSeconds: (nowMs - arrivedMs) / 1000,
+    });
+  }
+}
+
+function logprobsOf(
+  sequence: Sequence,
+  tokenId: number,
+  result: StepResult,
+  sample: number,
+  width: number,
+): TokenLogprobs | null {
+  const { numLogprobs } = sequence.params;
+  if (numLogprobs === null) return null;
+  const begin = sample * width;
+  return {
+    tokenId,
+    logprob: result.logprobs[sample]!,
+    topIds: result.topIds.slice(begin, begin + numLogprobs),
+    topLogprobs: result.topLogprobs.slice(begin, begin + numLogprobs),
+  };
+}
+
+function isClosedError(error: unknown): boolean {
+  return error instanceof Error && (error as { code?: unknown }).code === 'closed';
+}

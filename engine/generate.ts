@@ -1,0 +1,224 @@
+/**
+ * From a parsed request to sequences and back: names an adapter, makes tokens, adds all choices at once, and collects
+ * or forwards what they say. Knows no HTTP.
+ */
+import { setImmediate as nextTurn } from 'node:timers/promises';
+import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
+import type {
+  Detokenizer,
+  Engine,
+  SequenceHandle,
+  SequenceOutput,
+  SequenceRequest,
+  TokenLogprobs,
+} from './engine.ts';
+import { EngineError } from './errors.ts';
+import type { ChatMessage, ChatRequest, CompletionRequest } from './openai.ts';
+import { type Choice, type TokenNames, type Usage, usageOf } from './openai-reply.ts';
+import { seedOfChoice } from './sampling.ts';
+
+/** The base model's text side. */
+export interface TextModel extends TokenNames {
+  readonly vocabSize: number;
+  readonly eosTokenIds: ReadonlySet<number>;
+  encode(text: string, options: { addSpecialTokens: boolean }): ArrayLike<number>;
+  decode(tokenIds: ArrayLike<number>, options: { skipSpecialTokens: boolean }): string;
+  createDetokenizer(options: { skipSpecialTokens: boolean }): Detokenizer;
+  /** Prompt text of a conversation; throws when the model has no template or the template refuses. */
+  renderChat(
+    messages: readonly ChatMessage[],
+    options: { tools: unknown[] | null; addGenerationPrompt: boolean; variables: Record<string, unknown> },
+  ): string;
+}
+
+export interface ServedModel {
+  baseName: string;
+  engine: Engine;
+  tiers: AdapterTiers;
+  text: TextModel;
+}
+
+/** Prompts as tokens, and what is asked of them. */
+export interface Job {
+  prompts: ArrayLike<number>[];
+  request: ChatRequest | CompletionRequest;
+}
+
+/** Text that averages more characters a token than this is not written for a model; encoding it would only hold the thread. */
+const maxCharactersPerToken = 16;
+
+export async function chatJob(model: ServedModel, request: ChatRequest): Promise<Job> {
+  adapterOf(model, request.model);
+  return { prompts: [chatTokens(model, request)], request };
+}
+
+/** Encodes the prompts, each in a turn of its own, so that many of them do not hold up the steps. */
+export async function completionJob(model: ServedModel, request: CompletionRequest): Promise<Job> {
+  adapterOf(model, request.model);
+  const prompts: ArrayLike<number>[] = [];
+  for (const prompt of request.prompts) {
+    if (prompts.length > 0) await nextTurn();
+    if (typeof prompt !== 'string') checkTokens(prompt, model.text.vocabSize, 'prompt');
+    prompts.push(typeof prompt === 'string' ? encode(model, prompt, request.addSpecialTokens) : prompt);
+  }
+  return { prompts, request };
+}
+
+/** The adapter that `name` points at; null for the base model.  @throws EngineError model_not_found */
+export function adapterOf({ tiers, baseName }: ServedModel, name: string | null): Adapter | null {
+  if (name === null || name === '' || name === baseName) return null;
+  const adapter = tiers.get(name);
+  if (adapter) return adapter;
+  throw new EngineError('model_not_found', `The model \`${name}\` does not exist.`, { param: 'model' });
+}
+
+export function chatTokens(
+  model: ServedModel,
+  request: {
+    messages: ChatMessage[];
+    tools: unknown[] | null;
+    addGenerationPrompt: boolean;
+    templateVariables?: Record<string, unknown>;
+  },
+): ArrayLike<number> {
+  const prompt = model.text.renderChat(request.messages, {
+    tools: request.tools,
+    addGenerationPrompt: request.addGenerationPrompt,
+    variables: request.templateVariables ?? {},
+  });
+  // The template has written the special tokens already.
+  return encode(model, prompt, false);
+}
+
+/** @throws EngineError context_length_exceeded, before encoding, when the text is too long by far */
+export function encode(
+  { text, engine }: ServedModel,
+  prompt: string,
+  addSpecialTokens: boolean,
+): ArrayLike<number> {
+  const { maxModelLen } = engine;
+  if (prompt.length > maxModelLen * maxCharactersPerToken) {
+    throw new EngineError(
+      'context_length_exceeded',
+      `This model's maximum context length is ${maxModelLen} tokens, but the prompt has ${prompt.length} characters, ` +
+        `more than ${maxCharactersPerToken} for each of them.`,
+      { param: 'prompt' },
+    );
+  }
+  return text.encode(prompt, { addSpecialTokens });
+}
+
+export function checkTokens(tokenIds: readonly number[], vocabSize: number, field: string): void {
+  const wrong = tokenIds.find((id) => id >= vocabSize);
+  if (wrong === undefined) return;
+  throw new EngineError('invalid_value', `${field}: expected token ids below ${vocabSize}, got ${wrong}`, {
+    param: field,
+  });
+}
+
+/**
+ * Adds every sequence of the job: prompt by prompt, bestOf of each. `index` counts through all of them.
+ * @returns one handle per sequence
+ */
+export function addJob(
+  model: ServedModel,
+  { prompts, request }: Job,
+  onOutput: (index: number, output: SequenceOutput) => void,
+): SequenceHandle[] {
+  const { engine, text } = model;
+  // Named anew, in the same turn as the adding: an unload may have come since the job was made.
+  const adapter = adapterOf(model, request.model);
+  checkTokens(request.sampling.stopTokenIds, text.vocabSize, 'stop_token_ids');
+  checkTokens(request.sampling.biasIds, text.vocabSize, 'logit_bias');
+  const requests: SequenceRequest[] = [];
+  for (const promptTokens of prompts) {
+    for (let choice = 0; choice < request.bestOf; choice++) {
+      const index = requests.length;
+      requests.push({
+        promptTokens,
+        params: { ...request.sampling, seed: seedOfChoice(request.sampling.seed, choice) },
+        adapter,
+        onOutput: (output) => onOutput(index, output),
+      });
+    }
+  }
+  return engine.add(requests);
+}
+
+/** What one sequence has said so far. */
+interface Collected {
+  text: string;
+  logprobs: TokenLogprobs[];
+  last: SequenceOutput | null;
+}
+
+/**
+ * Adds the job's sequences at once and collects them. `choices` settles when all have ended; it rejects with the first
+ * error. `cancel` ends them all.
+ */
+export function collect(
+  model: ServedModel,
+  job: Job,
+): { cancel: () => void; choices: Promise<{ choices: Choice[]; usage: Usage }> } {
+  const { request, prompts } = job;
+  const { resolve, reject, promise } = Promise.withResolvers<void>();
+  const collected: Collected[] = [];
+  let numOpen = 0;
+  const handles = addJob(model, job, (index, output) => {
+    const own = collected[index]!;
+    own.text += output.text;
+    if (output.logprobs) own.logprobs.push(output.logprobs);
+    if (!output.finishReason) return;
+    own.last = output;
+    if (output.error) reject(output.error);
+    if (--numOpen === 0) resolve();
+  });
+  numOpen = handles.length;
+  for (const _ of handles) collected.push({ text: '', logprobs: [], last: null });
+
+  const cancel = () => {
+    for (const handle of handles) handle.cancel();
+  };
+  const choices = promise.then(
+    () => {
+      const numOutput = handles.reduce((sum, { sequence }) => sum + sequence.numOutputTokens, 0);
+      const usage = usageOf(numTokensOf(prompts), numOutput);
+      return { choices: bestChoices(prompts.length, request, handles, collected), usage };
+    },
+    (error) => {
+      cancel();
+      throw error;
+    },
+  );
+  return { cancel, choices };
+}
+
+export function numTokensOf(prompts: readonly ArrayLike<number>[]): number {
+  return prompts.reduce((sum, prompt) => sum + prompt.length, 0);
+}
+
+/** Of each prompt's bestOf sequences the n with the highest mean logprob, in the order of their numbers when n is all. */
+function bestChoices(
+  numPrompts: number,
+  { n, bestOf, sampling }: Job['request'],
+  handles: readonly SequenceHandle[],
+  collected: readonly Collected[],
+): Choice[] {
+  const choices: Choice[] = [];
+  for (let prompt = 0; prompt < numPrompts; prompt++) {
+    const indices = Array.from({ length: bestOf }, (_, choice) => prompt * bestOf + choice);
+    if (bestOf > n) indices.sort((a, b) => handles[b]!.meanLogprob - handles[a]!.meanLogprob);
+    for (const index of indices.slice(0, n)) {
+      const { text, logprobs, last } = collected[index]!;
+      choices.push({
+        index: choices.length,
+        text,
+        numTokens: handles[index]!.sequence.numOutputTokens,
+        logprobs: sampling.numLogprobs === null ? null : logprobs,
+        finishReason: last!.finishReason!,
+        stopReason: last!.stopReason,
+      });
+    }
+  }
+  return choices;
+}

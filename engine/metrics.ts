@@ -1,0 +1,223 @@
+/**
+ * Every metric with name, unit and help. The `vllm:` names are those that endpoint pickers and dashboards read; what
+ * has no vLLM word is `motet_`. Gauges are read at scrape time from the parts that own the facts, so they cannot lag.
+ */
+import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import type { AdapterTiers } from './adapters/adapter-tiers.ts';
+import { type Arena, pageOwners } from './arena.ts';
+import type { FinishReason } from './stop.ts';
+
+/** What the gauges read. */
+export interface MetricSources {
+  arena: Arena;
+  tiers: AdapterTiers;
+  engine: { numRunning: number; numWaiting: number; waitingAdapterKeys: Iterable<string> };
+  blockSizeTokens: number;
+  /** Unix seconds. */
+  unixSeconds: () => number;
+}
+
+export interface SequenceTimes {
+  finishReason: FinishReason;
+  numPromptTokens: number;
+  numOutputTokens: number;
+  /** null: never got that far. */
+  queueSeconds: number | null;
+  prefillSeconds: number | null;
+  decodeSeconds: number | null;
+  totalSeconds: number;
+}
+
+// Histogram bounds: vLLM's, so that its dashboards' queries give the same resolution.
+const ttftBounds = [
+  0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+];
+const tokenBounds = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5];
+const requestBounds = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240];
+const stepBounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];
+const sizeBounds = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
+
+export class EngineMetrics {
+  readonly registry = new Registry();
+
+  readonly preemptions = this.#counter('vllm:num_preemptions_total', 'Sequences preempted, cumulative.');
+  readonly promptTokens = this.#counter(
+    'vllm:prompt_tokens_total',
+    'Prompt tokens computed, of sequences that ended.',
+  );
+  readonly generationTokens = this.#counter('vllm:generation_tokens_total', 'Tokens generated.');
+  readonly rejected = this.#counter(
+    'motet_requests_rejected_total',
+    'Requests refused because the queue was full.',
+  );
+  readonly timeToFirstToken = this.#histogram(
+    'vllm:time_to_first_token_seconds',
+    'From arrival to the first token, in seconds.',
+    ttftBounds,
+  );
+  readonly interTokenLatency = this.#histogram(
+    'vllm:inter_token_latency_seconds',
+    'Between two tokens of a sequence, in seconds.',
+    tokenBounds,
+  );
+  readonly #timePerOutputToken = this.#histogram(
+    'vllm:time_per_output_token_seconds',
+    'Mean over a sequence of the time between its tokens, in seconds.',
+    tokenBounds,
+  );
+  readonly #endToEnd = this.#histogram('vllm:e2e_request_latency_seconds', 'Arrival to end.', requestBounds);
+  readonly #queue = this.#histogram(
+    'vllm:request_queue_time_seconds',
+    'Arrival to first step.',
+    requestBounds,
+  );
+  readonly #prefill = this.#histogram(
+    'vllm:request_prefill_time_seconds',
+    'First step to first token.',
+    requestBounds,
+  );
+  readonly #decode = this.#histogram(
+    'vllm:request_decode_time_seconds',
+    'First to last token.',
+    requestBounds,
+  );
+  readonly #inference = this.#histogram(
+    'vllm:request_inference_time_seconds',
+    'First step to last token.',
+    requestBounds,
+  );
+  readonly #iterationTokens = this.#histogram('vllm:iteration_tokens_total', 'Tokens per step.', sizeBounds);
+  readonly #stepSeconds = this.#histogram('motet_step_duration_seconds', 'One step, in seconds.', stepBounds);
+  readonly #batchSize = this.#histogram('motet_step_sequences', 'Sequences per step.', sizeBounds);
+  readonly adapterLoadSeconds = this.#histogram(
+    'vllm:lora_adapter_load_seconds',
+    'Verifying and copying one adapter, in seconds.',
+    stepBounds,
+  );
+  readonly #success = new Counter({
+    name: 'vllm:request_success_total',
+    help: 'Sequences that ended, by reason.',
+    labelNames: ['finished_reason'],
+    registers: [this.registry],
+  });
+
+  constructor(modelName: string) {
+    this.registry.setDefaultLabels({ model_name: modelName, engine: '0' });
+  }
+
+  observeStep(seconds: number, numSequences: number, numTokens: number): void {
+    this.#stepSeconds.observe(seconds);
+    this.#batchSize.observe(numSequences);
+    this.#iterationTokens.observe(numTokens);
+  }
+
+  observeSequence(times: SequenceTimes): void {
+    const { queueSeconds, prefillSeconds, decodeSeconds, numOutputTokens } = times;
+    this.#success.inc({ finished_reason: times.finishReason });
+    this.#endToEnd.observe(times.totalSeconds);
+    if (queueSeconds !== null) this.#queue.observe(queueSeconds);
+    if (prefillSeconds === null || decodeSeconds === null) return;
+    this.promptTokens.inc(times.numPromptTokens);
+    this.#prefill.observe(prefillSeconds);
+    this.#decode.observe(decodeSeconds);
+    this.#inference.observe(prefillSeconds + decodeSeconds);
+    if (numOutputTokens > 1) this.#timePerOutputToken.observe(decodeSeconds / (numOutputTokens - 1));
+  }
+
+  /** Adds the gauges. Once, when the parts exist. */
+  watch({ arena, tiers, engine, blockSizeTokens, unixSeconds }: MetricSources): void {
+    const gauge = (name: string, help: string, read: () => number) =>
+      new Gauge({
+        name,
+        help,
+        registers: [this.registry],
+        collect() {
+          this.set(read());
+        },
+      });
+    const names = () => [...tiers.names].map(([name]) => name).sort();
+    const numResident = () => [...tiers.adapters].length;
+    /** How many adapters there may be: those that are, and as many of their mean size as the free pages hold. */
+    const maxAdapters = () => {
+      const meanPages = arena.numUsed('adapter') / Math.max(1, numResident());
+      return numResident() + Math.floor(arena.numFree / Math.max(1, meanPages));
+    };
+
+    gauge('vllm:num_requests_running', 'Sequences that run.', () => engine.numRunning);
+    gauge('vllm:num_requests_waiting', 'Sequences that wait.', () => engine.numWaiting);
+    gauge(
+      'vllm:kv_cache_usage_perc',
+      'Part of the pages that adapters leave to KV that is in use, 0 to 1.',
+      () => arena.numUsed('kv') / Math.max(1, arena.numPages - arena.numUsed('adapter')),
+    );
+    gauge('vllm:num_gpu_loaded_lora_adapters', 'Adapters in the device tier.', numResident);
+    gauge('vllm:num_cpu_loaded_lora_adapters', 'Adapters in the host tier.', () => 0);
+    gauge(
+      'vllm:max_gpu_lora_adapters',
+      'Adapters that the device tier may hold at their mean size.',
+      maxAdapters,
+    );
+
+    new Gauge({
+      name: 'vllm:cache_config_info',
+      help: 'Blocks of the arena; the value is 1.',
+      labelNames: ['block_size', 'num_gpu_blocks'],
+      registers: [this.registry],
+    }).set({ block_size: blockSizeTokens, num_gpu_blocks: arena.numPages }, 1);
+
+    new Gauge({
+      name: 'vllm:lora_requests_info',
+      help: 'Resident adapters, and those that sequences or loads wait for; the value is Unix time in seconds.',
+      labelNames: ['max_lora', 'running_lora_adapters', 'waiting_lora_adapters'],
+      registers: [this.registry],
+      collect() {
+        // Every new set of labels is a new series: only the present one may live.
+        this.reset();
+        const keys = new Set(engine.waitingAdapterKeys);
+        const waiting = new Set(tiers.loadingNames);
+        for (const [name, adapter] of tiers.names) if (keys.has(adapter.digest)) waiting.add(name);
+        this.set(
+          {
+            max_lora: maxAdapters(),
+            running_lora_adapters: names().join(','),
+            waiting_lora_adapters: [...waiting].sort().join(','),
+          },
+          unixSeconds(),
+        );
+      },
+    });
+
+    new Gauge({
+      name: 'vllm:lora_adapter_loaded',
+      help: '1 while the adapter is resident in that tier.',
+      labelNames: ['adapter_name', 'level', 'pinned', 'rank'],
+      registers: [this.registry],
+      collect() {
+        this.reset();
+        for (const [name, adapter] of tiers.names) {
+          this.set({ adapter_name: name, level: 'gpu', pinned: 'false', rank: adapter.file.rank }, 1);
+        }
+      },
+    });
+
+    new Gauge({
+      name: 'motet_arena_bytes',
+      help: 'Bytes of the device arena by what holds them: kv, adapter, free.',
+      labelNames: ['kind'],
+      registers: [this.registry],
+      collect() {
+        for (const owner of pageOwners) this.set({ kind: owner }, arena.numUsed(owner) * arena.pageBytes);
+        this.set({ kind: 'free' }, arena.numFree * arena.pageBytes);
+      },
+    });
+    tiers.onLoaded = (seconds) => this.adapterLoadSeconds.observe(seconds);
+  }
+
+  #counter(name: string, help: string): Counter {
+    return new Counter({ name, help, registers: [this.registry] });
+  }
+
+  #histogram(name: string, help: string, buckets: number[]): Histogram {
+    return new Histogram({ name, help, buckets, registers: [this.registry] });
+  }
+}

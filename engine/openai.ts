@@ -1,0 +1,412 @@
+/**
+ * OpenAI's request bodies, with vLLM's extensions, to plain requests. Parse here, trust inside. Every refusal has one
+ * shape: `field: expected …, got …`. Fields that we do not know are ignored; fields that would change the output and
+ * are not supported are refused by name.
+ */
+import { z } from 'zod';
+import { EngineError } from './errors.ts';
+import { defaultSampling, maxLogprobs, randomSeed, type SamplingParams } from './sampling.ts';
+
+/** Most choices of one prompt, and most sequences of one request. */
+const maxChoices = 16;
+const maxSequencesOfRequest = 64;
+/** vLLM's and OpenAI's default for completions; chat has none. */
+const defaultCompletionTokens = 16;
+
+/** A message as chat templates read it: text parts are joined, other fields kept as they came. */
+export interface ChatMessage {
+  role: string;
+  content: string | null;
+  [field: string]: unknown;
+}
+
+interface Generation {
+  /** null or '': the base model. */
+  model: string | null;
+  sampling: SamplingParams;
+  /** Choices per prompt. */
+  n: number;
+  /** Sequences per prompt; the n likeliest are returned. */
+  bestOf: number;
+  stream: boolean;
+  includeUsage: boolean;
+}
+
+export interface ChatRequest extends Generation {
+  messages: ChatMessage[];
+  tools: unknown[] | null;
+  addGenerationPrompt: boolean;
+  templateVariables: Record<string, unknown>;
+}
+
+export interface CompletionRequest extends Generation {
+  /** Text or token ids, one a prompt. */
+  prompts: (string | number[])[];
+  addSpecialTokens: boolean;
+}
+
+export type TokenizeRequest =
+  | { model: string | null; prompt: string; addSpecialTokens: boolean }
+  | { model: string | null; messages: ChatMessage[]; tools: unknown[] | null; addGenerationPrompt: boolean };
+
+const text = z.string({ error: 'expected a string' });
+const flag = z.boolean({ error: 'expected true or false' });
+const numberIn = (min: number, max: number, error = `expected a number from ${min} to ${max}`) =>
+  z.number({ error }).min(min, { error }).max(max, { error });
+const integerIn = (min: number, max: number, error = `expected an integer from ${min} to ${max}`) =>
+  z.number({ error }).int({ error }).min(min, { error }).max(max, { error });
+const listOf = <T extends z.ZodType>(item: T, min: number, max: number, error: string) =>
+  z.array(item, { error }).min(min, { error }).max(max, { error });
+const record = z.record(z.string(), z.unknown(), { error: 'expected an object' });
+
+const largestId = 2 ** 31 - 1;
+const tokenId = integerIn(0, largestId, 'expected a token id');
+const stopString = text.min(1, { error: 'expected a stop string that is not empty' }).max(256, {
+  error: 'expected a stop string of at most 256 characters',
+});
+
+const samplingFields = {
+  temperature: numberIn(0, 2).nullish(),
+  top_p: numberIn(Number.MIN_VALUE, 1, 'expected a number above 0 and up to 1').nullish(),
+  top_k: integerIn(-1, largestId, 'expected an integer from -1').nullish(),
+  min_p: numberIn(0, 1).nullish(),
+  repetition_penalty: numberIn(0.01, 10).nullish(),
+  presence_penalty: numberIn(-2, 2).nullish(),
+  frequency_penalty: numberIn(-2, 2).nullish(),
+  seed: integerIn(Number.MIN_SAFE_INTEGER, Number.MAX_SAFE_INTEGER, 'expected an integer').nullish(),
+  logit_bias: z
+    .record(z.string().regex(/^\d{1,10}$/), numberIn(-100, 100), {
+      error: 'expected an object from token id to a number from -100 to 100',
+    })
+    .nullish(),
+  stop: z
+    .union([stopString, listOf(stopString, 0, 16, 'expected at most 16 stop strings')], {
+      error: 'expected a string, or at most 16 strings, none empty or over 256 characters',
+    })
+    .nullish(),
+  stop_token_ids: listOf(tokenId, 0, 64, 'expected at most 64 token ids').nullish(),
+  ignore_eos: flag.nullish(),
+  min_tokens: integerIn(0, largestId, 'expected an integer from 0').nullish(),
+  max_tokens: integerIn(1, largestId, 'expected an integer from 1').nullish(),
+  include_stop_str_in_output: flag.nullish(),
+  skip_special_tokens: flag.nullish(),
+};
+
+const generationFields = {
+  model: text.nullish(),
+  n: integerIn(1, maxChoices).nullish(),
+  stream: flag.nullish(),
+  stream_options: z.object({ include_usage: flag.nullish() }, { error: 'expected an object' }).nullish(),
+  ...samplingFields,
+};
+
+const message = z.looseObject(
+  {
+    role: text.min(1, { error: 'expected a role' }),
+    content: z
+      .union([text, z.array(z.looseObject({ type: z.literal('text'), text }))], {
+        error: 'expected a string, or a list of parts of type "text"',
+      })
+      .nullish(),
+  },
+  { error: 'expected a message object' },
+);
+const messages = listOf(message, 1, 4096, 'expected a list of 1 to 4096 messages');
+const tools = listOf(record, 0, 256, 'expected a list of at most 256 tools').nullish();
+
+const chatBody = z.object({
+  ...generationFields,
+  messages,
+  tools,
+  max_completion_tokens: integerIn(1, largestId, 'expected an integer from 1').nullish(),
+  logprobs: flag.nullish(),
+  top_logprobs: integerIn(0, maxLogprobs).nullish(),
+  add_generation_prompt: flag.nullish(),
+  chat_template_kwargs: record.nullish(),
+});
+
+const promptError = 'expected a string, a list of strings, a list of token ids, or a list of such lists';
+const completionBody = z.object({
+  ...generationFields,
+  prompt: z.union(
+    [
+      text,
+      z.array(text).min(1).max(maxSequencesOfRequest),
+      z.array(tokenId).min(1),
+      z
+        .array(listOf(tokenId, 1, largestId, 'expected at least one token id'))
+        .min(1)
+        .max(maxSequencesOfRequest),
+    ],
+    { error: `${promptError}, at most ${maxSequencesOfRequest} prompts, none empty` },
+  ),
+  best_of: integerIn(1, maxChoices).nullish(),
+  logprobs: integerIn(0, maxLogprobs).nullish(),
+  add_special_tokens: flag.nullish(),
+});
+
+/** Fields that would change the output and that we cannot honour, with what is possible instead. */
+const unsupported: Record<string, string> = {
+  suffix: 'insertion is not supported',
+  echo: 'echoing the prompt is not supported; only false is',
+  prompt_logprobs: 'logprobs of the prompt are not supported',
+  use_beam_search: 'beam search is not supported',
+  structured_outputs: 'constrained decoding is not supported',
+  guided_json: 'constrained decoding is not supported',
+  guided_regex: 'constrained decoding is not supported',
+  guided_choice: 'constrained decoding is not supported',
+  guided_grammar: 'constrained decoding is not supported',
+  functions: 'pass tools instead',
+  function_call: 'pass tools instead',
+  audio: 'only text is generated',
+  prediction: 'predicted outputs are not supported',
+  prompt_embeds: 'pass text or token ids',
+  bad_words: 'pass logit_bias instead',
+  allowed_token_ids: 'pass logit_bias instead',
+  logits_processors: 'pass logit_bias instead',
+  truncate_prompt_tokens: 'shorten the prompt before sending it',
+  continue_final_message: 'pass the text so far as a completion prompt',
+  chat_template: "the model's own template is used",
+  documents: 'put them into the messages',
+};
+
+export function parseChat(body: unknown): ChatRequest {
+  refuseUnsupported(body);
+  const fields = parse(chatBody, body);
+  if ((fields.top_logprobs ?? 0) > 0 && fields.logprobs !== true) {
+    throw invalid('top_logprobs', 'expected logprobs: true beside it', fields.logprobs);
+  }
+  const sampling = toSampling(fields);
+  sampling.maxTokens = fields.max_completion_tokens ?? fields.max_tokens ?? null;
+  sampling.numLogprobs = fields.logprobs ? (fields.top_logprobs ?? 0) : null;
+  checkMinTokens(sampling);
+  const n = fields.n ?? 1;
+  return {
+    ...toGeneration(fields, n),
+    sampling,
+    bestOf: n,
+    messages: fields.messages.map(joinParts),
+    tools: fields.tools?.length ? fields.tools : null,
+    addGenerationPrompt: fields.add_generation_prompt ?? true,
+    templateVariables: fields.chat_template_kwargs ?? {},
+  };
+}
+
+export function parseCompletion(body: unknown): CompletionRequest {
+  refuseUnsupported(body);
+  const fields = parse(completionBody, body);
+  const sampling = toSampling(fields);
+  sampling.maxTokens = fields.max_tokens ?? defaultCompletionTokens;
+  sampling.numLogprobs = fields.logprobs ?? null;
+  checkMinTokens(sampling);
+  const n = fields.n ?? 1;
+  const bestOf = fields.best_of ?? n;
+  if (bestOf < n) throw invalid('best_of', `expected at least n, which is ${n}`, bestOf);
+  if (bestOf > n && fields.stream) throw invalid('best_of', 'expected no more than n when streaming', bestOf);
+  const prompts = toPrompts(fields.prompt);
+  if (prompts.length * bestOf > maxSequencesOfRequest) {
+    const got = `${prompts.length} prompts of ${bestOf} sequences`;
+    throw new EngineError(
+      'invalid_value',
+      `prompt: expected at most ${maxSequencesOfRequest} sequences in a request, got ${got}`,
+      { param: 'prompt' },
+    );
+  }
+  const addSpecialTokens = fields.add_special_tokens ?? true;
+  return { ...toGeneration(fields, n), sampling, bestOf, prompts, addSpecialTokens };
+}
+
+export function parseTokenize(body: unknown): TokenizeRequest {
+  const hasMessages = typeof body === 'object' && body !== null && 'messages' in body;
+  if (hasMessages) {
+    const schema = z.object({
+      model: text.nullish(),
+      messages,
+      tools,
+      add_generation_prompt: flag.nullish(),
+    });
+    const fields = parse(schema, body);
+    return {
+      model: fields.model ?? null,
+      messages: fields.messages.map(joinParts),
+      tools: fields.tools?.length ? fields.tools : null,
+      addGenerationPrompt: fields.add_generation_prompt ?? true,
+    };
+  }
+  const fields = parse(
+    z.object({ model: text.nullish(), prompt: text, add_special_tokens: flag.nullish() }),
+    body,
+  );
+  return {
+    model: fields.model ?? null,
+    prompt: fields.prompt,
+    addSpecialTokens: fields.add_special_tokens ?? true,
+  };
+}
+
+export function parseDetokenize(body: unknown): { tokens: number[] } {
+  return parse(z.object({ tokens: z.array(tokenId, { error: 'expected a list of token ids' }) }), body);
+}
+
+export interface LoadAdapterRequest {
+  name: string;
+  path: string;
+  isInPlace: boolean;
+}
+
+/** vLLM's load body. Names become metric labels in comma lists, so commas and control characters are refused. */
+export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
+  const { lora_name, lora_path, load_inplace } = asObject(body);
+  if (!isFilled(lora_name) || !isFilled(lora_path)) {
+    throw new EngineError('adapter_name_missing', "Both 'lora_name' and 'lora_path' must be provided.", {
+      param: isFilled(lora_name) ? 'lora_path' : 'lora_name',
+    });
+  }
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is looked for
+  if (lora_name.length > 256 || /[,\u0000-\u001f\u007f]/.test(lora_name)) {
+    throw new EngineError(
+      'adapter_name_missing',
+      'lora_name: expected at most 256 characters, without commas and control characters',
+      { param: 'lora_name' },
+    );
+  }
+  if (load_inplace !== undefined && load_inplace !== null && typeof load_inplace !== 'boolean') {
+    throw invalid('load_inplace', 'expected true or false', load_inplace);
+  }
+  return { name: lora_name, path: lora_path, isInPlace: load_inplace === true };
+}
+
+export function parseUnloadAdapter(body: unknown): { name: string } {
+  const { lora_name } = asObject(body);
+  if (!isFilled(lora_name)) {
+    throw new EngineError('adapter_name_missing', "'lora_name' must be provided.", { param: 'lora_name' });
+  }
+  return { name: lora_name };
+}
+
+const isFilled = (value: unknown): value is string => typeof value === 'string' && value !== '';
+
+function asObject(body: unknown): Record<string, unknown> {
+  if (typeof body !== 'object' || body === null || Array.isArray(body)) {
+    throw invalid('body', 'expected a JSON object', body);
+  }
+  return body as Record<string, unknown>;
+}
+
+function refuseUnsupported(body: unknown): void {
+  const fields = asObject(body);
+  for (const [field, instead] of Object.entries(unsupported)) {
+    if (isAsked(fields[field])) refuse(field, instead);
+  }
+  const format = fields.response_format;
+  if (isAsked(format) && (format as { type?: unknown }).type !== 'text') {
+    refuse('response_format', 'only {"type":"text"} is supported');
+  }
+  const choice = fields.tool_choice;
+  if (isAsked(choice) && choice !== 'none' && choice !== 'auto') {
+    refuse('tool_choice', 'only "none" and "auto" are supported');
+  }
+  const modalities = fields.modalities;
+  if (isAsked(modalities) && !(Array.isArray(modalities) && modalities.every((kind) => kind === 'text'))) {
+    refuse('modalities', 'only ["text"] is supported');
+  }
+  const options = fields.stream_options;
+  if (isAsked(options) && fields.stream !== true) {
+    throw invalid('stream_options', 'expected only beside stream: true', options);
+  }
+  if (isAsked((options as { continuous_usage_stats?: unknown } | undefined)?.continuous_usage_stats)) {
+    refuse('stream_options.continuous_usage_stats', 'only include_usage is supported');
+  }
+}
+
+/** Clients send null, false and empty values for what they do not want. */
+function isAsked(value: unknown): boolean {
+  if (value === undefined || value === null || value === false || value === '') return false;
+  return typeof value !== 'object' || Object.keys(value).length > 0;
+}
+
+function refuse(field: string, instead: string): never {
+  throw new EngineError('unsupported_parameter', `${field}: ${instead}`, { param: field });
+}
+
+function toGeneration(fields: z.infer<z.ZodObject<typeof generationFields>>, n: number) {
+  return {
+    model: fields.model ?? null,
+    n,
+    stream: fields.stream ?? false,
+    includeUsage: fields.stream_options?.include_usage ?? false,
+  };
+}
+
+function toSampling(fields: z.infer<z.ZodObject<typeof samplingFields>>): SamplingParams {
+  const defaults = defaultSampling();
+  const biases = Object.entries(fields.logit_bias ?? {});
+  if (biases.length > 1024) throw invalid('logit_bias', 'expected at most 1024 entries', biases.length);
+  return {
+    ...defaults,
+    temperature: fields.temperature ?? defaults.temperature,
+    topP: fields.top_p ?? defaults.topP,
+    topK: Math.max(0, fields.top_k ?? defaults.topK),
+    minP: fields.min_p ?? defaults.minP,
+    repetitionPenalty: fields.repetition_penalty ?? defaults.repetitionPenalty,
+    presencePenalty: fields.presence_penalty ?? defaults.presencePenalty,
+    frequencyPenalty: fields.frequency_penalty ?? defaults.frequencyPenalty,
+    seed: fields.seed == null ? randomSeed() : BigInt.asUintN(64, BigInt(fields.seed)),
+    biasIds: biases.map(([id]) => Number(id)),
+    biasValues: biases.map(([, value]) => value),
+    minTokens: fields.min_tokens ?? 0,
+    ignoreEos: fields.ignore_eos ?? false,
+    stopStrings: fields.stop == null ? [] : [fields.stop].flat(),
+    stopTokenIds: fields.stop_token_ids ?? [],
+    includeStop: fields.include_stop_str_in_output ?? false,
+    skipSpecialTokens: fields.skip_special_tokens ?? true,
+  };
+}
+
+function checkMinTokens({ minTokens, maxTokens }: SamplingParams): void {
+  if (maxTokens !== null && minTokens > maxTokens) {
+    throw invalid('min_tokens', `expected at most max_tokens, which is ${maxTokens}`, minTokens);
+  }
+}
+
+function toPrompts(prompt: string | string[] | number[] | number[][]): (string | number[])[] {
+  if (typeof prompt === 'string') return [prompt];
+  return typeof prompt[0] === 'number' ? [prompt as number[]] : (prompt as string[] | number[][]);
+}
+
+function joinParts(message: z.infer<typeof messages>[number]): ChatMessage {
+  const { content } = message;
+  return {
+    ...message,
+    content: Array.isArray(content) ? content.map((part) => part.text).join('\n') : (content ?? null),
+  };
+}
+
+function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
+  asObject(body);
+  const result = schema.safeParse(body);
+  if (result.success) return result.data;
+  const issue = result.error.issues[0]!;
+  let value: unknown = body;
+  let field = '';
+  for (const key of issue.path) {
+    value = (value as Record<PropertyKey, unknown> | undefined)?.[key];
+    field += typeof key === 'number' ? `[${key}]` : `${field ? '.' : ''}${String(key)}`;
+  }
+  throw invalid(field, issue.code === 'invalid_key' ? 'expected token ids as keys' : issue.message, value);
+}
+
+function invalid(field: string, expected: string, got: unknown): EngineError {
+  return new EngineError('invalid_value', `${field}: ${expected}, got ${describe(got)}`, { param: field });
+}
+
+/** A value in a few words. Long text is not repeated: messages end in logs of others. */
+function describe(value: unknown): string {
+  if (value === undefined) return 'nothing';
+  if (value === null) return 'null';
+  if (Array.isArray(value)) return `a list of ${value.length}`;
+  if (typeof value === 'object') return 'an object';
+  if (typeof value === 'string')
+    return value.length <= 20 ? JSON.stringify(value) : `a string of ${value.length} characters`;
+  return String(value);
+}

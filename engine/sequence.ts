@@ -1,0 +1,100 @@
+/**
+ * One prompt and its growing output inside the engine: tokens, counters, block table, adapters. Derived numbers are
+ * properties of the few counters; only the engine changes them.
+ */
+import type { SamplingParams } from './sampling.ts';
+import type { FinishReason } from './stop.ts';
+
+/** An adapter as a step names it. Several with weights are a composition. */
+export interface AdapterUse {
+  handle: number;
+  weight: number;
+}
+
+export type SequenceStatus = 'waiting' | 'running' | 'finished';
+
+export class Sequence {
+  readonly id: number;
+  readonly params: SamplingParams;
+  readonly adapters: readonly AdapterUse[];
+  /** Says which voice this is, for fairness: the adapter's digest, '' for the base. */
+  readonly adapterKey: string;
+  readonly numPromptTokens: number;
+  /** Prompt and the most output it may get. */
+  readonly maxTotalTokens: number;
+
+  /** [≥ numTokens] prompt, then output. */
+  tokens: Int32Array;
+  numTokens: number;
+  /** Positions whose KV is in the block table. */
+  numComputedTokens = 0;
+  /** [≥ numBlocks] page ids, in order of position. */
+  blocks = new Int32Array(4);
+  numBlocks = 0;
+
+  status: SequenceStatus = 'waiting';
+  finishReason: FinishReason | null = null;
+  wasPreempted = false;
+  /** How often one that came later was admitted before it. */
+  numPassedOver = 0;
+
+  constructor(fields: {
+    id: number;
+    promptTokens: ArrayLike<number>;
+    maxTotalTokens: number;
+    params: SamplingParams;
+    adapters?: readonly AdapterUse[];
+    adapterKey?: string;
+  }) {
+    this.id = fields.id;
+    this.params = fields.params;
+    this.adapters = fields.adapters ?? [];
+    this.adapterKey = fields.adapterKey ?? '';
+    this.numPromptTokens = fields.promptTokens.length;
+    this.maxTotalTokens = fields.maxTotalTokens;
+    this.numTokens = this.numPromptTokens;
+    this.tokens = new Int32Array(Math.min(this.maxTotalTokens, this.numPromptTokens + 64));
+    this.tokens.set(fields.promptTokens);
+  }
+
+  get numOutputTokens(): number {
+    return this.numTokens - this.numPromptTokens;
+  }
+
+  /** Tokens that must run before the next one can be drawn: 1 while decoding. */
+  get numPendingTokens(): number {
+    return this.numTokens - this.numComputedTokens;
+  }
+
+  get isFinished(): boolean {
+    return this.status === 'finished';
+  }
+
+  get outputTokens(): Int32Array {
+    return this.tokens.subarray(this.numPromptTokens, this.numTokens);
+  }
+
+  appendToken(token: number): void {
+    if (this.numTokens === this.tokens.length) {
+      const grown = new Int32Array(Math.min(this.maxTotalTokens, this.tokens.length * 2));
+      grown.set(this.tokens);
+      this.tokens = grown;
+    }
+    this.tokens[this.numTokens++] = token;
+  }
+
+  /** Makes room for `count` more blocks. @returns the table, to be written from numBlocks on. */
+  roomForBlocks(count: number): Int32Array {
+    if (this.numBlocks + count > this.blocks.length) {
+      const grown = new Int32Array(Math.max(this.blocks.length * 2, this.numBlocks + count));
+      grown.set(this.blocks);
+      this.blocks = grown;
+    }
+    return this.blocks;
+  }
+}
+
+/** Blocks that hold `numTokens` positions. */
+export function blocksFor(numTokens: number, blockSizeTokens: number): number {
+  return Math.ceil(numTokens / blockSizeTokens);
+}

@@ -1,0 +1,376 @@
+/**
+ * HTTP in, engine out: the route table, bodies in and out, server-sent events. Decides nothing about batches.
+ * A reader that stops reading costs at most maxBufferedBytes, a hang-up ends its sequences before the next step, and
+ * one place turns whatever was thrown into a reply.
+ */
+import { createHash, randomUUID, timingSafeEqual } from 'node:crypto';
+import type { Server } from 'node:http';
+import { createServer as createHttpServer } from 'node:http';
+import express, { type NextFunction, type Request, type RequestHandler, type Response } from 'express';
+import type { Logger } from 'pino';
+import { resolveAdapterPath } from './adapters/adapter-path.ts';
+import type { Arena } from './arena.ts';
+import type { SequenceHandle } from './engine.ts';
+import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
+import {
+  adapterOf,
+  addJob,
+  chatJob,
+  chatTokens,
+  checkTokens,
+  collect,
+  completionJob,
+  encode,
+  type Job,
+  numTokensOf,
+  type ServedModel,
+} from './generate.ts';
+import type { EngineMetrics } from './metrics.ts';
+import {
+  parseChat,
+  parseCompletion,
+  parseDetokenize,
+  parseLoadAdapter,
+  parseTokenize,
+  parseUnloadAdapter,
+} from './openai.ts';
+import {
+  chatFormat,
+  completionFormat,
+  doneEvent,
+  eventOf,
+  type ReplyFormat,
+  usageOf,
+} from './openai-reply.ts';
+import { type AdapterList, enginePaths, type ModelCard, type ModelList } from './protocol.ts';
+
+export interface ServerOptions extends ServedModel {
+  arena: Arena;
+  metrics: EngineMetrics;
+  log: Logger;
+  /** Where the base model came from. */
+  modelPath: string;
+  adapterRoot: string | null;
+  /** Accepted bearer keys; null: everyone may call. */
+  apiKeys: readonly string[] | null;
+  /** Of a request. */
+  maxBodyBytes: number;
+  /** Of a stream, not yet taken by its reader. */
+  maxBufferedBytes: number;
+  /** Unix milliseconds. */
+  wallClock: () => number;
+  /** False until the adapters named at start are there. */
+  isReady: () => boolean;
+}
+
+/** The server, not yet listening. */
+export function createServer(options: ServerOptions): Server {
+  const app = express();
+  app.disable('x-powered-by');
+  app.disable('etag');
+  app.use(requestId, accessLog(options.log));
+
+  route(app, 'get', '/livez', (_request, response) => {
+    response.json({ status: 'ok' });
+  });
+  const readyz: RequestHandler = (_request, response) => {
+    if (options.engine.isDraining) throw new EngineError('draining', 'the engine is draining');
+    if (!options.isReady()) throw new EngineError('not_ready', 'the engine is loading');
+    response.json({ status: 'ok' });
+  };
+  route(app, 'get', enginePaths.readyz, readyz);
+  route(app, 'get', '/health', readyz); // vLLM's name for it
+  route(app, 'get', enginePaths.metrics, async (_request, response) => {
+    const { registry } = options.metrics;
+    response.type(registry.contentType).send(await registry.metrics());
+  });
+
+  if (options.apiKeys) app.use(bearerKey(options.apiKeys));
+  const body = jsonBody(options.maxBodyBytes);
+
+  route(app, 'post', enginePaths.chat, body, async (request, response) => {
+    const job = await chatJob(options, parseChat(request.body));
+    await reply(options, job, chatFormat, response);
+  });
+  route(app, 'post', enginePaths.completions, body, async (request, response) => {
+    const job = await completionJob(options, parseCompletion(request.body));
+    await reply(options, job, completionFormat, response);
+  });
+  route(app, 'get', enginePaths.models, (_request, response) => {
+    response.json(modelList(options));
+  });
+  route(app, 'get', enginePaths.adapters, (_request, response) => {
+    response.json(adapterList(options));
+  });
+  route(app, 'post', enginePaths.loadAdapter, body, async (request, response) => {
+    response.type('text/plain').send(await loadAdapter(options, request.body));
+  });
+  route(app, 'post', enginePaths.unloadAdapter, body, (request, response) => {
+    const { name } = parseUnloadAdapter(request.body);
+    options.tiers.unload(name);
+    options.log.info({ name }, 'adapter unloaded');
+    response.type('text/plain').send(`Success: LoRA adapter '${name}' removed successfully.`);
+  });
+  route(app, 'post', enginePaths.tokenize, body, (request, response) => {
+    response.json(tokenize(options, request.body));
+  });
+  route(app, 'post', enginePaths.detokenize, body, (request, response) => {
+    const { tokens } = parseDetokenize(request.body);
+    checkTokens(tokens, options.text.vocabSize, 'tokens');
+    response.json({ prompt: options.text.decode(tokens, { skipSpecialTokens: false }) });
+  });
+
+  app.use((request: Request) => {
+    throw new EngineError('path_not_found', `there is no ${request.method} ${request.path}`);
+  });
+  app.use((thrown: unknown, request: Request, response: Response, _next: NextFunction) => {
+    sendError(toEngineError(thrown), request, response, options.log);
+  });
+
+  return createHttpServer({ keepAliveTimeout: 65_000 }, app);
+}
+
+/** One path, one method; other methods get 405. */
+function route(
+  app: express.Express,
+  method: 'get' | 'post',
+  path: string,
+  ...handlers: (RequestHandler | RequestHandler[])[]
+): void {
+  const allowed = method === 'get' ? ['GET', 'HEAD'] : ['POST'];
+  app.all(path, (request, response, next) => {
+    if (allowed.includes(request.method)) return next();
+    response.set('allow', allowed.join(', '));
+    throw new EngineError('method_not_allowed', `${path}: expected ${allowed[0]}, got ${request.method}`);
+  });
+  app[method](path, ...handlers);
+}
+
+const requestId: RequestHandler = (request, response, next) => {
+  const given = request.get('x-request-id');
+  response.set('x-request-id', given && /^[\x21-\x7e]{1,128}$/.test(given) ? given : randomUUID());
+  next();
+};
+
+/** One line a request at level debug. */
+function accessLog(log: Logger): RequestHandler {
+  return function accessLog(request, response, next) {
+    const { method, path } = request;
+    const beginMs = performance.now();
+    response.on('close', () => {
+      const requestId = response.get('x-request-id');
+      const ms = Math.round(performance.now() - beginMs);
+      log.debug({ requestId, method, path, status: response.statusCode, ms }, 'request');
+    });
+    next();
+  };
+}
+
+/** Keys are compared by their hashes, in constant time. */
+function bearerKey(keys: readonly string[]): RequestHandler {
+  const hash = (key: string) => createHash('sha256').update(key).digest();
+  const hashes = keys.map(hash);
+  return function bearerKey(request, _response, next) {
+    const [scheme, key] = (request.get('authorization') ?? '').split(' ');
+    const given = hash(key ?? '');
+    const isKnown = hashes.filter((known) => timingSafeEqual(known, given)).length > 0;
+    if (scheme?.toLowerCase() !== 'bearer' || !isKnown) {
+      throw new EngineError('unauthorized', 'expected Authorization: Bearer with a known key');
+    }
+    next();
+  };
+}
+
+/**
+ * Reads a JSON body. The media type is required: a web page may send other types here without asking its browser's
+ * permission first. UTF-8 is checked: wrong bytes would become other text in silence.
+ */
+function jsonBody(maxBodyBytes: number): RequestHandler[] {
+  return [
+    express.raw({ type: () => true, limit: maxBodyBytes }),
+    (thrown: unknown, _request: Request, _response: Response, _next: NextFunction) => {
+      const { type, limit } = thrown as { type?: string; limit?: number };
+      if (type === 'entity.too.large') {
+        throw new EngineError('body_too_large', `body: expected at most ${limit} bytes, got more`, {
+          cause: thrown,
+        });
+      }
+      if (type === 'encoding.unsupported') {
+        throw new EngineError(
+          'unsupported_media_type',
+          'content-encoding: expected identity, gzip, deflate or br',
+        );
+      }
+      throw new EngineError('invalid_json', 'body: expected it whole and as its headers say', {
+        cause: thrown,
+      });
+    },
+    (request: Request, _response: Response, next: NextFunction) => {
+      if (!request.is(['json', '+json'])) {
+        const got = request.get('content-type') ?? 'none';
+        throw new EngineError(
+          'unsupported_media_type',
+          `content-type: expected application/json, got ${got}`,
+        );
+      }
+      try {
+        request.body = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(request.body));
+      } catch (cause) {
+        throw new EngineError('invalid_json', 'body: expected valid JSON in UTF-8', { cause });
+      }
+      next();
+    },
+  ] as RequestHandler[];
+}
+
+/** Runs the job and answers, whole or as a stream. */
+async function reply(
+  options: ServerOptions,
+  job: Job,
+  format: ReplyFormat,
+  response: Response,
+): Promise<void> {
+  if (response.destroyed) return;
+  if (job.request.stream) return stream(options, job, format, response);
+  const { choices, cancel } = collect(options, job);
+  response.on('close', cancel);
+  const { choices: ended, usage } = await choices;
+  if (response.destroyed) return;
+  response.json(format.whole(replyHead(options, job, format), ended, usage, options.text));
+}
+
+function stream(options: ServerOptions, job: Job, format: ReplyFormat, response: Response): void {
+  const { text, log, maxBufferedBytes } = options;
+  const events = format.stream(replyHead(options, job, format), text, job.request.includeUsage);
+  let handles: readonly SequenceHandle[] = [];
+  let numOpen = 0;
+
+  const cancel = () => {
+    for (const handle of handles) handle.cancel();
+  };
+  const write = (event: string) => {
+    if (event === '' || response.destroyed || response.writableEnded) return;
+    response.write(event);
+    if (response.writableLength <= maxBufferedBytes) return;
+    log.warn({ bytes: response.writableLength }, 'stream dropped: its client does not read');
+    response.destroy();
+    cancel();
+  };
+
+  handles = addJob(options, job, (index, output) => {
+    if (output.text !== '' || output.logprobs || (output.finishReason && !output.error)) {
+      write(events.delta({ index, ...output }));
+    }
+    if (!output.finishReason) return;
+    numOpen--;
+    if (output.error && !response.writableEnded) {
+      // The status is sent: all that is left is an event with the error, then the end.
+      write(eventOf(JSON.stringify(errorBody(output.error))));
+      response.end();
+      cancel();
+    } else if (numOpen === 0) {
+      const numOutput = handles.reduce((sum, { sequence }) => sum + sequence.numOutputTokens, 0);
+      if (job.request.includeUsage) write(events.usage(usageOf(numTokensOf(job.prompts), numOutput)));
+      write(doneEvent);
+      response.end();
+    }
+  });
+  numOpen = handles.length;
+  response.on('close', cancel);
+  response.writeHead(200, {
+    'content-type': 'text/event-stream; charset=utf-8',
+    'cache-control': 'no-cache',
+    'x-accel-buffering': 'no',
+  });
+  response.flushHeaders();
+  for (let index = 0; index < handles.length; index++) write(events.begin(index));
+}
+
+function replyHead({ baseName, wallClock }: ServerOptions, { request }: Job, format: ReplyFormat) {
+  return { id: format.newId(), created: Math.floor(wallClock() / 1000), model: request.model || baseName };
+}
+
+async function loadAdapter(options: ServerOptions, body: unknown): Promise<string> {
+  const { tiers, baseName, adapterRoot, log } = options;
+  const { name, path, isInPlace } = parseLoadAdapter(body);
+  if (name === baseName) {
+    throw new EngineError(
+      'adapter_already_loaded',
+      `The name '${name}' is the base model's; it has already been loaded.`,
+      {
+        param: 'lora_name',
+      },
+    );
+  }
+  const adapter = await tiers.load(name, await resolveAdapterPath(path, adapterRoot), isInPlace);
+  log.info(
+    { name, digest: adapter.digest, rank: adapter.file.rank, pages: adapter.pages.length },
+    'adapter loaded',
+  );
+  return `Success: LoRA adapter '${name}' added successfully.`;
+}
+
+function modelList({ baseName, tiers, engine, modelPath, wallClock }: ServerOptions): ModelList {
+  const card = (id: string, root: string, parent: string | null, created: number): ModelCard => ({
+    id,
+    object: 'model',
+    created: Math.floor(created),
+    owned_by: 'motet',
+    root,
+    parent,
+    max_model_len: engine.maxModelLen,
+    permission: [],
+  });
+  const adapters = [...tiers.names].sort(([a], [b]) => (a < b ? -1 : 1));
+  return {
+    object: 'list',
+    data: [
+      card(baseName, modelPath, null, wallClock() / 1000),
+      ...adapters.map(([name, adapter]) => card(name, adapter.sourcePath, baseName, adapter.since)),
+    ],
+  };
+}
+
+function adapterList({ arena, tiers }: ServerOptions): AdapterList {
+  const bytes = (numPages: number) => numPages * arena.pageBytes;
+  return {
+    object: 'list',
+    arena: {
+      totalBytes: bytes(arena.numPages),
+      freeBytes: bytes(arena.numFree),
+      kvBytes: bytes(arena.numUsed('kv')),
+      adapterBytes: bytes(arena.numUsed('adapter')),
+    },
+    data: tiers.statuses(),
+  };
+}
+
+/** vLLM's shape. */
+function tokenize(options: ServerOptions, body: unknown) {
+  const request = parseTokenize(body);
+  adapterOf(options, request.model);
+  const tokens =
+    'messages' in request
+      ? chatTokens(options, request)
+      : encode(options, request.prompt, request.addSpecialTokens);
+  return {
+    count: tokens.length,
+    max_model_len: options.engine.maxModelLen,
+    tokens: Array.from(tokens),
+    token_strs: null,
+  };
+}
+
+function sendError(error: EngineError, request: Request, response: Response, log: Logger): void {
+  const { code } = error;
+  const { status, isRetryable } = errorTable[code];
+  if (status >= 500) log.warn({ code, path: request.path, err: error.cause }, error.message);
+  if (response.headersSent || response.destroyed) {
+    response.destroy();
+    return;
+  }
+  // What is left of an unread body would be taken for the next request.
+  if (!request.complete) response.set('connection', 'close');
+  if (isRetryable) response.set('retry-after', String(error.retryAfterSeconds));
+  response.status(status).json(errorBody(error));
+}

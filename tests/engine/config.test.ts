@@ -1,0 +1,99 @@
+import { mkdtempSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { describe, expect, test } from 'vitest';
+import { type Config, parseConfig } from '../../engine/config.ts';
+
+const parse = (args: string[], env: Record<string, string> = {}) =>
+  parseConfig(['--model', 'm', ...args], env) as Config;
+
+describe('engine settings', () => {
+  test('have sensible defaults', () => {
+    expect(parse([])).toMatchObject({
+      modelPath: 'm',
+      host: '127.0.0.1',
+      port: 8000,
+      deviceMemoryBytes: 2 ** 30,
+      quantization: 'keep',
+      activations: 'int8',
+      maxModelLen: null,
+      maxBatchTokens: 256,
+      maxSequences: 64,
+      adapters: [],
+      apiKeys: null,
+    });
+  });
+
+  test('may be written with = and a space', () => {
+    expect(parse(['--port=1', '--max-waiting', '2'])).toMatchObject({ port: 1, maxWaiting: 2 });
+  });
+
+  test('come from the environment, and a flag wins', () => {
+    const env = { MOTET_PORT: '5', MOTET_MAX_WAITING: '6' };
+    expect(parse(['--port', '7'], env)).toMatchObject({ port: 7, maxWaiting: 6 });
+  });
+
+  test.each([
+    ['1048576', 2 ** 20],
+    ['512MiB', 2 ** 29],
+    ['1.5GiB', 1.5 * 2 ** 30],
+    ['2GB', 2e9],
+  ])('read --device-memory %s', (given, expected) => {
+    expect(parse(['--device-memory', given]).deviceMemoryBytes).toBe(expected);
+  });
+
+  test('collect adapters', () => {
+    const { adapters } = parse(['--adapter', 'a=/x', '--adapter=b=/y=z']);
+    expect(adapters).toEqual([
+      { name: 'a', path: '/x' },
+      { name: 'b', path: '/y=z' },
+    ]);
+    expect(parse([], { MOTET_ADAPTER: 'a=/x,b=/y' }).adapters.length).toBe(2);
+  });
+
+  test.each([
+    [['--prot', '1'], '--prot: unknown flag; did you mean --port?'],
+    [['--max-sequence', '1'], 'did you mean --max-sequences?'],
+    [['stray'], 'expected a flag, got "stray"'],
+    [['--port'], '--port: expected PORT, got nothing'],
+    [['--port', '70000'], '--port: expected an integer from 0 to 65535, got "70000"'],
+    [['--port', '-1'], '--port: expected an integer from 0 to 65535, got "-1"'],
+    [['--port', '1e3'], '--port: expected an integer'],
+    [['--port', '1', '--port', '2'], '--port: expected once, got it twice'],
+    [['--device-memory', '1TiBi'], '--device-memory: expected bytes from'],
+    [['--device-memory', '1'], '--device-memory: expected bytes from'],
+    [['--quantization', 'int3'], '--quantization: expected one of keep, int4, int8, got "int3"'],
+    [['--adapter', 'a'], '--adapter: expected NAME=PATH, got "a"'],
+    [['--insecure=maybe'], '--insecure: expected true or false'],
+    [
+      ['--max-batch-tokens', '8', '--max-sequences', '9'],
+      '--max-sequences: expected at most --max-batch-tokens',
+    ],
+    [['--host', '0.0.0.0'], '--host 0.0.0.0: expected --api-key-file'],
+    [['--host', '0.0.0.0', '--insecure'], 'expected --adapter-root'],
+    [['--api-key-file', '/does/not/exist'], '--api-key-file: expected a readable file, got ENOENT'],
+  ])('refuse %j', (args, message) => {
+    expect(() => parse(args)).toThrow(message);
+  });
+
+  test('name the variable that was wrong', () => {
+    expect(() => parse([], { MOTET_PORT: 'x' })).toThrow('MOTET_PORT: expected an integer');
+  });
+
+  test('refuse to go without a model', () => {
+    expect(() => parseConfig([], {})).toThrow('--model: expected the path of a base model, got nothing');
+  });
+
+  test('read keys, one a line', () => {
+    const file = join(mkdtempSync(join(tmpdir(), 'motet-')), 'keys');
+    writeFileSync(file, 'one\n\n two \n');
+    const args = ['--host', '0.0.0.0', '--api-key-file', file, '--adapter-root', '/adapters'];
+    expect(parse(args).apiKeys).toEqual(['one', 'two']);
+  });
+
+  test('are all listed by --help', () => {
+    const { help } = parseConfig(['--help'], {}) as { help: string };
+    for (const flag of ['--model', '--adapter-root', '--drain-seconds', '--log-level'])
+      expect(help).toContain(flag);
+  });
+});

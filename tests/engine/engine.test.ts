@@ -1,0 +1,282 @@
+import { describe, expect, test, vi } from 'vitest';
+import { defaultSampling } from '../../engine/sampling.ts';
+import { type EngineParts, start, startEngine } from '../fixtures/fake-engine-parts.ts';
+import { generateAlone } from '../fixtures/generate-alone.ts';
+
+const text = (value: string) => new TextEncoder().encode(value);
+/** The scripted model spells `words` after a prompt of `numPromptTokens`. */
+const spell = (parts: EngineParts, numPromptTokens: number, words: string) => {
+  parts.runtime.script = (position) => words.charCodeAt(position - numPromptTokens + 1);
+};
+
+/** Nothing is held, and the books add up. */
+function expectNothingHeld({ arena, engine, fatal, tiers }: EngineParts) {
+  arena.check();
+  expect(fatal).toEqual([]);
+  expect(arena.numUsed('kv')).toBe(0);
+  expect([engine.numRunning, engine.numWaiting]).toEqual([0, 0]);
+  expect(tiers.statuses().every(({ inFlight }) => inFlight === 0)).toBe(true);
+}
+
+/** Resolves when every sequence's blocks are back. */
+const idle = (parts: EngineParts) => vi.waitFor(() => expectNothingHeld(parts), { interval: 1 });
+
+describe('a sequence', () => {
+  test('gives the tokens that it gives alone, computed whole', async () => {
+    const parts = startEngine();
+    const prompt = text('x'.repeat(70));
+    const { tokens } = await start(parts, { promptTokens: prompt, params: { maxTokens: 40 } }).done;
+    expect(tokens).toEqual(await generateAlone(prompt, { ...defaultSampling(), temperature: 0 }, null, 40));
+    await idle(parts);
+  });
+
+  test('ends by length at max_tokens', async () => {
+    const { tokens, last } = await start(startEngine(), { params: { maxTokens: 3 } }).done;
+    expect([tokens.length, last.finishReason]).toEqual([3, 'length']);
+  });
+
+  test('ends at the end token, which is not in its text', async () => {
+    const parts = startEngine();
+    spell(parts, 5, 'ab\u00ffcd');
+    const { text, tokens, last } = await start(parts, { prompt: 'hello', params: { ignoreEos: false } }).done;
+    expect([text, tokens.length, last.finishReason, last.stopReason]).toEqual(['ab', 3, 'stop', null]);
+  });
+
+  test('goes past the end token while min_tokens are not there', async () => {
+    const parts = startEngine();
+    spell(parts, 5, 'ab\u00ff');
+    const params = { ignoreEos: false, minTokens: 3, maxTokens: 3 };
+    const { tokens } = await start(parts, { prompt: 'hello', params }).done;
+    expect(tokens[2]).not.toBe(255);
+  });
+
+  test('ends at a stop string that crosses tokens, and sends nothing of it', async () => {
+    const parts = startEngine();
+    spell(parts, 5, 'one END two');
+    const params = { maxTokens: 11, stopStrings: ['END'] };
+    const { text, last, outputs } = await start(parts, { prompt: 'hello', params }).done;
+    expect([text, last.finishReason, last.stopReason]).toEqual(['one ', 'stop', 'END']);
+    expect(outputs.every((output) => !output.text.includes('E'))).toBe(true);
+    await idle(parts);
+  });
+
+  test('sends what was held back for a stop string when it ends by length', async () => {
+    const parts = startEngine();
+    spell(parts, 5, 'one EN');
+    const { text } = await start(parts, { prompt: 'hello', params: { maxTokens: 6, stopStrings: ['END'] } })
+      .done;
+    expect(text).toBe('one EN');
+  });
+
+  test('draws the same tokens again for the same seed, and others for another', async () => {
+    const parts = startEngine();
+    const run = (seed: bigint) => start(parts, { params: { temperature: 1, seed } }).done;
+    const [a, b, c] = await Promise.all([run(1n), run(1n), run(2n)]);
+    expect(a.tokens).toEqual(b.tokens);
+    expect(a.tokens).not.toEqual(c.tokens);
+  });
+
+  test('carries logprobs of the chosen and the likeliest tokens', async () => {
+    const { outputs, tokens } = await start(startEngine(), { params: { numLogprobs: 2, maxTokens: 2 } }).done;
+    expect(outputs.map(({ logprobs }) => logprobs?.tokenId)).toEqual(tokens);
+    expect(outputs[0]?.logprobs?.topIds.length).toBe(2);
+  });
+
+  test('without a maximum ends by length when the arena has no more for it', async () => {
+    const parts = startEngine({ runtime: { numPages: 4 } });
+    const { tokens, last } = await start(parts, { params: { maxTokens: null } }).done;
+    expect([tokens.length, last.finishReason]).toEqual([4 * 16 - 5 + 1, 'length']);
+    await idle(parts);
+  });
+});
+
+describe('refusals', () => {
+  test('names both numbers when the prompt is longer than the context', () => {
+    expect(() => start(startEngine(), { promptTokens: new Int32Array(600) })).toThrow(
+      'maximum context length is 512 tokens, but the prompt has 600 tokens',
+    );
+  });
+
+  test('refuses a sequence that cannot fit into the arena even alone', () => {
+    const parts = startEngine({ runtime: { numPages: 4 } });
+    expect(() => start(parts, { params: { maxTokens: 60 } })).toThrow('needs room for 65 tokens');
+    expectNothingHeld(parts);
+  });
+
+  test('counts the loaded adapters when it asks whether a sequence fits', async () => {
+    const parts = startEngine({ runtime: { numPages: 4 } });
+    await parts.tiers.load('a', '/adapters/a-r2', false);
+    expect(() => start(parts, { params: { maxTokens: 30 } })).toThrow(
+      'has room for 32 beside the loaded adapters',
+    );
+  });
+
+  test('refuses when the seats and the queue are full, with when to come back', () => {
+    const parts = startEngine({ limits: { maxSequences: 2, maxWaiting: 1 } });
+    for (let i = 0; i < 3; i++) start(parts);
+    expect(() => start(parts)).toThrow(expect.objectContaining({ code: 'overloaded', retryAfterSeconds: 1 }));
+  });
+
+  test('tells a refused one to come back when the queue is done at the recent pace', async () => {
+    let nowMs = 0;
+    const parts = startEngine({ limits: { maxSequences: 1, maxWaiting: 5 }, now: () => nowMs });
+    for (let i = 0; i < 4; i++) {
+      await start(parts).done;
+      nowMs += 2000;
+    }
+    for (let i = 0; i < 6; i++) start(parts);
+    expect(() => start(parts)).toThrow(expect.objectContaining({ retryAfterSeconds: 6 * 2 }));
+  });
+
+  test('takes all choices of a request or none', () => {
+    const parts = startEngine({ limits: { maxSequences: 2, maxWaiting: 1 } });
+    const request = {
+      promptTokens: text('hi'),
+      params: defaultSampling(),
+      adapter: null,
+      onOutput: () => {},
+    };
+    expect(() => parts.engine.add([request, request, request, request])).toThrow('the queue holds 1');
+    expect(parts.engine.numWaiting).toBe(0);
+  });
+});
+
+describe('cancelling', () => {
+  test('a waiting sequence takes it out of the queue', async () => {
+    const parts = startEngine();
+    const { handle, done } = start(parts);
+    handle.cancel();
+    expect((await done).last.finishReason).toBe('abort');
+    expectNothingHeld(parts);
+  });
+
+  test('a sequence in a step gives its blocks back before the next step', async () => {
+    const parts = startEngine();
+    const gate = Promise.withResolvers<void>();
+    const other = start(parts, { params: { maxTokens: 30 } });
+    const { handle, done } = start(parts, {
+      params: { maxTokens: 400 },
+      onOutput: ({ finishReason }) => {
+        if (!finishReason) parts.runtime.gate = gate.promise;
+      },
+    });
+    await vi.waitFor(() => expect(handle.sequence.numOutputTokens).toBeGreaterThan(0), { interval: 1 });
+    const numUsed = parts.arena.numUsed('kv');
+    handle.cancel();
+    await done;
+    expect(parts.arena.numUsed('kv')).toBe(numUsed);
+    const numSteps = parts.runtime.steps.length;
+    gate.resolve();
+    await other.done;
+    expect(parts.runtime.steps.slice(numSteps).every(({ numSequences }) => numSequences === 1)).toBe(true);
+    await idle(parts);
+  });
+
+  test('twice says one last word', async () => {
+    const parts = startEngine();
+    const { handle, done } = start(parts);
+    handle.cancel();
+    handle.cancel();
+    expect((await done).outputs.length).toBe(1);
+  });
+});
+
+describe('preemption', () => {
+  test('changes no token, and counts', async () => {
+    const parts = startEngine({ runtime: { numPages: 8 } });
+    const prompts = ['first prompt', 'second prompt', 'third prompt'].map(text);
+    const params = { ...defaultSampling(), temperature: 1, seed: 5n, maxTokens: 60 };
+    const outcomes = await Promise.all(
+      prompts.map((promptTokens) => start(parts, { promptTokens, params }).done),
+    );
+    for (const [i, { tokens }] of outcomes.entries()) {
+      expect(tokens).toEqual(await generateAlone(prompts[i]!, params, null, 60));
+    }
+    expect(await parts.metrics.registry.getSingleMetricAsString('vllm:num_preemptions_total')).not.toMatch(
+      / 0$/,
+    );
+    await idle(parts);
+  });
+});
+
+describe('a failed step', () => {
+  test('fails its sequences, and the engine goes on', async () => {
+    const parts = startEngine();
+    parts.runtime.failNextStep = new Error('boom');
+    const { last } = await start(parts).done;
+    expect(last.finishReason).toBe('error');
+    expect(last.error).toMatchObject({ code: 'step_failed' });
+    expect((await start(parts).done).last.finishReason).toBe('length');
+    await idle(parts);
+  });
+
+  test('is fatal when the runtime is closed', async () => {
+    const parts = startEngine();
+    parts.runtime.close();
+    start(parts);
+    await vi.waitFor(() => expect(parts.fatal).toMatchObject([{ code: 'closed' }]), { interval: 1 });
+  });
+});
+
+test('a listener that throws ends its own sequence and no other', async () => {
+  const parts = startEngine();
+  const other = start(parts, { params: { maxTokens: 20 } });
+  start(parts, {
+    params: { maxTokens: 400 },
+    onOutput: () => {
+      throw new Error('no');
+    },
+  });
+  expect((await other.done).last.finishReason).toBe('length');
+  await idle(parts);
+  expect(parts.runtime.steps.length).toBeLessThan(40);
+});
+
+describe('draining', () => {
+  test('refuses new sequences and resolves when the last one has said its last word', async () => {
+    const parts = startEngine();
+    let isDone = false;
+    start(parts, { onOutput: ({ finishReason }) => (isDone = finishReason === 'length') });
+    const drained = parts.engine.drain(10_000);
+    expect(() => start(parts)).toThrow(expect.objectContaining({ code: 'draining' }));
+    await drained;
+    expect(isDone).toBe(true);
+    expectNothingHeld(parts);
+  });
+
+  test('ends what is left when its time is up', async () => {
+    const parts = startEngine();
+    const gate = Promise.withResolvers<void>();
+    parts.runtime.gate = gate.promise;
+    const { done } = start(parts);
+    await parts.engine.drain(1);
+    expect((await done).last.error).toMatchObject({ code: 'draining' });
+    gate.resolve();
+    await parts.engine.close();
+    expectNothingHeld(parts);
+  });
+});
+
+describe('a batch', () => {
+  test('mixes the base and any adapters', async () => {
+    const parts = startEngine();
+    const adapters = await Promise.all(
+      ['a', 'b'].map((name) => parts.tiers.load(name, `/adapters/${name}-r1`, false)),
+    );
+    const voices = [null, ...adapters, null];
+    const outcomes = await Promise.all(voices.map((adapter) => start(parts, { adapter }).done));
+    const alone = { ...defaultSampling(), temperature: 0 };
+    for (const [i, { tokens }] of outcomes.entries()) {
+      expect(tokens).toEqual(await generateAlone(text('hello'), alone, voices[i]?.file.path ?? null, 8));
+    }
+    expect(parts.runtime.steps.some((step) => step.numSequences === 4 && step.numAdapters === 2)).toBe(true);
+    await idle(parts);
+  });
+
+  test('never has more tokens or sequences than the limits', async () => {
+    const parts = startEngine({ limits: { maxBatchTokens: 10, maxSequences: 3 } });
+    await Promise.all(Array.from({ length: 9 }, () => start(parts, { prompt: 'x'.repeat(23) }).done));
+    expect(Math.max(...parts.runtime.steps.map(({ numTokens }) => numTokens))).toBeLessThanOrEqual(10);
+    expect(Math.max(...parts.runtime.steps.map(({ numSequences }) => numSequences))).toBeLessThanOrEqual(3);
+  });
+});

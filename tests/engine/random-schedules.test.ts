@@ -1,0 +1,128 @@
+/**
+ * Random loads on the fake runtime: small arenas that force preemption, small token budgets, cancellations, adapters
+ * that come and go. Each sequence must give the tokens that it gives alone, and at the end nothing may be held.
+ */
+import { expect, test, vi } from 'vitest';
+import type { Adapter } from '../../engine/adapters/adapter-tiers.ts';
+import { EngineError } from '../../engine/errors.ts';
+import { defaultSampling, type SamplingParams } from '../../engine/sampling.ts';
+import { start, startEngine } from '../fixtures/fake-engine-parts.ts';
+import { generateAlone } from '../fixtures/generate-alone.ts';
+import { type SeededRandom, seededRandom } from '../fixtures/seeded-random.ts';
+
+const numSchedules = 1000;
+const numGroups = 10;
+
+function randomParams(random: SeededRandom): SamplingParams {
+  return {
+    ...defaultSampling(),
+    temperature: random.pick([0, 1]),
+    topK: random.below(3),
+    presencePenalty: random.pick([0, 0, 0.5]),
+    repetitionPenalty: random.pick([1, 1, 1.25]),
+    seed: BigInt(random.below(1000)),
+    biasIds: random.pick([[], [3], [5, 6]]),
+    biasValues: random.pick([[], [1], [2, 3]]),
+    maxTokens: random.below(8) === 0 ? null : random.from(1, 24),
+    ignoreEos: true,
+    numLogprobs: random.pick([null, 0, 3]),
+  };
+}
+
+/** @returns how many sequences were preempted */
+async function runSchedule(seed: number): Promise<number> {
+  const random = seededRandom(seed);
+  const parts = startEngine({
+    runtime: { numPages: random.from(6, 20) },
+    limits: { maxBatchTokens: random.from(8, 48), maxSequences: random.from(1, 8), maxModelLen: 96 },
+    tiers: { pageWaitMs: 5 },
+  });
+  const { engine, tiers, arena } = parts;
+  const runs: Promise<void>[] = [];
+  const loads: Promise<unknown>[] = [];
+  // Names are loaded in place, with other content, while sequences use the old one.
+  const names = ['a', 'b', 'c'];
+
+  for (let turn = 0; turn < 10; turn++) {
+    const action = random.below(10);
+    if (action < 2) {
+      const path = `/adapters/${random.below(4)}-r${random.from(1, 2)}`;
+      loads.push(tiers.load(random.pick(names), path, true).catch(expectRefusal));
+    } else if (action < 3) {
+      const name = random.pick(names);
+      if (tiers.get(name)) tiers.unload(name);
+    } else {
+      const params = randomParams(random);
+      params.biasValues = params.biasIds.map(() => 2);
+      const adapter: Adapter | null = random.below(3) === 0 ? null : (tiers.get(random.pick(names)) ?? null);
+      const promptTokens = Int32Array.from({ length: random.from(1, 60) }, () => random.below(256));
+      const cancelAfter = random.below(4) === 0 ? random.below(6) : Number.POSITIVE_INFINITY;
+      runs.push(runOne(parts, promptTokens, params, adapter, cancelAfter));
+    }
+    for (let i = random.below(8); i > 0; i--) await new Promise((resolve) => setImmediate(resolve));
+    arena.check();
+  }
+  await Promise.all(loads);
+  await Promise.all(runs);
+  for (const name of names) if (tiers.get(name)) tiers.unload(name);
+  await vi.waitFor(() => expect(engine.numRunning).toBe(0), { interval: 1 });
+  await engine.close();
+  expect(parts.fatal).toEqual([]);
+  expect(arena.numFree).toBe(arena.numPages);
+  expect(parts.runtime.adapters.size).toBe(0);
+  arena.check();
+  const preempted = await parts.metrics.registry.getSingleMetric('vllm:num_preemptions_total')!.get();
+  return preempted.values[0]?.value ?? 0;
+}
+
+async function runOne(
+  parts: ReturnType<typeof startEngine>,
+  promptTokens: Int32Array,
+  params: SamplingParams,
+  adapter: Adapter | null,
+  cancelAfter: number,
+): Promise<void> {
+  let outcome: Awaited<ReturnType<typeof start>['done']>;
+  try {
+    let numOutputs = 0;
+    const { handle, done } = start(parts, {
+      promptTokens,
+      params,
+      adapter,
+      onOutput: () => {
+        if (numOutputs++ >= cancelAfter) handle.cancel();
+      },
+    });
+    if (cancelAfter === 0) handle.cancel();
+    outcome = await done;
+  } catch (error) {
+    return expectRefusal(error);
+  }
+  const { tokens, last } = outcome;
+  if (last.finishReason !== 'abort' && params.maxTokens) expect(tokens.length).toBe(params.maxTokens);
+  const alone = await generateAlone(promptTokens, params, adapter?.file.path ?? null, tokens.length);
+  expect(tokens).toEqual(alone);
+}
+
+/** Too little room is an answer; anything else is a fault. */
+function expectRefusal(error: unknown): void {
+  expect(error).toBeInstanceOf(EngineError);
+  expect((error as EngineError).code).toBe('arena_full');
+}
+
+test.each(Array.from({ length: numGroups }, (_, group) => group))(
+  'every sequence of a random schedule gives the tokens it gives alone (group %i of 10)',
+  async (group) => {
+    let numPreempted = 0;
+    for (let i = 0; i < numSchedules / numGroups; i++) {
+      const seed = group * 1000 + i;
+      try {
+        numPreempted += await runSchedule(seed);
+      } catch (cause) {
+        throw new Error(`schedule with seed ${seed} failed: ${(cause as Error).message}`, { cause });
+      }
+    }
+    // Otherwise the arenas are too large, and the test says less than its name.
+    expect(numPreempted).toBeGreaterThan(0);
+  },
+);

@@ -1,0 +1,193 @@
+import { describe, expect, test } from 'vitest';
+import { defaultSampling } from '../../engine/sampling.ts';
+import { maxPassedOver, type ScheduleInput, schedule } from '../../engine/scheduler.ts';
+import { Sequence } from '../../engine/sequence.ts';
+
+let nextId = 0;
+
+/** A sequence as it stands between steps: its blocks hold exactly what is computed. */
+function sequence(fields: {
+  numTokens: number;
+  numComputed?: number;
+  adapterKey?: string;
+  wasPreempted?: boolean;
+}) {
+  const made = new Sequence({
+    id: nextId++,
+    promptTokens: new Int32Array(fields.numTokens),
+    maxTotalTokens: 10_000,
+    params: defaultSampling(),
+    adapterKey: fields.adapterKey ?? '',
+  });
+  made.numComputedTokens = fields.numComputed ?? 0;
+  made.numBlocks = Math.ceil(made.numComputedTokens / 16);
+  made.wasPreempted = fields.wasPreempted ?? false;
+  return made;
+}
+/** One token is pending, and the blocks are full: the next step needs a page. */
+const decoding = (numTokens = 17) => sequence({ numTokens, numComputed: numTokens - 1 });
+
+function plan(input: Partial<ScheduleInput>) {
+  return schedule({
+    waiting: [],
+    running: [],
+    numFreePages: 100,
+    numWantedPages: 0,
+    blockSizeTokens: 16,
+    maxBatchTokens: 64,
+    maxSequences: 8,
+    ...input,
+  });
+}
+const chunks = (made: ReturnType<typeof plan>) =>
+  made.chunks.map((chunk) => [chunk.sequence, chunk.numTokens]);
+
+describe('decode', () => {
+  test('gives every running sequence its next token before any prompt', () => {
+    const [a, prefilling, b] = [decoding(), sequence({ numTokens: 100, numComputed: 32 }), decoding()];
+    expect(chunks(plan({ running: [prefilling, a, b] }))).toEqual([
+      [a, 1],
+      [b, 1],
+      [prefilling, 62],
+    ]);
+  });
+
+  test('takes a block only when the last one is full', () => {
+    const made = plan({ running: [decoding(17), decoding(18)] });
+    expect(made.chunks.map((chunk) => chunk.numNewBlocks)).toEqual([1, 0]);
+  });
+
+  test('preempts the youngest sequence when no page is free', () => {
+    const [old, middle, young] = [decoding(), decoding(), decoding()];
+    const made = plan({ running: [old, middle, young], numFreePages: 1 });
+    expect(made.preempted).toEqual([young]);
+    expect(chunks(made)).toEqual([
+      [old, 1],
+      [middle, 1],
+    ]);
+  });
+
+  test('preempts itself when it is the youngest', () => {
+    const [old, young] = [decoding(18), decoding(17)];
+    const made = plan({ running: [old, young], numFreePages: 0 });
+    expect(made.preempted).toEqual([young]);
+    expect(chunks(made)).toEqual([[old, 1]]);
+  });
+
+  test('admits nobody in a step that preempts', () => {
+    const made = plan({
+      running: [decoding(), decoding()],
+      waiting: [sequence({ numTokens: 1 })],
+      numFreePages: 1,
+    });
+    expect(made.admitted).toEqual([]);
+  });
+});
+
+describe('prefill', () => {
+  test('cuts a prompt at the token budget', () => {
+    const long = sequence({ numTokens: 100 });
+    expect(chunks(plan({ waiting: [long] }))).toEqual([[long, 64]]);
+  });
+
+  test('shares the budget, oldest first', () => {
+    const [a, b] = [
+      sequence({ numTokens: 100, numComputed: 60 }),
+      sequence({ numTokens: 100, numComputed: 16 }),
+    ];
+    expect(chunks(plan({ running: [a, b] }))).toEqual([
+      [a, 40],
+      [b, 24],
+    ]);
+  });
+
+  test('cuts a prompt at the free pages instead of preempting', () => {
+    const [prompt, young] = [sequence({ numTokens: 100, numComputed: 32 }), decoding(18)];
+    const made = plan({ running: [prompt, young], numFreePages: 1 });
+    expect(made.preempted).toEqual([]);
+    expect(chunks(made)).toEqual([
+      [young, 1],
+      [prompt, 16],
+    ]);
+  });
+
+  test('lets nothing younger take pages before a prompt that is short of them', () => {
+    const [old, young] = [
+      sequence({ numTokens: 100, numComputed: 16 }),
+      sequence({ numTokens: 40, numComputed: 16 }),
+    ];
+    const made = plan({ running: [old, young], waiting: [sequence({ numTokens: 1 })], numFreePages: 2 });
+    expect(chunks(made)).toEqual([[old, 32]]);
+    expect(made.admitted).toEqual([]);
+  });
+
+  test('preempts the youngest prompt when no prompt can go on', () => {
+    const [old, young] = [
+      sequence({ numTokens: 100, numComputed: 16 }),
+      sequence({ numTokens: 100, numComputed: 32 }),
+    ];
+    const made = plan({ running: [old, young], numFreePages: 0 });
+    expect(made.preempted).toEqual([young]);
+    expect(chunks(made)).toEqual([[old, 32]]);
+  });
+});
+
+describe('admission', () => {
+  test('admits in order of arrival, up to the seats', () => {
+    const waiting = Array.from({ length: 5 }, () => sequence({ numTokens: 2 }));
+    expect(plan({ waiting, maxSequences: 3 }).admitted).toEqual(waiting.slice(0, 3));
+  });
+
+  test('makes all wait behind a head whose pages are not in sight', () => {
+    const waiting = [sequence({ numTokens: 200 }), sequence({ numTokens: 2 })];
+    const made = plan({ running: [decoding(18)], waiting, numFreePages: 5 });
+    expect(made.admitted).toEqual([]);
+  });
+
+  test('counts the pages that admitted prompts will still take', () => {
+    const waiting = [sequence({ numTokens: 160 }), sequence({ numTokens: 160 })];
+    expect(plan({ waiting, numFreePages: 20 }).admitted).toEqual(waiting.slice(0, 1));
+  });
+
+  test('leaves the pages that a load waits for', () => {
+    const input = { running: [decoding(18)], waiting: [sequence({ numTokens: 16 })], numFreePages: 4 };
+    expect(plan({ ...input, numWantedPages: 2 }).admitted).toEqual(input.waiting);
+    expect(plan({ ...input, numWantedPages: 3 }).admitted).toEqual([]);
+  });
+
+  test('admits a sequence when nothing runs, whatever a load waits for', () => {
+    const waiting = [sequence({ numTokens: 60 })];
+    expect(plan({ waiting, numFreePages: 4, numWantedPages: 4 }).admitted).toEqual(waiting);
+  });
+
+  test('lets an adapter that has no seat pass a flood for another', () => {
+    const running = [0, 1, 2, 3].map(() => sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' }));
+    const flood = sequence({ numTokens: 2, adapterKey: 'flood' });
+    const starving = sequence({ numTokens: 2, adapterKey: 'quiet' });
+    const made = plan({ running, waiting: [flood, starving], maxSequences: 5 });
+    expect(made.admitted).toEqual([starving]);
+    expect(made.passedOver).toEqual([flood]);
+  });
+
+  test('keeps the order while the flood is within its share', () => {
+    const running = [sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' })];
+    const flood = sequence({ numTokens: 2, adapterKey: 'flood' });
+    const quiet = sequence({ numTokens: 2, adapterKey: 'quiet' });
+    expect(plan({ running, waiting: [flood, quiet], maxSequences: 4 }).admitted).toEqual([flood, quiet]);
+  });
+
+  test('admits the head once it was passed over often enough', () => {
+    const running = [0, 1, 2, 3].map(() => sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' }));
+    const head = sequence({ numTokens: 2, adapterKey: 'flood' });
+    head.numPassedOver = maxPassedOver;
+    const waiting = [head, sequence({ numTokens: 2, adapterKey: 'quiet' })];
+    expect(plan({ running, waiting, maxSequences: 5 }).admitted).toEqual([head]);
+  });
+
+  test('lets nobody pass a sequence that was preempted', () => {
+    const running = [0, 1, 2, 3].map(() => sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' }));
+    const head = sequence({ numTokens: 2, adapterKey: 'flood', wasPreempted: true });
+    const waiting = [head, sequence({ numTokens: 2, adapterKey: 'quiet' })];
+    expect(plan({ running, waiting, maxSequences: 5 }).admitted).toEqual([head]);
+  });
+});

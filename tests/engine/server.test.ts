@@ -1,0 +1,494 @@
+import { connect } from 'node:net';
+import { setImmediate as nextTurn } from 'node:timers/promises';
+import OpenAI from 'openai';
+import { describe, expect, test, vi } from 'vitest';
+import { enginePaths } from '../../engine/protocol.ts';
+import { eventsOf, type Served, serveFake } from '../fixtures/serve-fake.ts';
+
+const chat = { model: 'base', messages: [{ role: 'user', content: 'hi' }], max_tokens: 4, temperature: 0 };
+const completion = { model: 'base', prompt: 'hello', max_tokens: 4, temperature: 0 };
+
+/** The scripted model answers with `words` after whatever prompt, then with end tokens. */
+function spell(served: Served, numPromptTokens: number, words: string) {
+  served.runtime.script = (position) => words.charCodeAt(position - numPromptTokens + 1) || 255;
+}
+const chatPromptLength = 'user: hi\nassistant:'.length;
+
+/** Steps wait until it is called. */
+function holdSteps({ runtime }: Served): () => void {
+  const gate = Promise.withResolvers<void>();
+  runtime.gate = gate.promise;
+  return gate.resolve;
+}
+const allBack = ({ arena }: Served) => vi.waitFor(() => expect(arena.numUsed('kv')).toBe(0), { interval: 1 });
+
+describe('chat completions', () => {
+  test('answer in OpenAI’s shape', async () => {
+    const served = await serveFake();
+    spell(served, chatPromptLength, 'ok');
+    const response = await served.post(enginePaths.chat, chat);
+    expect(await response.json()).toEqual({
+      id: expect.stringMatching(/^chatcmpl-[0-9a-f]{32}$/),
+      object: 'chat.completion',
+      created: expect.any(Number),
+      model: 'base',
+      choices: [
+        {
+          index: 0,
+          message: { role: 'assistant', content: 'ok', refusal: null },
+          logprobs: null,
+          finish_reason: 'stop',
+          stop_reason: null,
+        },
+      ],
+      usage: { prompt_tokens: chatPromptLength, completion_tokens: 3, total_tokens: chatPromptLength + 3 },
+    });
+  });
+
+  test('stream the role, the text, the reason and the usage', async () => {
+    const served = await serveFake();
+    spell(served, chatPromptLength, 'ok');
+    const response = await served.post(enginePaths.chat, {
+      ...chat,
+      stream: true,
+      stream_options: { include_usage: true },
+    });
+    expect(response.headers.get('content-type')).toBe('text/event-stream; charset=utf-8');
+    const events = await eventsOf(response);
+    expect(events.pop()).toBe('[DONE]');
+    const chunks = events.map((event) => JSON.parse(event));
+    expect(chunks.map(({ choices }) => choices[0]?.delta)).toEqual([
+      { role: 'assistant', content: '' },
+      { content: 'o' },
+      { content: 'k' },
+      {},
+      undefined,
+    ]);
+    expect(chunks[3].choices[0].finish_reason).toBe('stop');
+    expect(chunks[0].usage).toBe(null);
+    expect(chunks[4]).toMatchObject({ choices: [], usage: { completion_tokens: 3 } });
+  });
+
+  test('give as many choices as n, each with its own draw', async () => {
+    const served = await serveFake();
+    const response = await served.post(enginePaths.chat, { ...chat, temperature: 1, seed: 7, n: 3 });
+    const { choices, usage } = (await response.json()) as OpenAI.ChatCompletion;
+    expect(choices.map(({ index }) => index)).toEqual([0, 1, 2]);
+    expect(new Set(choices.map(({ message }) => message.content)).size).toBe(3);
+    expect(usage?.completion_tokens).toBe(12);
+  });
+
+  test('carry logprobs with tokens and bytes', async () => {
+    const served = await serveFake();
+    spell(served, chatPromptLength, 'ok');
+    const response = await served.post(enginePaths.chat, { ...chat, logprobs: true, top_logprobs: 2 });
+    const { choices } = (await response.json()) as OpenAI.ChatCompletion;
+    const [first] = choices[0]!.logprobs!.content!;
+    expect(first).toMatchObject({ token: 'o', bytes: [111], logprob: expect.any(Number) });
+    expect(first!.top_logprobs.map(({ token }) => token)).toEqual(['o', 'p']);
+  });
+
+  test('join text parts and pass tools to the template', async () => {
+    const served = await serveFake();
+    const content = [
+      { type: 'text', text: 'a' },
+      { type: 'text', text: 'b' },
+    ];
+    const body = { ...chat, messages: [{ role: 'user', content }], tools: [{ type: 'function' }] };
+    const { usage } = (await (await served.post(enginePaths.chat, body)).json()) as OpenAI.ChatCompletion;
+    expect(usage?.prompt_tokens).toBe('user: a\nb\nassistant:'.length);
+  });
+
+  test('work with OpenAI’s own client, whole and streamed', async () => {
+    const served = await serveFake();
+    spell(served, chatPromptLength, 'ok');
+    const client = new OpenAI({ baseURL: `${served.url}/v1`, apiKey: 'none' });
+    const messages = [{ role: 'user' as const, content: 'hi' }];
+    const whole = await client.chat.completions.create({ model: 'base', messages });
+    expect(whole.choices[0]?.message.content).toBe('ok');
+    let streamed = '';
+    for await (const chunk of await client.chat.completions.create({
+      model: 'base',
+      messages,
+      stream: true,
+    })) {
+      streamed += chunk.choices[0]?.delta.content ?? '';
+    }
+    expect(streamed).toBe('ok');
+    const models = await client.models.list();
+    expect(models.data.map(({ id }) => id)).toEqual(['base']);
+  });
+});
+
+describe('completions', () => {
+  test('answer in OpenAI’s shape', async () => {
+    const served = await serveFake();
+    spell(served, 5, 'abcdef');
+    const response = await served.post(enginePaths.completions, { ...completion, logprobs: 1 });
+    expect(await response.json()).toMatchObject({
+      id: expect.stringMatching(/^cmpl-/),
+      object: 'text_completion',
+      choices: [
+        {
+          index: 0,
+          text: 'abcd',
+          finish_reason: 'length',
+          logprobs: {
+            tokens: ['a', 'b', 'c', 'd'],
+            text_offset: [0, 1, 2, 3],
+            top_logprobs: [{ a: expect.any(Number) }, {}, {}, {}],
+          },
+        },
+      ],
+    });
+  });
+
+  test.each([
+    ['text', 'hello', 1],
+    ['a list of texts', ['hello', 'you'], 2],
+    ['token ids', [104, 105], 1],
+    ['lists of token ids', [[104], [105, 106], [107]], 3],
+  ])('take %s as prompt', async (_name, prompt, numChoices) => {
+    const served = await serveFake();
+    const response = await served.post(enginePaths.completions, { ...completion, prompt });
+    const { choices } = (await response.json()) as OpenAI.Completion;
+    expect(choices.map(({ index }) => index)).toEqual(
+      Array.from({ length: numChoices }, (_, index) => index),
+    );
+  });
+
+  test('return the likeliest n of best_of', async () => {
+    const served = await serveFake();
+    const ask = async (extra: object) => {
+      const body = { ...completion, temperature: 1, seed: 3, logprobs: 0, ...extra };
+      return ((await (await served.post(enginePaths.completions, body)).json()) as OpenAI.Completion).choices;
+    };
+    const mean = ({ logprobs }: OpenAI.CompletionChoice) =>
+      logprobs!.token_logprobs!.reduce((sum, value) => sum + value, 0) / logprobs!.token_logprobs!.length;
+    const all = (await ask({ n: 5 })).map(mean).sort((a, b) => b - a);
+    const best = (await ask({ n: 2, best_of: 5 })).map(mean);
+    expect(best).toEqual(all.slice(0, 2));
+  });
+
+  test('stream text pieces of several prompts, each under its index', async () => {
+    const served = await serveFake();
+    const body = { ...completion, prompt: ['hello', 'there'], stream: true };
+    const events = await eventsOf(await served.post(enginePaths.completions, body));
+    const whole = await served.post(enginePaths.completions, { ...completion, prompt: ['hello', 'there'] });
+    const texts = ['', ''];
+    for (const event of events.slice(0, -1)) {
+      const [choice] = JSON.parse(event).choices;
+      texts[choice.index] += choice.text;
+    }
+    const { choices } = (await whole.json()) as OpenAI.Completion;
+    expect(texts).toEqual(choices.map(({ text }) => text));
+  });
+
+  test('end at a stop string and name it', async () => {
+    const served = await serveFake();
+    spell(served, 5, 'one. two');
+    const body = { ...completion, max_tokens: 8, stop: ['. '] };
+    const { choices } = (await (
+      await served.post(enginePaths.completions, body)
+    ).json()) as OpenAI.Completion;
+    expect(choices[0]).toMatchObject({ text: 'one', finish_reason: 'stop', stop_reason: '. ' });
+  });
+
+  test('honour logit_bias', async () => {
+    const served = await serveFake();
+    const body = { ...completion, logit_bias: { 120: 100 } };
+    const { choices } = (await (
+      await served.post(enginePaths.completions, body)
+    ).json()) as OpenAI.Completion;
+    expect(choices[0]?.text).toBe('xxxx');
+  });
+});
+
+describe('adapters over HTTP', () => {
+  const load = (served: Served, body: object) => served.post(enginePaths.loadAdapter, body);
+
+  test('are loaded, listed, used and unloaded', async () => {
+    const served = await serveFake({ server: { adapterRoot: null } });
+    const response = await load(served, { lora_name: 'tuned', lora_path: '/tmp' });
+    expect([response.status, await response.text()]).toEqual([
+      200,
+      "Success: LoRA adapter 'tuned' added successfully.",
+    ]);
+
+    const models = await (await served.get(enginePaths.models)).json();
+    expect(models).toMatchObject({
+      data: [
+        { id: 'base', parent: null },
+        { id: 'tuned', parent: 'base' },
+      ],
+    });
+    const list = await (await served.get(enginePaths.adapters)).json();
+    expect(list).toMatchObject({
+      arena: { totalBytes: 64 * 1024, freeBytes: 62 * 1024, kvBytes: 0, adapterBytes: 2 * 1024 },
+      data: [{ names: ['tuned'], tier: 'device', rank: 2, inFlight: 0, bytes: 2 * 1024 }],
+    });
+
+    const texts = [];
+    for (const model of ['base', 'tuned', '']) {
+      const reply = await served.post(enginePaths.completions, { ...completion, model });
+      texts.push(((await reply.json()) as OpenAI.Completion).choices[0]?.text);
+    }
+    expect(texts[1]).not.toBe(texts[0]);
+    expect(texts[2]).toBe(texts[0]);
+
+    const unloaded = await served.post(enginePaths.unloadAdapter, { lora_name: 'tuned' });
+    expect(await unloaded.text()).toBe("Success: LoRA adapter 'tuned' removed successfully.");
+    expect((await served.post(enginePaths.completions, { ...completion, model: 'tuned' })).status).toBe(404);
+    expect(served.arena.numFree).toBe(64);
+  });
+
+  test.each([
+    ['without a name', { lora_path: '/tmp' }, 400, 'InvalidUserInput', "Both 'lora_name' and 'lora_path'"],
+    ['without a path', { lora_name: 'a' }, 400, 'InvalidUserInput', "Both 'lora_name' and 'lora_path'"],
+    ['with an empty name', { lora_name: '', lora_path: '/tmp' }, 400, 'InvalidUserInput', 'must be provided'],
+    [
+      'with a comma in the name',
+      { lora_name: 'a,b', lora_path: '/tmp' },
+      400,
+      'InvalidUserInput',
+      'without commas',
+    ],
+    [
+      'under the base’s name',
+      { lora_name: 'base', lora_path: '/tmp' },
+      400,
+      'InvalidUserInput',
+      'already been loaded',
+    ],
+    ['from nowhere', { lora_name: 'a', lora_path: '/none' }, 404, 'NotFoundError', 'No adapter found'],
+    [
+      'by a relative path',
+      { lora_name: 'a', lora_path: 'x' },
+      400,
+      'BadRequestError',
+      'expected an absolute path',
+    ],
+    [
+      'in place, said wrong',
+      { lora_name: 'a', lora_path: '/tmp', load_inplace: 1 },
+      400,
+      'invalid_request_error',
+      'true or false',
+    ],
+  ])('are refused %s', async (_name, body, status, type, message) => {
+    const response = await load(await serveFake(), body);
+    const error = (await response.json()) as { error: object };
+    expect(response.status).toBe(status);
+    const fields = { type, message: expect.stringContaining(message) };
+    expect(error).toMatchObject({ ...fields, object: 'error', error: fields });
+  });
+
+  test('are refused a second time under one name, unless in place', async () => {
+    const served = await serveFake();
+    const body = { lora_name: 'a', lora_path: '/tmp' };
+    expect((await load(served, body)).status).toBe(200);
+    const again = await load(served, body);
+    expect([again.status, await again.text()]).toEqual([400, expect.stringContaining('already been loaded')]);
+    expect((await load(served, { ...body, load_inplace: true })).status).toBe(200);
+  });
+
+  test('that are not there cannot be unloaded', async () => {
+    const response = await (await serveFake()).post(enginePaths.unloadAdapter, { lora_name: 'a' });
+    expect([response.status, await response.json()]).toEqual([
+      404,
+      expect.objectContaining({ type: 'NotFoundError', message: expect.stringContaining('cannot be found') }),
+    ]);
+  });
+
+  test('are refused outside the adapter root, links followed', async () => {
+    const served = await serveFake({ server: { adapterRoot: '/tmp' } });
+    const response = await load(served, { lora_name: 'a', lora_path: '/tmp/../usr' });
+    expect([response.status, await response.text()]).toEqual([
+      400,
+      expect.stringContaining('under --adapter-root'),
+    ]);
+  });
+
+  test('that are unloaded while prompts are encoded answer 404', async () => {
+    const served = await serveFake();
+    await served.tiers.load('a', '/a-r1', false);
+    const reply = served.post(enginePaths.completions, { ...completion, model: 'a', prompt: ['x', 'y'] });
+    const find = served.tiers.get.bind(served.tiers);
+    served.tiers.get = (name) => {
+      const adapter = find(name);
+      if (adapter) served.tiers.unload(name);
+      return adapter;
+    };
+    expect((await reply).status).toBe(404);
+    expect(served.arena.numFree).toBe(64);
+  });
+
+  test('that find no room say how much there is, and when to come back', async () => {
+    const served = await serveFake({ runtime: { numPages: 1 }, limits: { maxModelLen: 16 } });
+    const response = await load(served, { lora_name: 'a', lora_path: '/tmp' });
+    expect([response.status, response.headers.get('retry-after')]).toEqual([503, '1']);
+    expect(await response.json()).toMatchObject({
+      code: 'arena_full',
+      message: expect.stringContaining('2048 bytes'),
+    });
+  });
+});
+
+describe('load', () => {
+  test('beyond the queue gets 429 with Retry-After', async () => {
+    const served = await serveFake({ limits: { maxSequences: 1, maxWaiting: 0 } });
+    const release = holdSteps(served);
+    const first = served.post(enginePaths.completions, completion);
+    await vi.waitFor(() => expect(served.engine.numRunning).toBe(1), { interval: 1 });
+    const refused = await served.post(enginePaths.completions, completion);
+    expect(refused.status).toBe(429);
+    expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(0);
+    expect(await refused.json()).toMatchObject({ error: { type: 'rate_limit_error', code: 'overloaded' } });
+    release();
+    expect((await first).status).toBe(200);
+  });
+
+  test('while draining gets 503, and what runs is finished', async () => {
+    const served = await serveFake();
+    const release = holdSteps(served);
+    const first = served.post(enginePaths.completions, completion);
+    await vi.waitFor(() => expect(served.engine.numRunning).toBe(1), { interval: 1 });
+    const drained = served.engine.drain(60_000);
+    const refused = await served.post(enginePaths.completions, completion);
+    expect([refused.status, refused.headers.get('retry-after')]).toEqual([503, '5']);
+    expect((await served.get(enginePaths.readyz)).status).toBe(503);
+    expect((await served.get(enginePaths.livez)).status).toBe(200);
+    release();
+    expect((await first).status).toBe(200);
+    await drained;
+  });
+});
+
+describe('a client that goes away', () => {
+  test.each([true, false])('frees its blocks (stream: %s)', async (stream) => {
+    const served = await serveFake();
+    const abort = new AbortController();
+    const body = { ...completion, max_tokens: 500, ignore_eos: true, stream };
+    const reply = served.post(enginePaths.completions, body, { signal: abort.signal });
+    const ended = reply.then((response) => response.text()).catch(() => 'gone');
+    await vi.waitFor(() => expect(served.arena.numUsed('kv')).toBeGreaterThan(0), { interval: 1 });
+    abort.abort();
+    await allBack(served);
+    expect(await ended).toBe('gone');
+    expect(served.runtime.steps.length).toBeLessThan(500);
+  });
+
+  test('or only stops reading is dropped when its buffer is full', async () => {
+    const served = await serveFake({
+      runtime: { numPages: 8192 },
+      limits: { maxModelLen: 120_000 },
+      server: { maxBufferedBytes: 16 * 1024 },
+    });
+    served.runtime.script = () => 120;
+    const body = JSON.stringify({ ...completion, max_tokens: 100_000, stream: true, logprobs: 20 });
+    const socket = connect(served.port, '127.0.0.1');
+    socket.write(
+      `POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}\r\n\r\n${body}`,
+    );
+    socket.pause();
+    const isClosed = new Promise((resolve) => socket.once('close', resolve).on('error', () => {}));
+    await vi.waitFor(() => expect(served.arena.numUsed('kv')).toBeGreaterThan(0), { interval: 1 });
+    await vi.waitFor(() => expect(served.arena.numUsed('kv')).toBe(0), { timeout: 20_000, interval: 5 });
+    expect(served.runtime.steps.length).toBeLessThan(100_000);
+    socket.resume();
+    await isClosed;
+  });
+});
+
+describe('a step that fails', () => {
+  test('is a 500 that says nothing of the inside', async () => {
+    const served = await serveFake();
+    served.runtime.failNextStep = new Error('secret address 0x1234');
+    const response = await served.post(enginePaths.completions, completion);
+    expect(response.status).toBe(500);
+    expect(await response.text()).not.toContain('secret');
+    expect((await served.post(enginePaths.completions, completion)).status).toBe(200);
+  });
+
+  test('after the first event ends the stream with an error event', async () => {
+    const served = await serveFake();
+    const release = holdSteps(served);
+    const response = await served.post(enginePaths.completions, { ...completion, stream: true });
+    served.runtime.failNextStep = new Error('boom');
+    release();
+    const events = await eventsOf(response);
+    expect(JSON.parse(events.at(-1)!)).toMatchObject({ error: { code: 'step_failed' } });
+    await nextTurn();
+    await allBack(served);
+  });
+});
+
+describe('text routes', () => {
+  test('tokenize a prompt and a conversation, and go back', async () => {
+    const served = await serveFake();
+    const tokens = await (await served.post(enginePaths.tokenize, { prompt: 'hi' })).json();
+    expect(tokens).toEqual({ count: 2, max_model_len: 512, tokens: [104, 105], token_strs: null });
+    const { messages } = chat;
+    expect(await (await served.post(enginePaths.tokenize, { messages })).json()).toMatchObject({
+      count: chatPromptLength,
+    });
+    const back = await served.post(enginePaths.detokenize, { tokens: [104, 105] });
+    expect(await back.json()).toEqual({ prompt: 'hi' });
+  });
+});
+
+describe('keys', () => {
+  test.each([
+    ['none', {}, 401],
+    ['a wrong one', { authorization: 'Bearer no' }, 401],
+    ['another scheme', { authorization: 'Basic one' }, 401],
+    ['a known one', { authorization: 'Bearer two' }, 200],
+  ])('%s', async (_name, headers, status) => {
+    const served = await serveFake({ server: { apiKeys: ['one', 'two'] } });
+    expect((await served.get(enginePaths.models, headers)).status).toBe(status);
+    expect((await served.get(enginePaths.livez)).status).toBe(200);
+  });
+});
+
+describe('x-request-id', () => {
+  test('is echoed, or made when absent or odd', async () => {
+    const served = await serveFake();
+    const idOf = async (headers: Record<string, string>) =>
+      (await served.get(enginePaths.livez, headers)).headers.get('x-request-id');
+    expect(await idOf({ 'x-request-id': 'mine-1' })).toBe('mine-1');
+    expect(await idOf({})).toMatch(/^[0-9a-f-]{36}$/);
+    expect(await idOf({ 'x-request-id': 'x'.repeat(200) })).toMatch(/^[0-9a-f-]{36}$/);
+  });
+});
+
+describe('metrics', () => {
+  const metricsOf = async (served: Served) => (await served.get(enginePaths.metrics)).text();
+
+  test('carry vLLM’s names with the model’s', async () => {
+    const served = await serveFake();
+    await served.post(enginePaths.completions, completion);
+    const text = await metricsOf(served);
+    expect(text).toContain('vllm:num_requests_running{model_name="base",engine="0"} 0');
+    expect(text).toContain('vllm:generation_tokens_total{model_name="base",engine="0"} 4');
+    expect(text).toContain('vllm:prompt_tokens_total{model_name="base",engine="0"} 5');
+    expect(text).toMatch(/vllm:request_success_total\{finished_reason="length",.*\} 1/);
+    expect(text).toMatch(/vllm:time_to_first_token_seconds_count\{.*\} 1/);
+    expect(text).toMatch(/motet_arena_bytes\{kind="free",.*\} 65536/);
+  });
+
+  test('show residency, and one live series of LoRA information', async () => {
+    const served = await serveFake();
+    await metricsOf(served);
+    await served.tiers.load('b', '/b-r3', false);
+    await metricsOf(served);
+    await served.tiers.load('a', '/a-r1', false);
+    const text = await metricsOf(served);
+    const series = text.split('\n').filter((line) => line.startsWith('vllm:lora_requests_info{'));
+    expect(series).toEqual([expect.stringContaining('running_lora_adapters="a,b",waiting_lora_adapters=""')]);
+    expect(text).toMatch(
+      /vllm:lora_adapter_loaded\{adapter_name="b",level="gpu",pinned="false",rank="3",.*\} 1/,
+    );
+    served.tiers.unload('b');
+    expect(await metricsOf(served)).not.toContain('adapter_name="b"');
+  });
+});

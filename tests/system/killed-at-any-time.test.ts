@@ -1,0 +1,82 @@
+/** `kill -9` at any moment of preparing and loading: the next start is right, and nothing half-written is left behind. */
+import { mkdtemp, readdir, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import type { AdapterList } from '../../engine/protocol.ts';
+import { examplesFolder, smollm2Path } from '../fixtures/models.ts';
+import {
+  collectEnd,
+  evalItems,
+  exampleAdapters,
+  getJson,
+  loadAdapterOver,
+  postJson,
+  spawnProcess,
+  startProcess,
+} from '../fixtures/processes.ts';
+import { seededRandom } from '../fixtures/seeded-random.ts';
+
+let cache: string;
+beforeAll(async () => {
+  cache = await mkdtemp(join(tmpdir(), 'motet-killed-'));
+});
+afterAll(() => rm(cache, { recursive: true }));
+
+const engineArgs = () => ['--model', smollm2Path, '--served-name', 'base', '--cache', cache, '--port', '0'];
+
+async function expectSolves(url: string, adapter: string): Promise<void> {
+  const { maxTokens } = exampleAdapters.find(({ name }) => name === adapter)!;
+  const { messages, answer } = evalItems(adapter)[0]!;
+  const request = { model: adapter, messages, max_tokens: maxTokens, temperature: 0 };
+  const { body } = await postJson(`${url}/v1/chat/completions`, request);
+  expect(body.choices[0].message.content.trim()).toBe(answer);
+}
+
+test('a start after 12 kills at random moments of starting and preparing is right', async () => {
+  const random = seededRandom(1);
+  const name = exampleAdapters[0]!.name;
+  const args = [...engineArgs(), '--adapter', `${name}=${join(examplesFolder, name)}`];
+  let numHalfDone = 0;
+  for (let i = 0; i < 12; i++) {
+    const child = spawnProcess('engine', args);
+    const ended = collectEnd(child);
+    // Preparing takes a good part of a second after about half a second of starting.
+    await sleep(300 + random.below(1500));
+    child.kill('SIGKILL');
+    await ended;
+    const files = await readdir(join(cache, 'packed')).catch(() => []);
+    if (files.some((file) => !file.endsWith('.motet'))) numHalfDone++;
+    // A packed file that was finished would be reused from here on: half of the time, begin anew.
+    if (i % 2) await rm(join(cache, 'packed'), { recursive: true, force: true });
+  }
+  // At least one kill must have hit the preparation itself, or this test says less than its name.
+  expect(numHalfDone).toBeGreaterThan(0);
+
+  const engine = await startProcess('engine', args);
+  await expectSolves(engine.url, name);
+  expect((await readdir(join(cache, 'packed'))).filter((file) => file.endsWith('.motet'))).toHaveLength(1);
+  expect((await readdir(join(cache, 'packed'))).filter((file) => file.includes('tmp'))).toEqual([]);
+  expect(await engine.stop()).toBe(0);
+}, 120_000);
+
+test('a start after 5 kills while adapters are loading is right', async () => {
+  const random = seededRandom(2);
+  for (let i = 0; i < 5; i++) {
+    const engine = await startProcess('engine', engineArgs());
+    const ended = new Promise((resolve) => engine.child.once('close', resolve));
+    const loads = exampleAdapters.map(({ name }) => loadAdapterOver(engine.url, name, join(examplesFolder, name)).catch(() => null));
+    await sleep(random.below(120));
+    engine.child.kill('SIGKILL');
+    await Promise.all([ended, ...loads]);
+  }
+  const engine = await startProcess('engine', engineArgs());
+  for (const { name } of exampleAdapters) {
+    expect((await loadAdapterOver(engine.url, name, join(examplesFolder, name))).status).toBe(200);
+    await expectSolves(engine.url, name);
+  }
+  const { arena } = await getJson<AdapterList>(`${engine.url}/v1/adapters`);
+  expect(arena.kvBytes).toBe(0);
+  expect(await engine.stop()).toBe(0);
+}, 120_000);
