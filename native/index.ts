@@ -10,11 +10,30 @@ import { createRequire } from 'node:module';
 
 /** Tensor types of source files. The names are GGUF's, in lower case; safetensors' F32, F16, BF16 map to the first three. */
 export type SourceType =
-  | 'f32' | 'f16' | 'bf16' | 'q8_0' | 'q4_0' | 'q4_1' | 'q5_0' | 'q5_1' | 'q4_k' | 'q5_k' | 'q6_k';
+  | 'f32'
+  | 'f16'
+  | 'bf16'
+  | 'q8_0'
+  | 'q4_0'
+  | 'q4_1'
+  | 'q5_0'
+  | 'q5_1'
+  | 'q4_k'
+  | 'q5_k'
+  | 'q6_k';
 
 /** Formats of packed matrices, as in src/weights.h; the index in this list is the number in packed files. */
 export const weightFormats = [
-  'f32', 'f16', 'bf16', 'int4', 'int4_min', 'int4_min_f32', 'int8', 'int8_min', 'int8_min_f32', 'int8_group16',
+  'f32',
+  'f16',
+  'bf16',
+  'int4',
+  'int4_min',
+  'int4_min_f32',
+  'int8',
+  'int8_min',
+  'int8_min_f32',
+  'int8_group16',
 ] as const;
 export type WeightFormat = (typeof weightFormats)[number];
 
@@ -104,7 +123,16 @@ export interface RuntimeOptions {
   numThreads: number;
 }
 
-export const targetModules = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj', 'lm_head'] as const;
+export const targetModules = [
+  'q_proj',
+  'k_proj',
+  'v_proj',
+  'o_proj',
+  'gate_proj',
+  'up_proj',
+  'down_proj',
+  'lm_head',
+] as const;
 export type TargetModule = (typeof targetModules)[number];
 
 export interface AdapterModule {

@@ -3,7 +3,9 @@ import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { ModelDims } from '../../native/index.ts';
 
-const shapes = (dims: ModelDims): Record<string, [parent: string, outFeatures: number, inFeatures: number]> => {
+const shapes = (
+  dims: ModelDims,
+): Record<string, [parent: string, outFeatures: number, inFeatures: number]> => {
   const { hiddenSize: hidden, intermediateSize: inter } = dims;
   const q = dims.numHeads * dims.headDim;
   const kv = dims.numKvHeads * dims.headDim;

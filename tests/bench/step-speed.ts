@@ -7,8 +7,10 @@ import { execFileSync } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { AdapterList } from '../../engine/protocol.ts';
 import { cpuInfo, type Runtime } from '../../native/index.ts';
-import { loadAdapter, open, prepare, smollm2Path } from '../fixtures/models.ts';
+import { cacheFolder, loadAdapter, open, prepare, smollm2Path } from '../fixtures/models.ts';
+import { getJson, loadAdapterOver, memoryOf, postJson, startProcess } from '../fixtures/processes.ts';
 import { pagesFor, stepBatch } from '../fixtures/steps.ts';
 import { allLinear, writeRandomAdapter } from './random-adapter.ts';
 
@@ -37,11 +39,14 @@ const show = ({ median, low, high }: Spread, digits = 0) =>
   `${median.toFixed(digits)} (${low.toFixed(digits)}–${high.toFixed(digits)})`;
 
 /** Interleaves: every variant once per round. @returns per variant the figures of all rounds */
-async function interleave<K extends string>(variants: Record<K, () => Promise<number>>): Promise<Record<K, Spread>> {
+async function interleave<K extends string>(
+  variants: Record<K, () => Promise<number>>,
+): Promise<Record<K, Spread>> {
   const names = Object.keys(variants) as K[];
   const figures = Object.fromEntries(names.map((name) => [name, []])) as unknown as Record<K, number[]>;
   for (const name of names) await variants[name](); // warm-up
-  for (let run = 0; run < numRuns; run++) for (const name of names) figures[name].push(await variants[name]());
+  for (let run = 0; run < numRuns; run++)
+    for (const name of names) figures[name].push(await variants[name]());
   return Object.fromEntries(names.map((name) => [name, spread(figures[name])])) as Record<K, Spread>;
 }
 
@@ -58,7 +63,8 @@ async function decodeSpeed(runtime: Runtime, batch: number, handles: number[]): 
     blocks: pagesFor(runtime, tokens.length, i * numBlocks),
     adapters: handles.length ? ([[handles[i % handles.length]!, 1]] as [number, number][]) : [],
   }));
-  for (const part of parts) await runtime.step(stepBatch([{ ...part, start: 0, count: contextTokens, sample: 'none' }]));
+  for (const part of parts)
+    await runtime.step(stepBatch([{ ...part, start: 0, count: contextTokens, sample: 'none' }]));
   const begin = performance.now();
   for (let i = 0; i < decodeSteps; i++) {
     await runtime.step(stepBatch(parts.map((part) => ({ ...part, start: contextTokens + i, count: 1 }))));
@@ -69,7 +75,9 @@ async function decodeSpeed(runtime: Runtime, batch: number, handles: number[]): 
 async function prefillSpeed(runtime: Runtime, handles: number[]): Promise<number> {
   const tokens = randomTokens(prefillTokens);
   const adapters = handles.slice(0, 1).map((handle): [number, number] => [handle, 1]);
-  const batch = stepBatch([{ tokens, start: 0, count: prefillTokens, blocks: pagesFor(runtime, prefillTokens), adapters }]);
+  const batch = stepBatch([
+    { tokens, start: 0, count: prefillTokens, blocks: pagesFor(runtime, prefillTokens), adapters },
+  ]);
   const begin = performance.now();
   await runtime.step(batch);
   return (prefillTokens * 1000) / (performance.now() - begin);
@@ -77,16 +85,22 @@ async function prefillSpeed(runtime: Runtime, handles: number[]): Promise<number
 
 const model = await prepare(smollm2Path);
 const runtime = await open(model, { deviceMemoryBytes: 2 * 2 ** 30 });
+const { weightBytes } = runtime;
 const scratch = await mkdtemp(join(tmpdir(), 'motet-bench-'));
 try {
   const bandwidth = JSON.parse(
     execFileSync(join(import.meta.dirname, '../../native/build/read_bandwidth_bench'), { encoding: 'utf8' }),
   ).gigabytesPerSecond as number;
-  const weightBytes = runtime.weightBytes;
   const roof = (bandwidth * 1e9) / weightBytes;
-  console.log(`SmolLM2-135M, ${(weightBytes / 1e6).toFixed(1)} MB packed; ${cpuInfo().isa}, ${runtime.numThreads} threads;`);
-  console.log(`measured read bandwidth ${bandwidth.toFixed(1)} GB/s, so at most ${roof.toFixed(0)} tokens/s at batch 1`);
-  console.log(`median (lowest–highest) of ${numRuns} interleaved runs; decode of ${decodeSteps} steps after ${contextTokens} tokens\n`);
+  console.log(
+    `SmolLM2-135M, ${(weightBytes / 1e6).toFixed(1)} MB packed; ${cpuInfo().isa}, ${runtime.numThreads} threads;`,
+  );
+  console.log(
+    `measured read bandwidth ${bandwidth.toFixed(1)} GB/s, so at most ${roof.toFixed(0)} tokens/s at batch 1`,
+  );
+  console.log(
+    `median (lowest–highest) of ${numRuns} interleaved runs; decode of ${decodeSteps} steps after ${contextTokens} tokens\n`,
+  );
 
   // Adapters live in the second half of the arena.
   let page = runtime.numPages >> 1;
@@ -113,7 +127,10 @@ try {
     const row = `decode, batch ${batch}, tokens/s`;
     const speeds = await interleave(
       Object.fromEntries(
-        Object.entries(handles).map(([voice, list]) => [voice, () => decodeSpeed(runtime, batch, list.slice(0, batch))]),
+        Object.entries(handles).map(([voice, list]) => [
+          voice,
+          () => decodeSpeed(runtime, batch, list.slice(0, batch)),
+        ]),
       ),
     );
     baseline[row] = speeds['no adapter']!.median;
@@ -122,17 +139,21 @@ try {
   }
   const row = `prefill of ${prefillTokens}, tokens/s`;
   const speeds = await interleave(
-    Object.fromEntries(Object.entries(handles).map(([voice, list]) => [voice, () => prefillSpeed(runtime, list)])),
+    Object.fromEntries(
+      Object.entries(handles).map(([voice, list]) => [voice, () => prefillSpeed(runtime, list)]),
+    ),
   );
   rows[row] = withTax(speeds);
   console.table(rows);
   console.table(
     Object.fromEntries(
-      Object.entries(loadMs).map(([voice, times]) => [voice, { 'load from page cache, verified, ms': show(times, 1) }]),
+      Object.entries(loadMs).map(([voice, times]) => [
+        voice,
+        { 'load from page cache, verified, ms': show(times, 1) },
+      ]),
     ),
   );
-  const { rss } = process.memoryUsage();
-  console.log(`resident memory with ${2 * numAdapters} adapters loaded: ${(rss / 1e6).toFixed(0)} MB`);
+  await showMemory();
   compareWithLlamaCpp();
 } finally {
   runtime.close();
@@ -143,10 +164,32 @@ try {
 function withTax(speeds: Record<string, Spread>): Record<string, string> {
   const row: Record<string, string> = {};
   for (const [voice, speed] of Object.entries(speeds)) {
-    const tax = voice === 'no adapter' ? '' : `, tax ${(100 * (speeds['no adapter']!.median / speed.median - 1)).toFixed(0)} %`;
+    const tax =
+      voice === 'no adapter'
+        ? ''
+        : `, tax ${(100 * (speeds['no adapter']!.median / speed.median - 1)).toFixed(0)} %`;
     row[voice] = show(speed) + tax;
   }
   return row;
+}
+
+/** What an engine process holds, with and without adapters. */
+async function showMemory(): Promise<void> {
+  const args = ['--model', smollm2Path, '--served-name', 'base', '--cache', cacheFolder, '--port', '0'];
+  const engine = await startProcess('engine', args);
+  const ask = () =>
+    postJson(`${engine.url}/v1/completions`, { model: 'base', prompt: 'The sea', max_tokens: 8 });
+  await ask();
+  const before = memoryOf(engine.pid).rssBytes;
+  for (let i = 0; i < numAdapters; i++) await loadAdapterOver(engine.url, `a${i}`, join(scratch, `8-${i}`));
+  const { arena } = await getJson<AdapterList>(`${engine.url}/v1/adapters`);
+  const after = memoryOf(engine.pid).rssBytes;
+  await engine.stop();
+  const megabytes = (bytes: number) => `${(bytes / 1e6).toFixed(0)} MB`;
+  console.log(
+    `engine process, resident: ${megabytes(before)}, of which ${megabytes(weightBytes)} are the shared weights; ` +
+      `${megabytes(after)} with ${numAdapters} adapters of rank 8 on q, v (${megabytes(arena.adapterBytes)} of pages)`,
+  );
 }
 
 /** The same file by llama.cpp, when MOTET_LLAMA_BENCH names its llama-bench program. */
@@ -157,8 +200,23 @@ function compareWithLlamaCpp(): void {
     return;
   }
   const threads = String(runtime.numThreads);
-  const args = ['-m', smollm2Path, '-t', threads, '-p', String(prefillTokens), '-n', String(decodeSteps), '-r', '5', '-o', 'json'];
-  const results = JSON.parse(execFileSync(program, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] }));
+  const args = [
+    '-m',
+    smollm2Path,
+    '-t',
+    threads,
+    '-p',
+    String(prefillTokens),
+    '-n',
+    String(decodeSteps),
+    '-r',
+    '5',
+    '-o',
+    'json',
+  ];
+  const results = JSON.parse(
+    execFileSync(program, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] }),
+  );
   for (const { n_prompt, n_gen, avg_ts, stddev_ts } of results) {
     const what = n_prompt ? `prefill of ${n_prompt}` : `decode of ${n_gen}, batch 1`;
     console.log(`llama.cpp, ${what}: ${avg_ts.toFixed(0)} ± ${stddev_ts.toFixed(0)} tokens/s`);

@@ -85,8 +85,11 @@ describe('1,000 random schedules of a small model with a sliding window', () => 
       const cancelAfter = random.below(5) === 0 ? random.below(8) + 1 : Number.POSITIVE_INFINITY;
       const run = generate(parts, { ...request, adapter: usesAdapter ? adapter : null, cancelAfter });
       const expected = alone[index]!;
-      runs.push(run.then((tokens) => expect(tokens, `seed ${seed}`).toEqual(expected.slice(0, tokens.length))));
-      for (let turns = random.below(4); turns > 0; turns--) await new Promise((resolve) => setImmediate(resolve));
+      runs.push(
+        run.then((tokens) => expect(tokens, `seed ${seed}`).toEqual(expected.slice(0, tokens.length))),
+      );
+      for (let turns = random.below(4); turns > 0; turns--)
+        await new Promise((resolve) => setImmediate(resolve));
     }
     await Promise.all(runs);
     const preempted = await numPreempted(parts);
@@ -103,7 +106,9 @@ test('32 concurrent greedy requests over SmolLM2 and all adapters give what each
   const prompts = readGolden('smollm2', 'base').sequences.map(({ ids }) => ids.slice(0, 120));
   const startWithAdapters = async (limits: object, numPages?: number) => {
     const parts = startRealEngine(runtime, model, limits, numPages);
-    const adapters = await Promise.all(names.map((name) => parts.tiers.load(name, join(examplesFolder, name), false)));
+    const adapters = await Promise.all(
+      names.map((name) => parts.tiers.load(name, join(examplesFolder, name), false)),
+    );
     return { ...parts, voices: [null, ...adapters] };
   };
   const request = (i: number, voices: (typeof parts)['voices']): GenerateRequest => ({
@@ -116,13 +121,17 @@ test('32 concurrent greedy requests over SmolLM2 and all adapters give what each
   const numAdapterPages = parts.arena.numUsed('adapter');
   const alone: number[][] = [];
   for (let i = 0; i < 32; i++) alone.push(await generate(parts, request(i, parts.voices)));
-  const together = await Promise.all(Array.from({ length: 32 }, (_, i) => generate(parts, request(i, parts.voices))));
+  const together = await Promise.all(
+    Array.from({ length: 32 }, (_, i) => generate(parts, request(i, parts.voices))),
+  );
   expect(together).toEqual(alone);
   await stop(parts);
 
   // Again with small chunks, and so few pages that sequences are preempted.
   parts = await startWithAdapters({ maxBatchTokens: 40, maxSequences: 16 }, numAdapterPages + 40);
-  const squeezed = await Promise.all(Array.from({ length: 32 }, (_, i) => generate(parts, request(i, parts.voices))));
+  const squeezed = await Promise.all(
+    Array.from({ length: 32 }, (_, i) => generate(parts, request(i, parts.voices))),
+  );
   expect(squeezed).toEqual(alone);
   expect(await numPreempted(parts)).toBeGreaterThan(0);
   await stop(parts);

@@ -34,7 +34,9 @@ afterAll(async () => {
 
 test('the base and every adapter are listed, adapters with their parent', async () => {
   const models = (await client.models.list()).data as (OpenAI.Model & { parent: string | null })[];
-  expect(models.map(({ id }) => id).sort()).toEqual(['base', ...exampleAdapters.map(({ name }) => name)].sort());
+  expect(models.map(({ id }) => id).sort()).toEqual(
+    ['base', ...exampleAdapters.map(({ name }) => name)].sort(),
+  );
   for (const { id, parent } of models) expect(parent).toBe(id === 'base' ? null : 'base');
 });
 
@@ -43,7 +45,12 @@ test('each adapter solves a prompt of its task that the base does not', async ()
     const [item] = evalItems(name);
     const ask = async (model: string) => {
       const { messages } = item!;
-      const reply = await client.chat.completions.create({ model, messages, max_tokens: maxTokens, temperature: 0 });
+      const reply = await client.chat.completions.create({
+        model,
+        messages,
+        max_tokens: maxTokens,
+        temperature: 0,
+      });
       return reply.choices[0]!.message.content!.trim();
     };
     expect(await ask(name)).toBe(item!.answer);
@@ -62,7 +69,11 @@ test('a stream says the same as the whole answer', async () => {
   const whole = await client.chat.completions.create(request);
   let streamed = '';
   let usage: OpenAI.CompletionUsage | null | undefined;
-  const stream = await client.chat.completions.create({ ...request, stream: true, stream_options: { include_usage: true } });
+  const stream = await client.chat.completions.create({
+    ...request,
+    stream: true,
+    stream_options: { include_usage: true },
+  });
   for await (const chunk of stream) {
     streamed += chunk.choices[0]?.delta.content ?? '';
     usage = chunk.usage ?? usage;
@@ -81,7 +92,12 @@ test('exact match of every adapter, asked all at once, is within 2 points of PEF
       // Eight at a time per adapter: batches mix all adapters, and the engine's queue stays short.
       const worker = async () => {
         for (const { messages, answer, peft } of queue) {
-          const reply = await client.chat.completions.create({ model: name, messages, max_tokens: maxTokens, temperature: 0 });
+          const reply = await client.chat.completions.create({
+            model: name,
+            messages,
+            max_tokens: maxTokens,
+            temperature: 0,
+          });
           const text = reply.choices[0]!.message.content!.trim();
           if (text === answer.trim()) correct++;
           if (text === peft.trim()) asPeft++;
@@ -89,7 +105,13 @@ test('exact match of every adapter, asked all at once, is within 2 points of PEF
       };
       await Promise.all(Array.from({ length: 8 }, worker));
       const peftCorrect = items.filter(({ answer, peft }) => answer.trim() === peft.trim()).length;
-      return { adapter: name, items: items.length, correct, 'PEFT correct': peftCorrect, 'same text as PEFT': asPeft };
+      return {
+        adapter: name,
+        items: items.length,
+        correct,
+        'PEFT correct': peftCorrect,
+        'same text as PEFT': asPeft,
+      };
     }),
   );
   console.table(scores);

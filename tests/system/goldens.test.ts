@@ -49,7 +49,12 @@ async function agreement(golden: GoldenCase, runtime: Runtime, handles: Handles)
 }
 
 /** Mean KL and top-1 agreement of the fast mode with the reference mode, over the whole vocabulary. */
-async function divergence(golden: GoldenCase, reference: Runtime, fast: Runtime, handles: [Handles, Handles]) {
+async function divergence(
+  golden: GoldenCase,
+  reference: Runtime,
+  fast: Runtime,
+  handles: [Handles, Handles],
+) {
   let kl = 0;
   let sameTop1 = 0;
   for (const { ids, adapter } of golden.sequences) {
@@ -93,7 +98,9 @@ describe.each(['llama3', 'qwen2', 'qwen3', 'mistral', 'gemma3'])('a random %s ch
     const golden = readGolden(`tiny/${name}`, 'adapter');
     expectAgreesToRounding(await agreement(golden, runtime, handles));
     const withoutAdapter = new Map([['adapter', []]]) as unknown as Handles;
-    expect((await agreement(golden, runtime, withoutAdapter)).maxFixedError).toBeGreaterThan(100 * maxLogitError);
+    expect((await agreement(golden, runtime, withoutAdapter)).maxFixedError).toBeGreaterThan(
+      100 * maxLogitError,
+    );
   });
 
   test('stays close to the reference when activations are int8', async () => {
@@ -105,15 +112,21 @@ describe.each(['llama3', 'qwen2', 'qwen3', 'mistral', 'gemma3'])('a random %s ch
     fast.close();
   });
 
-  test.each(['int8', 'int4'] as const)('answers alike when its weights are quantised to %s', async (quantization) => {
-    const quantised = await prepare(folder, quantization);
-    const other = await open(quantised, { activations: 'f32', deviceMemoryBytes: 64 << 20 });
-    const noAdapters = await loadAdapters(other, quantised, {});
-    const { kl, positions } = await divergence(readGolden(`tiny/${name}`, 'base'), runtime, other, [handles, noAdapters]);
-    // Random weights have no structure that quantisation could spare: a bound on gross errors, not a quality figure.
-    expect(kl / positions).toBeLessThan(quantization === 'int8' ? 0.001 : 0.2);
-    other.close();
-  });
+  test.each(['int8', 'int4'] as const)(
+    'answers alike when its weights are quantised to %s',
+    async (quantization) => {
+      const quantised = await prepare(folder, quantization);
+      const other = await open(quantised, { activations: 'f32', deviceMemoryBytes: 64 << 20 });
+      const noAdapters = await loadAdapters(other, quantised, {});
+      const { kl, positions } = await divergence(readGolden(`tiny/${name}`, 'base'), runtime, other, [
+        handles,
+        noAdapters,
+      ]);
+      // Random weights have no structure that quantisation could spare: a bound on gross errors, not a quality figure.
+      expect(kl / positions).toBeLessThan(quantization === 'int8' ? 0.001 : 0.2);
+      other.close();
+    },
+  );
 });
 
 describe('SmolLM2-135M-Instruct with the example adapters', () => {
@@ -165,7 +178,12 @@ describe('SmolLM2-135M-Instruct with the example adapters', () => {
     const rows: object[] = [];
     for (const name of cases) {
       const one = await divergence(readGolden('smollm2', name), reference, fast, handles);
-      rows.push({ case: name, positions: one.positions, 'mean KL': one.kl / one.positions, 'top-1': one.sameTop1 / one.positions });
+      rows.push({
+        case: name,
+        positions: one.positions,
+        'mean KL': one.kl / one.positions,
+        'top-1': one.sameTop1 / one.positions,
+      });
       for (const key of ['kl', 'sameTop1', 'positions'] as const) total[key] += one[key];
       if (name === 'base') {
         const theirs = JSON.parse(readFileSync(join(goldensFolder, 'llama_cpp.json'), 'utf8')).smollm2;
@@ -197,7 +215,13 @@ describe('Gemma 3 270M', () => {
     const fast = await open(model);
     const one = await divergence(readGolden('gemma3-270m', 'base'), reference, fast, [none, none]);
     const theirs = JSON.parse(readFileSync(join(goldensFolder, 'llama_cpp.json'), 'utf8'))['gemma3-270m'];
-    console.table([{ 'mean KL': one.kl / one.positions, 'top-1': one.sameTop1 / one.positions, 'llama.cpp KL': theirs.meanKl }]);
+    console.table([
+      {
+        'mean KL': one.kl / one.positions,
+        'top-1': one.sameTop1 / one.positions,
+        'llama.cpp KL': theirs.meanKl,
+      },
+    ]);
     expect(one.kl / one.positions).toBeLessThanOrEqual(Math.min(0.01, theirs.meanKl));
     expect(one.sameTop1 / one.positions).toBeGreaterThanOrEqual(Math.max(0.97, theirs.top1));
     fast.close();

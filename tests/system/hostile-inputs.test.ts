@@ -8,7 +8,16 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { goldensFolder } from '../fixtures/golden.ts';
 import { cacheFolder, examplesFolder, smollm2Path } from '../fixtures/models.ts';
-import { loadAdapterOver, postJson, type RunningProcess, runToEnd, startProcess } from '../fixtures/processes.ts';
+import {
+  loadAdapterOver,
+  postJson,
+  type RunningProcess,
+  runToEnd,
+  startProcess,
+} from '../fixtures/processes.ts';
+
+// biome-ignore lint/suspicious/noExplicitAny: JSON that the tests break on purpose
+type Config = Record<string, any>;
 
 const modelFolder = join(goldensFolder, 'tiny/mistral');
 const goodAdapter = join(modelFolder, 'adapter');
@@ -39,7 +48,7 @@ async function expectServesOn(): Promise<void> {
 }
 
 interface Safetensors {
-  header: Record<string, any>;
+  header: Config;
   data: Buffer;
 }
 
@@ -58,7 +67,7 @@ function serialize({ header, data }: Safetensors): Buffer {
 type Change = {
   /** Must appear in the message. */
   names: RegExp;
-  config?: (config: Record<string, any>) => void;
+  config?: (config: Config) => void;
   configText?: string;
   header?: (file: Safetensors, first: string) => void;
   bytes?: (bytes: Buffer) => Buffer;
@@ -79,8 +88,14 @@ const poison = (value: number) => (bytes: Buffer) => {
 const adapterChanges: Record<string, Change> = {
   'an empty weights file': { names: /safetensors/, bytes: () => Buffer.alloc(0) },
   'weights cut inside the header': { names: /header/, bytes: (b) => b.subarray(0, 100) },
-  'weights cut inside the data': { names: /adapter_model\.safetensors|lora_/, bytes: (b) => b.subarray(0, b.length - 10) },
-  'weights with bytes behind the data': { names: /safetensors/, bytes: (b) => Buffer.concat([b, Buffer.alloc(64)]) },
+  'weights cut inside the data': {
+    names: /adapter_model\.safetensors|lora_/,
+    bytes: (b) => b.subarray(0, b.length - 10),
+  },
+  'weights with bytes behind the data': {
+    names: /safetensors/,
+    bytes: (b) => Buffer.concat([b, Buffer.alloc(64)]),
+  },
   'a header length beyond the file': {
     names: /header/,
     bytes: (b) => {
@@ -105,15 +120,24 @@ const adapterChanges: Record<string, Change> = {
       return out;
     },
   },
-  'a pickle instead of safetensors': { names: /header|safetensors/, bytes: () => Buffer.from('\x80\x02}q\x00(U\x01aK\x01u.'.repeat(20), 'latin1') },
+  'a pickle instead of safetensors': {
+    names: /header|safetensors/,
+    bytes: () => Buffer.from('\x80\x02}q\x00(U\x01aK\x01u.'.repeat(20), 'latin1'),
+  },
   'overlapping tensors': {
     names: /overlap|data_offsets/,
     header: ({ header }, first) => {
-      const other = Object.keys(header).find((key) => key !== first && key !== '__metadata__' && header[key].shape.join() === header[first].shape.join())!;
+      const other = Object.keys(header).find(
+        (key) =>
+          key !== first && key !== '__metadata__' && header[key].shape.join() === header[first].shape.join(),
+      )!;
       header[other].data_offsets = header[first].data_offsets;
     },
   },
-  'offsets that go backwards': { names: /data_offsets/, header: ({ header }, first) => header[first].data_offsets.reverse() },
+  'offsets that go backwards': {
+    names: /data_offsets/,
+    header: ({ header }, first) => header[first].data_offsets.reverse(),
+  },
   'negative offsets': {
     names: /data_offsets/,
     header: ({ header }, first) => {
@@ -238,7 +262,9 @@ describe('adapters', () => {
   test('a good adapter loads between all of these, and again after it was unloaded', async () => {
     for (let i = 0; i < 2; i++) {
       expect(await loadAdapterOver(engine.url, 'good', goodAdapter)).toMatchObject({ status: 200 });
-      expect((await postJson(`${engine.url}/v1/unload_lora_adapter`, { lora_name: 'good' })).status).toBe(200);
+      expect((await postJson(`${engine.url}/v1/unload_lora_adapter`, { lora_name: 'good' })).status).toBe(
+        200,
+      );
     }
   });
 
@@ -264,41 +290,82 @@ const requests: Record<string, { path?: string; body: unknown; names: RegExp; st
   'token ids outside the vocabulary': { body: { ...completion, prompt: [1, 99999999] }, names: /prompt/ },
   'negative token ids': { body: { ...completion, prompt: [-1] }, names: /prompt/ },
   'an empty prompt': { body: { ...completion, prompt: [] }, names: /prompt/ },
-  'a prompt beyond the context': { body: { ...completion, prompt: Array(5000).fill(5) }, names: /context|5000/ },
+  'a prompt beyond the context': {
+    body: { ...completion, prompt: Array(5000).fill(5) },
+    names: /context|5000/,
+  },
   'max_tokens of zero': { body: { ...completion, max_tokens: 0 }, names: /max_tokens/ },
   'max_tokens of 1e30': { body: { ...completion, max_tokens: 1e30 }, names: /max_tokens/ },
   'a negative temperature': { body: { ...completion, temperature: -1 }, names: /temperature/ },
   'top_p above 1': { body: { ...completion, top_p: 1.5 }, names: /top_p/ },
   'a thousand stop strings': { body: { ...completion, stop: Array(1000).fill('x') }, names: /stop/ },
   'n of a million': { body: { ...completion, n: 1e6 }, names: /\bn\b/ },
-  'a logit bias outside the vocabulary': { body: { ...completion, logit_bias: { '99999999': 1 } }, names: /logit_bias/ },
-  'messages that are a string': { path: '/v1/chat/completions', body: { model: 'base', messages: 'hi' }, names: /messages/ },
+  'a logit bias outside the vocabulary': {
+    body: { ...completion, logit_bias: { '99999999': 1 } },
+    names: /logit_bias/,
+  },
+  'messages that are a string': {
+    path: '/v1/chat/completions',
+    body: { model: 'base', messages: 'hi' },
+    names: /messages/,
+  },
   'no messages': { path: '/v1/chat/completions', body: { model: 'base', messages: [] }, names: /messages/ },
-  'a message without a role': { path: '/v1/chat/completions', body: { model: 'base', messages: [{ content: 'x' }] }, names: /role/ },
-  'an adapter name that is an object': { path: '/v1/load_lora_adapter', body: { lora_name: {}, lora_path: '/x' }, names: /lora_name/ },
-  'an adapter path with a NUL': { path: '/v1/load_lora_adapter', body: { lora_name: 'x', lora_path: '/tmp/\u0000x' }, names: /lora_path/ },
-  'detokenize with a wrong id': { path: '/detokenize', body: { model: 'base', tokens: [1e9] }, names: /tokens/ },
+  'a message without a role': {
+    path: '/v1/chat/completions',
+    body: { model: 'base', messages: [{ content: 'x' }] },
+    names: /role/,
+  },
+  'an adapter name that is an object': {
+    path: '/v1/load_lora_adapter',
+    body: { lora_name: {}, lora_path: '/x' },
+    names: /lora_name/,
+  },
+  'an adapter path with a NUL': {
+    path: '/v1/load_lora_adapter',
+    body: { lora_name: 'x', lora_path: '/tmp/\u0000x' },
+    names: /lora_path/,
+  },
+  'detokenize with a wrong id': {
+    path: '/detokenize',
+    body: { model: 'base', tokens: [1e9] },
+    names: /tokens/,
+  },
 };
 
 describe('requests', () => {
-  test.each(Object.entries(requests))('%s', async (_title, { path = '/v1/completions', body, names, status = 400 }) => {
-    const reply = await postJson(`${engine.url}${path}`, body);
-    expect(reply.status, JSON.stringify(reply.body)).toBe(status);
-    expect(reply.body.error.message).toMatch(names);
-    await expectServesOn();
-  });
+  test.each(Object.entries(requests))(
+    '%s',
+    async (_title, { path = '/v1/completions', body, names, status = 400 }) => {
+      const reply = await postJson(`${engine.url}${path}`, body);
+      expect(reply.status, JSON.stringify(reply.body)).toBe(status);
+      expect(reply.body.error.message).toMatch(names);
+      await expectServesOn();
+    },
+  );
 
   test('bad UTF-8', async () => {
-    const body = Buffer.concat([Buffer.from('{"model":"base","prompt":"'), Buffer.from([0xff, 0xfe, 0xc3]), Buffer.from('"}')]);
-    const response = await fetch(`${engine.url}/v1/completions`, { method: 'POST', headers: { 'content-type': 'application/json' }, body });
+    const body = Buffer.concat([
+      Buffer.from('{"model":"base","prompt":"'),
+      Buffer.from([0xff, 0xfe, 0xc3]),
+      Buffer.from('"}'),
+    ]);
+    const response = await fetch(`${engine.url}/v1/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body,
+    });
     expect(response.status).toBe(400);
-    expect(((await response.json()) as any).error.message).toMatch(/UTF-8/);
+    expect(((await response.json()) as { error: { message: string } }).error.message).toMatch(/UTF-8/);
     await expectServesOn();
   });
 
   test('a body of 64 MiB', async () => {
     const body = `{"model":"base","prompt":"${'x'.repeat(64 << 20)}"}`;
-    const response = await fetch(`${engine.url}/v1/completions`, { method: 'POST', headers: { 'content-type': 'application/json' }, body }).catch(() => null);
+    const response = await fetch(`${engine.url}/v1/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body,
+    }).catch(() => null);
     // The engine may close the connection before all of it was sent.
     if (response) expect(response.status).toBe(413);
     await expectServesOn();
@@ -314,13 +381,23 @@ describe('base models', () => {
     await file.close();
     return buffer;
   }
+  const edited = (edit: (bytes: Buffer) => void) => (bytes: Buffer) => {
+    edit(bytes);
+    return bytes;
+  };
   const cases: Record<string, { change: (bytes: Buffer) => Buffer; names: RegExp }> = {
     'an empty file': { change: () => Buffer.alloc(0), names: /GGUF|size|bytes|magic/i },
     'another file type': { change: () => Buffer.from('PK\x03\x04'.repeat(100)), names: /magic|GGUF/ },
-    'a version from the future': { change: (b) => (b.writeUInt32LE(99, 4), b), names: /version/ },
-    '2^60 tensors': { change: (b) => (b.writeBigUInt64LE(2n ** 60n, 8), b), names: /tensor/ },
-    '2^60 metadata entries': { change: (b) => (b.writeBigUInt64LE(2n ** 60n, 16), b), names: /metadata|key/ },
-    'a first key of 2^50 bytes': { change: (b) => (b.writeBigUInt64LE(2n ** 50n, 24), b), names: /key|length|string/ },
+    'a version from the future': { change: edited((b) => b.writeUInt32LE(99, 4)), names: /version/ },
+    '2^60 tensors': { change: edited((b) => b.writeBigUInt64LE(2n ** 60n, 8)), names: /tensor/ },
+    '2^60 metadata entries': {
+      change: edited((b) => b.writeBigUInt64LE(2n ** 60n, 16)),
+      names: /metadata|key/,
+    },
+    'a first key of 2^50 bytes': {
+      change: edited((b) => b.writeBigUInt64LE(2n ** 50n, 24)),
+      names: /key|length|string/,
+    },
     'tensors beyond the end of the file': { change: (b) => b, names: /tensor|token_embd/ },
   };
   test.each(Object.entries(cases))('%s ends the start with one line', async (_title, { change, names }) => {
@@ -334,13 +411,16 @@ describe('base models', () => {
   });
 
   test.each([
-    ['hidden_size', (c: any) => (c.hidden_size = 0)],
-    ['num_attention_heads', (c: any) => (c.num_attention_heads = 'two')],
-    ['num_key_value_heads|numKvHeads', (c: any) => (c.num_key_value_heads = 7)],
-    ['vocab_size|vocabSize', (c: any) => (c.vocab_size = 2 ** 40)],
-    ['num_hidden_layers', (c: any) => (c.num_hidden_layers = 1e9)],
-    ['rope', (c: any) => (c.rope_scaling = { rope_type: 'magic', factor: 2 })],
-    ['model_type|architectures', (c: any) => Object.assign(c, { model_type: 'gpt_neo', architectures: ['GPTNeo'] })],
+    ['hidden_size', (c: Config) => (c.hidden_size = 0)],
+    ['num_attention_heads', (c: Config) => (c.num_attention_heads = 'two')],
+    ['num_key_value_heads|numKvHeads', (c: Config) => (c.num_key_value_heads = 7)],
+    ['vocab_size|vocabSize', (c: Config) => (c.vocab_size = 2 ** 40)],
+    ['num_hidden_layers', (c: Config) => (c.num_hidden_layers = 1e9)],
+    ['rope', (c: Config) => (c.rope_scaling = { rope_type: 'magic', factor: 2 })],
+    [
+      'model_type|architectures',
+      (c: Config) => Object.assign(c, { model_type: 'gpt_neo', architectures: ['GPTNeo'] }),
+    ],
   ])('a config.json with a wrong %s ends the start with one line that names it', async (name, change) => {
     const folder = await mkdtemp(join(scratch, 'hf-'));
     await cp(modelFolder, folder, { recursive: true });

@@ -66,7 +66,9 @@ test('a start after 5 kills while adapters are loading is right', async () => {
   for (let i = 0; i < 5; i++) {
     const engine = await startProcess('engine', engineArgs());
     const ended = new Promise((resolve) => engine.child.once('close', resolve));
-    const loads = exampleAdapters.map(({ name }) => loadAdapterOver(engine.url, name, join(examplesFolder, name)).catch(() => null));
+    const loads = exampleAdapters.map(({ name }) =>
+      loadAdapterOver(engine.url, name, join(examplesFolder, name)).catch(() => null),
+    );
     await sleep(random.below(120));
     engine.child.kill('SIGKILL');
     await Promise.all([ended, ...loads]);

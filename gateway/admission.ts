@@ -1,0 +1,125 @@
+// When a request may go to an engine: each engine has a bound on requests in flight, and the requests that wait
+// for room stand in one bounded queue, first come first served among those whose engines have room.
+
+import type { Endpoint, Endpoints } from './endpoints.ts';
+import { GatewayError } from './errors.ts';
+import { modelNotFound } from './openai.ts';
+import { pickEndpoint } from './pick-endpoint.ts';
+import { resolveModel } from './resolve-model.ts';
+
+export type AdmissionLimits = { maxInFlightPerEngine: number; maxQueued: number; queueTimeoutMs: number };
+
+/** A request's place in an engine. It is given back exactly once. */
+export type Slot = { endpoint: Endpoint; release(): void };
+
+type Waiter = {
+  model: string;
+  tried: ReadonlySet<Endpoint>;
+  resolve(slot: Slot): void;
+  reject(error: GatewayError): void;
+};
+
+export class Admission {
+  readonly #endpoints: Endpoints;
+  readonly #limits: AdmissionLimits;
+  readonly #queue = new Set<Waiter>();
+
+  constructor(endpoints: Endpoints, limits: AdmissionLimits) {
+    this.#endpoints = endpoints;
+    this.#limits = limits;
+    endpoints.on('change', () => this.#admitWaiting());
+  }
+
+  get numQueued(): number {
+    return this.#queue.size;
+  }
+
+  /**
+   * Waits for room in an engine that has the model, leaving out those already tried.
+   *
+   * @throws model_not_found, model_unavailable, no_engine_ready at once or when that becomes so while waiting
+   * @throws queue_full, queue_timeout, and the signal's reason when it is aborted
+   */
+  async enter(model: string, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
+    signal.throwIfAborted();
+    const slot = this.#tryEnter(model, tried);
+    if (slot !== null) return slot;
+    const { maxQueued, queueTimeoutMs } = this.#limits;
+    if (this.#queue.size >= maxQueued) {
+      throw new GatewayError('queue_full', `every engine is busy and ${maxQueued} requests wait already`);
+    }
+    return this.#wait(model, tried, signal, queueTimeoutMs);
+  }
+
+  /** True when another engine than those tried could take the request, now or later. */
+  hasOther(model: string, tried: ReadonlySet<Endpoint>): boolean {
+    const resolution = resolveModel(model, this.#endpoints.all, Date.now());
+    return resolution.kind === 'served' && resolution.endpoints.some((endpoint) => !tried.has(endpoint));
+  }
+
+  #wait(model: string, tried: ReadonlySet<Endpoint>, signal: AbortSignal, timeoutMs: number): Promise<Slot> {
+    const { promise, resolve, reject } = Promise.withResolvers<Slot>();
+    // Leaves the queue before anything else can run: a waiter that is admitted after it gave up would keep its
+    // slot for ever.
+    const giveUp = (error: GatewayError) => {
+      this.#queue.delete(waiter);
+      reject(error);
+    };
+    const waiter: Waiter = { model, tried, resolve, reject: giveUp };
+    const onAbort = () => giveUp(signal.reason as GatewayError);
+    const timer = setTimeout(() => {
+      giveUp(new GatewayError('queue_timeout', `no engine had room within ${timeoutMs} ms`));
+    }, timeoutMs);
+
+    signal.addEventListener('abort', onAbort);
+    this.#queue.add(waiter);
+    return promise.finally(() => {
+      clearTimeout(timer);
+      signal.removeEventListener('abort', onAbort);
+    });
+  }
+
+  #admitWaiting(): void {
+    for (const waiter of this.#queue) {
+      try {
+        const slot = this.#tryEnter(waiter.model, waiter.tried);
+        if (slot === null) continue;
+        this.#queue.delete(waiter);
+        waiter.resolve(slot);
+      } catch (error) {
+        waiter.reject(error as GatewayError);
+      }
+    }
+  }
+
+  /** A slot, or null when every engine with the model is full. Throws when none has it. */
+  #tryEnter(model: string, tried: ReadonlySet<Endpoint>): Slot | null {
+    const resolution = resolveModel(model, this.#endpoints.all, Date.now());
+    if (resolution.kind === 'unknown') throw modelNotFound(model);
+    if (resolution.kind === 'no_engine') {
+      throw new GatewayError('no_engine_ready', 'no engine has answered so far');
+    }
+    const untried =
+      resolution.kind === 'served' ? resolution.endpoints.filter((endpoint) => !tried.has(endpoint)) : [];
+    if (untried.length === 0) {
+      throw new GatewayError('model_unavailable', 'the engines that have this model are away', {
+        param: 'model',
+      });
+    }
+    const endpoint = pickEndpoint(model, untried, this.#limits.maxInFlightPerEngine);
+    return endpoint === undefined ? null : this.#take(endpoint);
+  }
+
+  #take(endpoint: Endpoint): Slot {
+    endpoint.inFlight += 1;
+    endpoint.numSent += 1;
+    let isHeld = true;
+    const release = () => {
+      if (!isHeld) return;
+      isHeld = false;
+      endpoint.inFlight -= 1;
+      this.#admitWaiting();
+    };
+    return { endpoint, release };
+  }
+}

@@ -1,0 +1,223 @@
+// The route table, top to bottom: what is answered without a key, then the door, then what needs one.
+
+import { randomUUID } from 'node:crypto';
+import express, { type Express, type NextFunction, type Request, type Response } from 'express';
+import type { Logger } from 'pino';
+import { enginePaths } from '../engine/protocol.ts';
+import type { Authenticate } from './auth.ts';
+import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } from './errors.ts';
+import { type Forward, forward, type Outcome } from './forward.ts';
+import type { Metrics } from './metrics.ts';
+import { modelNotFound, parseContentType, parseModelName } from './openai.ts';
+import { resolveModel } from './resolve-model.ts';
+import { endRequestSpan, startRequestSpan } from './tracing.ts';
+
+export type AppParts = {
+  authenticate: Authenticate;
+  forward: Forward;
+  maxBodyBytes: number;
+  metrics: Metrics;
+  log: Logger;
+  /** Aborted when the gateway takes no more requests. */
+  draining: AbortSignal;
+  /** Aborted when the time that requests in flight had to end is over. */
+  cutOff: AbortSignal;
+};
+
+/** What is known of a request in the end: one log line, and its metrics. */
+type Facts = Outcome & {
+  requestId: string;
+  route: string;
+  key?: string;
+  model?: string;
+  errorCode?: ErrorCode;
+};
+
+const forwardedPaths = [
+  enginePaths.chat,
+  enginePaths.completions,
+  enginePaths.tokenize,
+  enginePaths.detokenize,
+] as const;
+
+const knownRoutes = new Set<string>([...forwardedPaths, '/livez', '/readyz', '/metrics', '/v1/models']);
+/** Asked every few seconds by machines; in the log they would bury what matters. */
+const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics']);
+
+/** Of the client's headers an engine needs these. It never sees keys or cookies. */
+const headersPassedOn = ['accept', 'content-type', 'traceparent', 'tracestate'] as const;
+
+export function createApp(parts: AppParts): Express {
+  const { endpoints } = parts.forward;
+  const app = express();
+  app.disable('x-powered-by');
+  app.disable('etag');
+  app.use(observe(parts));
+
+  app.get('/livez', (_req, res) => void res.json({ status: 'ok' }));
+  app.get('/readyz', (_req, res) => {
+    if (parts.draining.aborted) throw new GatewayError('shutting_down', 'the gateway is shutting down');
+    if (!endpoints.all.some(({ isReady }) => isReady)) {
+      throw new GatewayError('no_engine_ready', 'no engine is ready');
+    }
+    res.json({ status: 'ok' });
+  });
+  app.get('/metrics', async (_req, res) => {
+    res.type(parts.metrics.registry.contentType).send(await parts.metrics.registry.metrics());
+  });
+  app.all(['/livez', '/readyz', '/metrics'], onlyMethod('GET'));
+
+  app.use(admitByKey(parts.authenticate));
+
+  app.get('/v1/models', (_req, res) => {
+    res.json({ object: 'list', data: endpoints.cards() });
+  });
+  app.get('/v1/models/:id', (req, res) => {
+    const card = endpoints.cards().find(({ id }) => id === req.params.id);
+    if (card === undefined) throw modelNotFound(req.params.id);
+    res.json(card);
+  });
+  app.all(['/v1/models', '/v1/models/:id'], onlyMethod('GET'));
+
+  for (const path of forwardedPaths) {
+    // The body's type is checked by parseContentType, with a better message than silence.
+    const readBody = express.raw({ limit: parts.maxBodyBytes, inflate: false, type: () => true });
+    app.post(path, refuseWhenDraining(parts.draining), readBody, passOn(path, parts));
+    app.all(path, onlyMethod('POST'));
+  }
+
+  app.use((req) => {
+    throw new GatewayError('route_not_found', `there is no ${req.method} ${req.path}`);
+  });
+  app.use(answerError(parts));
+  return app;
+}
+
+/** Gives the request its id, and when it ends writes one log line and counts it. */
+function observe({ metrics, log }: AppParts) {
+  return function observeRequest(req: Request, res: Response, next: NextFunction): void {
+    const startMs = performance.now();
+    const asked = req.get('x-request-id');
+    const requestId = asked !== undefined && /^[\w.:-]{1,128}$/.test(asked) ? asked : randomUUID();
+    const facts: Facts = { requestId, route: routeOf(req.path), attempts: 0, responseBytes: 0 };
+    res.locals.facts = facts;
+    res.set('X-Request-Id', requestId);
+    metrics.inFlight.inc();
+
+    res.once('close', () => {
+      metrics.inFlight.dec();
+      if (!res.writableFinished) facts.errorCode ??= 'client_closed_request';
+      const status = facts.errorCode === undefined ? res.statusCode : errorTable[facts.errorCode].status;
+      const durationMs = performance.now() - startMs;
+      const ttfbMs = facts.firstByteMs === undefined ? undefined : facts.firstByteMs - startMs;
+
+      const labels = { route: facts.route, model: facts.model ?? '' };
+      metrics.requests.inc({ ...labels, status });
+      metrics.durationSeconds.observe(labels, durationMs / 1000);
+      if (ttfbMs !== undefined) metrics.firstByteSeconds.observe(labels, ttfbMs / 1000);
+
+      const { firstByteMs: _, ...rest } = facts;
+      const requestBytes = Buffer.isBuffer(req.body) ? req.body.length : 0;
+      const line = { ...rest, status, requestBytes, durationMs: Math.round(durationMs) };
+      const level = unimportantRoutes.has(facts.route) ? 'debug' : 'info';
+      log[level](ttfbMs === undefined ? line : { ...line, ttfbMs: Math.round(ttfbMs) }, 'request');
+    });
+    next();
+  };
+}
+
+function admitByKey(authenticate: Authenticate) {
+  return function admitRequestByKey(req: Request, res: Response, next: NextFunction): void {
+    const key = authenticate(req.get('authorization'));
+    if (key !== null) factsOf(res).key = key;
+    next();
+  };
+}
+
+function refuseWhenDraining(draining: AbortSignal) {
+  return function refuseRequestWhenDraining(_req: Request, _res: Response, next: NextFunction): void {
+    if (draining.aborted) throw new GatewayError('shutting_down', 'the gateway is shutting down');
+    next();
+  };
+}
+
+function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
+  return async function passRequestOn(req: Request, res: Response): Promise<void> {
+    const facts = factsOf(res);
+    parseContentType(req.get('content-type'));
+    const body: Buffer = Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0);
+    const model = parseModelName(body);
+    await findModel(model, parts);
+    facts.model = model;
+
+    const headers: Record<string, string> = { 'x-request-id': facts.requestId };
+    for (const name of headersPassedOn) {
+      const value = req.get(name);
+      if (value !== undefined) headers[name] = value;
+    }
+    const span = startRequestSpan(path, model, headers);
+    res.once('close', () => endRequestSpan(span, res.statusCode, facts.errorCode));
+
+    const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
+    const failure = await forward(parts.forward, { path, model, headers, body, signal }, res, facts);
+    if (failure !== null) noteError(parts.log, facts, failure);
+  };
+}
+
+/** An unknown name may be an adapter that was loaded a moment ago: look once more before saying so. */
+async function findModel(model: string, { forward: { endpoints } }: AppParts): Promise<void> {
+  const { kind } = resolveModel(model, endpoints.all, Date.now());
+  if (kind !== 'served') await endpoints.refresh();
+  if (resolveModel(model, endpoints.all, Date.now()).kind === 'unknown') throw modelNotFound(model);
+}
+
+/** Aborted when the client goes away before it has the whole answer. */
+function hangUpSignal(res: Response): AbortSignal {
+  const hangUp = new AbortController();
+  const abort = () => {
+    if (!res.writableFinished) hangUp.abort(new GatewayError('client_closed_request', 'the client hung up'));
+  };
+  if (res.destroyed) abort();
+  else res.once('close', abort);
+  return hangUp.signal;
+}
+
+function onlyMethod(method: 'GET' | 'POST') {
+  return function refuseOtherMethods(req: Request, res: Response): void {
+    res.set('Allow', method);
+    throw new GatewayError('method_not_allowed', `${req.path}: expected ${method}, got ${req.method}`);
+  };
+}
+
+function answerError({ maxBodyBytes, log, draining }: AppParts) {
+  // Express knows an error handler by its four parameters.
+  return function answerRequestError(
+    error: unknown,
+    _req: Request,
+    res: Response,
+    _next: NextFunction,
+  ): void {
+    const failure = asGatewayError(error, maxBodyBytes);
+    noteError(log, factsOf(res), failure);
+    // What is left of a body that was refused is not read: the connection cannot carry another request.
+    if (failure.code === 'body_too_large' || draining.aborted) res.set('Connection', 'close');
+    sendError(res, failure);
+  };
+}
+
+function noteError(log: Logger, facts: Facts, failure: GatewayError): void {
+  facts.errorCode = failure.code;
+  if (failure.row.status >= 500) {
+    log.warn({ requestId: facts.requestId, code: failure.code, err: failure.cause }, failure.message);
+  }
+}
+
+/** The route as a metric label: only ever one of ours, so that nobody can make series by asking for paths. */
+function routeOf(path: string): string {
+  if (knownRoutes.has(path)) return path;
+  return path.startsWith('/v1/models/') ? '/v1/models/:id' : 'other';
+}
+
+function factsOf(res: Response): Facts {
+  return res.locals.facts as Facts;
+}

@@ -1,0 +1,183 @@
+// Every setting of the gateway, parsed once. A setting is a flag (`--max-body-bytes 1000`) or an environment
+// variable (`MOTET_MAX_BODY_BYTES=1000`); the flag wins. A wrong value ends the start with one line that says
+// which setting, what was expected and what came.
+
+import { readFileSync } from 'node:fs';
+import { isIP } from 'node:net';
+import { parseArgs } from 'node:util';
+import { z } from 'zod';
+
+const milliseconds = (defaultMs: number) => z.coerce.number().int().min(1).max(86_400_000).default(defaultMs);
+const count = (defaultCount: number) => z.coerce.number().int().min(1).max(1_000_000).default(defaultCount);
+
+/** Name of each setting as a flag -> what it may be. The description is what `--help` prints. */
+export const settings = {
+  engine: z
+    .array(z.url({ protocol: /^https?$/ }))
+    .min(1)
+    .describe('base URL of an engine; repeat it, or give a comma list in MOTET_ENGINES'),
+  host: z.string().min(1).default('127.0.0.1').describe('address to listen on'),
+  port: z.coerce
+    .number()
+    .int()
+    .min(0)
+    .max(65_535)
+    .default(8080)
+    .describe('port to listen on; 0 takes a free one'),
+  'engine-key-file': z
+    .string()
+    .optional()
+    .describe('file with the bearer key that the gateway shows the engines'),
+  'api-keys-file': z.string().optional().describe('file of bearer keys, one `NAME KEY` a line'),
+  insecure: z
+    .stringbool()
+    .default(false)
+    .describe('listen on more than loopback although no API keys are configured'),
+  'max-body-bytes': z.coerce
+    .number()
+    .int()
+    .min(1)
+    .max(1 << 30)
+    .default(4 << 20)
+    .describe('largest request body, in bytes'),
+  'max-in-flight-per-engine': count(256).describe('requests that one engine is sent at a time'),
+  'max-queued': count(1024).describe('requests that wait for an engine with room; more are refused with 429'),
+  'queue-timeout-ms': milliseconds(30_000).describe('longest wait for an engine with room'),
+  'connect-timeout-ms': milliseconds(2_000).describe('longest wait for a connection to an engine'),
+  'first-byte-timeout-ms': milliseconds(300_000).describe("longest wait for an engine's first byte"),
+  'idle-timeout-ms': milliseconds(60_000).describe('longest pause within an answer, of engine or client'),
+  'poll-interval-ms': milliseconds(500).describe('pause between two looks at an engine'),
+  'drain-timeout-ms': milliseconds(30_000).describe('longest wait for requests in flight at shutdown'),
+  'log-level': z
+    .enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'])
+    .default('info')
+    .describe('least severe log line that is written'),
+};
+
+export type Config = {
+  engineUrls: string[];
+  /** Bearer key for the engines; null when they want none. */
+  engineKey: string | null;
+  host: string;
+  port: number;
+  /** Name of a key -> the key. Null: no keys are configured, everybody may enter. */
+  apiKeys: Map<string, string> | null;
+  maxBodyBytes: number;
+  maxInFlightPerEngine: number;
+  maxQueued: number;
+  queueTimeoutMs: number;
+  connectTimeoutMs: number;
+  firstByteTimeoutMs: number;
+  idleTimeoutMs: number;
+  pollIntervalMs: number;
+  drainTimeoutMs: number;
+  logLevel: string;
+};
+
+/** A setting that cannot be used. Its message is for the person who started the gateway. */
+export class ConfigError extends Error {}
+
+export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
+  const given = z.object(settings).safeParse({ ...fromEnvironment(env), ...fromFlags(args) });
+  if (!given.success) {
+    const { path, message } = given.error.issues[0]!;
+    const name = path.join(' ');
+    throw new ConfigError(`--${name} (${environmentName(String(path[0]))}): ${message}`);
+  }
+  const values = given.data;
+
+  const { 'api-keys-file': keysFile, 'engine-key-file': engineKeyFile } = values;
+  const apiKeys =
+    keysFile === undefined ? null : parseApiKeys(readSetting('api-keys-file', keysFile), keysFile);
+  const engineKey = engineKeyFile === undefined ? null : readSetting('engine-key-file', engineKeyFile).trim();
+  if (apiKeys === null && !values.insecure && !isLoopback(values.host)) {
+    throw new ConfigError(
+      `no API keys are configured, so anyone who reaches ${values.host} could use every model. ` +
+        'Give --api-keys-file, or listen on 127.0.0.1, or say --insecure if that is meant.',
+    );
+  }
+  return {
+    engineUrls: [...new Set(values.engine.map((url) => url.replace(/\/+$/, '')))],
+    engineKey,
+    host: values.host,
+    port: values.port,
+    apiKeys,
+    maxBodyBytes: values['max-body-bytes'],
+    maxInFlightPerEngine: values['max-in-flight-per-engine'],
+    maxQueued: values['max-queued'],
+    queueTimeoutMs: values['queue-timeout-ms'],
+    connectTimeoutMs: values['connect-timeout-ms'],
+    firstByteTimeoutMs: values['first-byte-timeout-ms'],
+    idleTimeoutMs: values['idle-timeout-ms'],
+    pollIntervalMs: values['poll-interval-ms'],
+    drainTimeoutMs: values['drain-timeout-ms'],
+    logLevel: values['log-level'],
+  };
+}
+
+/** The text of `--help`: one line a setting. */
+export function helpText(): string {
+  const lines = Object.entries(settings).map(
+    ([name, schema]) => `  --${name.padEnd(26)} ${schema.description} [${environmentName(name)}]`,
+  );
+  return ['Usage: node gateway/main.ts --engine URL [--engine URL] [setting ...]', '', ...lines].join('\n');
+}
+
+/** One key a line: a name for the logs, white space, the key. Empty lines and lines from # on are left out. */
+export function parseApiKeys(text: string, path: string): Map<string, string> {
+  const keys = new Map<string, string>();
+  for (const [index, line] of text.split('\n').entries()) {
+    if (line.trim() === '' || line.trimStart().startsWith('#')) continue;
+    const [name = '', key = '', ...rest] = line.trim().split(/\s+/);
+    const at = `${path}, line ${index + 1}`;
+    if (key === '' || rest.length > 0) throw new ConfigError(`${at}: expected NAME KEY`);
+    if (key.length < 16) throw new ConfigError(`${at}: the key of ${name} is shorter than 16 characters`);
+    if (keys.has(name)) throw new ConfigError(`${at}: the name ${name} is used twice`);
+    keys.set(name, key);
+  }
+  if (keys.size === 0) throw new ConfigError(`${path}: expected at least one line NAME KEY`);
+  return keys;
+}
+
+function readSetting(name: string, path: string): string {
+  try {
+    return readFileSync(path, 'utf8');
+  } catch (cause) {
+    throw new ConfigError(`--${name}: cannot read ${path}: ${(cause as Error).message}`, { cause });
+  }
+}
+
+function fromFlags(args: string[]): Record<string, unknown> {
+  const options = Object.fromEntries(
+    Object.keys(settings).map((name) => [
+      name,
+      name === 'insecure'
+        ? { type: 'boolean' as const }
+        : { type: 'string' as const, multiple: name === 'engine' },
+    ]),
+  );
+  try {
+    const { values } = parseArgs({ args, options });
+    return { ...values, ...(values.insecure === true ? { insecure: 'true' } : {}) };
+  } catch (cause) {
+    throw new ConfigError((cause as Error).message, { cause });
+  }
+}
+
+function fromEnvironment(env: NodeJS.ProcessEnv): Record<string, unknown> {
+  const found: Record<string, unknown> = {};
+  for (const name of Object.keys(settings)) {
+    const value = env[environmentName(name)];
+    if (value === undefined || value === '') continue;
+    found[name] = name === 'engine' ? value.split(',').map((url) => url.trim()) : value;
+  }
+  return found;
+}
+
+function environmentName(setting: string): string {
+  return setting === 'engine' ? 'MOTET_ENGINES' : `MOTET_${setting.replaceAll('-', '_').toUpperCase()}`;
+}
+
+function isLoopback(host: string): boolean {
+  return host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'));
+}

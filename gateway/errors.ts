@@ -1,0 +1,107 @@
+// Every way in which the gateway refuses or fails, as rows of one table, and the one place that turns an error
+// into a response. The body has OpenAI's shape: {"error":{"message","type","param","code"}}.
+// An engine's own error answer never comes through here: it is passed on as it is.
+
+import type { Response } from 'express';
+
+type ErrorRow = {
+  status: number;
+  /** OpenAI's word for the kind of error; clients of theirs choose an exception by status, people read this. */
+  type: string;
+  /** Seconds for Retry-After. Only errors that the same request may outlive have it. */
+  retryAfterS?: number;
+};
+
+const invalid = 'invalid_request_error';
+
+export const errorTable = {
+  // The caller's.
+  invalid_content_type: { status: 415, type: invalid },
+  unsupported_content_encoding: { status: 415, type: invalid },
+  invalid_utf8: { status: 400, type: invalid },
+  invalid_json: { status: 400, type: invalid },
+  invalid_type: { status: 400, type: invalid },
+  missing_required_parameter: { status: 400, type: invalid },
+  body_too_large: { status: 413, type: invalid },
+  incomplete_body: { status: 400, type: invalid },
+  missing_api_key: { status: 401, type: 'authentication_error' },
+  invalid_api_key: { status: 401, type: 'authentication_error' },
+  model_not_found: { status: 404, type: invalid },
+  route_not_found: { status: 404, type: invalid },
+  method_not_allowed: { status: 405, type: invalid },
+  // The world's: they pass.
+  queue_full: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
+  queue_timeout: { status: 503, type: 'server_error', retryAfterS: 1 },
+  model_unavailable: { status: 503, type: 'server_error', retryAfterS: 2 },
+  no_engine_ready: { status: 503, type: 'server_error', retryAfterS: 2 },
+  engine_unreachable: { status: 503, type: 'server_error', retryAfterS: 2 },
+  engine_failed: { status: 502, type: 'server_error' },
+  engine_timeout: { status: 504, type: 'server_error' },
+  shutting_down: { status: 503, type: 'server_error', retryAfterS: 1 },
+  // Nobody reads this one: the client is gone. The status is for logs and metrics.
+  client_closed_request: { status: 499, type: invalid },
+  // Ours.
+  internal_error: { status: 500, type: 'server_error' },
+} satisfies Record<string, ErrorRow>;
+
+export type ErrorCode = keyof typeof errorTable;
+
+export class GatewayError extends Error {
+  readonly code: ErrorCode;
+  /** The request field that is wrong, if one is. */
+  readonly param: string | null;
+
+  constructor(code: ErrorCode, message: string, options: { param?: string; cause?: unknown } = {}) {
+    super(message, { cause: options.cause });
+    this.code = code;
+    this.param = options.param ?? null;
+  }
+
+  get row(): ErrorRow {
+    return errorTable[this.code];
+  }
+}
+
+/** Any thrown thing as one of ours. What we did not foresee tells the client nothing about our insides. */
+export function asGatewayError(error: unknown, maxBodyBytes: number): GatewayError {
+  if (error instanceof GatewayError) return error;
+  const { type, length } = (error ?? {}) as { type?: string; length?: number };
+  // Names of body-parser, which reads the request's body.
+  if (type === 'entity.too.large') {
+    const actual = length === undefined ? 'more' : `${length} bytes`;
+    return new GatewayError(
+      'body_too_large',
+      `request body: expected at most ${maxBodyBytes} bytes, got ${actual}`,
+    );
+  }
+  if (type === 'encoding.unsupported') {
+    return new GatewayError(
+      'unsupported_content_encoding',
+      'Content-Encoding: expected none, got a compressed body',
+    );
+  }
+  if (type === 'request.size.invalid' || type === 'request.aborted') {
+    return new GatewayError('incomplete_body', 'request body: ended before its Content-Length', {
+      cause: error,
+    });
+  }
+  return new GatewayError(
+    'internal_error',
+    'the gateway failed; its log has the cause under this request id',
+    {
+      cause: error,
+    },
+  );
+}
+
+export function errorBody({ message, row, param, code }: GatewayError) {
+  return { error: { message, type: row.type, param, code } };
+}
+
+/** Answers with the error. Does nothing when an answer has begun or nobody is there to read it. */
+export function sendError(res: Response, error: GatewayError): void {
+  if (res.headersSent || res.destroyed) return;
+  if (error.row.retryAfterS !== undefined) res.set('Retry-After', String(error.row.retryAfterS));
+  if (error.row.status === 401) res.set('WWW-Authenticate', 'Bearer');
+  res.status(error.row.status).json(errorBody(error));
+}

@@ -1,0 +1,256 @@
+// One request to one engine and its answer back. The body goes through untouched in both directions.
+//
+// Until the first byte is sent to the client everything can be taken back: an engine that cannot be reached, breaks
+// off, or says it has no room is left and another one is asked. After it nothing can: an engine that breaks off then
+// ends the stream with an error event. When the client hangs up, the engine's connection is closed, which stops it.
+
+import { once } from 'node:events';
+import type { IncomingHttpHeaders } from 'node:http';
+import type { Response } from 'express';
+import { type Dispatcher, request } from 'undici';
+import type { Admission, Slot } from './admission.ts';
+import type { Endpoint, Endpoints } from './endpoints.ts';
+import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
+import { errorEvent, WholeEvents } from './sse.ts';
+
+export type ForwardLimits = { firstByteTimeoutMs: number; idleTimeoutMs: number };
+
+export type Forward = {
+  admission: Admission;
+  endpoints: Endpoints;
+  dispatcher: Dispatcher;
+  /** Sent with every request: the engines' key. */
+  engineHeaders: Record<string, string>;
+  limits: ForwardLimits;
+  /** Called for each engine that failed a request, with the reason's code. */
+  onEngineError(engine: string, code: string): void;
+};
+
+export type ForwardRequest = {
+  path: string;
+  model: string;
+  headers: Record<string, string>;
+  body: Buffer;
+  /** Aborted with a GatewayError: the client hung up, or the gateway's time to drain is over. */
+  signal: AbortSignal;
+};
+
+/** What became of it, for log and metrics. Filled in as it happens, so that it is true after a failure too. */
+export type Outcome = {
+  engine?: string;
+  attempts: number;
+  responseBytes: number;
+  /** When the first byte of the answer was sent to the client. */
+  firstByteMs?: number;
+};
+
+/** An engine's answer: whole, or a stream of events of which the first bytes have come. */
+type Answer = { status: number; headers: IncomingHttpHeaders } & (
+  | { kind: 'whole'; body: Buffer }
+  | { kind: 'stream'; chunks: AsyncIterator<Buffer>; first: Buffer }
+);
+
+/** A whole answer is held until its end, so that an engine that breaks off can be replaced by another. */
+const maxWholeAnswerBytes = 64 << 20;
+/** "No room" and "I am going": another engine may well have room. 404: the adapter has left since the last look. */
+const statusesToAskAnother = new Set([404, 429, 503]);
+
+const headersNotPassedOn = new Set([
+  ...['connection', 'keep-alive', 'proxy-authenticate', 'te', 'trailer', 'transfer-encoding', 'upgrade'],
+  ...['content-length', 'date', 'x-request-id'],
+]);
+
+/**
+ * Sends the request to an engine that has its model and the engine's answer to `res`.
+ *
+ * @throws GatewayError when no byte of an answer was sent; afterwards a failure is told inside the stream, and the
+ *   error is returned.
+ */
+export async function forward(
+  parts: Forward,
+  req: ForwardRequest,
+  res: Response,
+  outcome: Outcome,
+): Promise<GatewayError | null> {
+  const { admission, limits } = parts;
+  const tried = new Set<Endpoint>();
+  const report = (failure: GatewayError | null) => {
+    if (failure !== null && engineFailures.has(failure.code)) {
+      parts.onEngineError(outcome.engine!, failure.code);
+    }
+    return failure;
+  };
+  for (;;) {
+    const slot = await admission.enter(req.model, tried, req.signal);
+    tried.add(slot.endpoint);
+    outcome.engine = slot.endpoint.url;
+    outcome.attempts += 1;
+    const attempt = new Attempt(req.signal, limits);
+    try {
+      const answer = await ask(parts, slot, req, attempt);
+      if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.model, tried)) continue;
+      return report(await relay(answer, res, attempt, outcome));
+    } catch (error) {
+      const failure = asEngineError(error);
+      report(failure);
+      if (!mayAskAnother(failure) || !admission.hasOther(req.model, tried)) throw failure;
+    } finally {
+      attempt.end();
+      slot.release();
+    }
+  }
+}
+
+/** Asks one engine. Returns when the answer is complete, or, for a stream, when its first bytes are here. */
+async function ask(
+  { dispatcher, endpoints, engineHeaders, limits }: Forward,
+  { endpoint }: Slot,
+  { path, headers, body }: ForwardRequest,
+  attempt: Attempt,
+): Promise<Answer> {
+  attempt.allow(limits.firstByteTimeoutMs);
+  let response: Dispatcher.ResponseData;
+  try {
+    response = await request(endpoint.url + path, {
+      method: 'POST',
+      headers: { ...headers, ...engineHeaders },
+      body,
+      dispatcher,
+      signal: attempt.signal,
+    });
+  } catch (error) {
+    if (isUnreachable(error)) endpoints.markUnreachable(endpoint);
+    throw error;
+  }
+
+  const head = { status: response.statusCode, headers: response.headers };
+  const chunks = response.body[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
+  const isStream = String(response.headers['content-type'] ?? '').startsWith('text/event-stream');
+  if (!isStream) return { ...head, kind: 'whole', body: await readAll(chunks) };
+
+  const first = await chunks.next();
+  if (first.done) throw new Error('the stream ended before its first event');
+  return { ...head, kind: 'stream', chunks, first: first.value };
+}
+
+async function readAll(chunks: AsyncIterator<Buffer>): Promise<Buffer> {
+  const parts: Buffer[] = [];
+  let numBytes = 0;
+  for (let next = await chunks.next(); !next.done; next = await chunks.next()) {
+    numBytes += next.value.length;
+    if (numBytes > maxWholeAnswerBytes)
+      throw new Error(`the answer is longer than ${maxWholeAnswerBytes} bytes`);
+    parts.push(next.value);
+  }
+  return Buffer.concat(parts, numBytes);
+}
+
+/** Sends an answer to the client. Returns the error that cut a stream short, after telling the client. */
+async function relay(
+  answer: Answer,
+  res: Response,
+  attempt: Attempt,
+  outcome: Outcome,
+): Promise<GatewayError | null> {
+  res.status(answer.status);
+  for (const [name, value] of Object.entries(answer.headers)) {
+    if (value !== undefined && !headersNotPassedOn.has(name)) res.setHeader(name, value);
+  }
+  outcome.firstByteMs = performance.now();
+  if (answer.kind === 'whole') {
+    outcome.responseBytes = answer.body.length;
+    res.end(answer.body);
+    return null;
+  }
+  return relayStream(answer.chunks, answer.first, res, attempt, outcome);
+}
+
+async function relayStream(
+  chunks: AsyncIterator<Buffer>,
+  first: Buffer,
+  res: Response,
+  attempt: Attempt,
+  outcome: Outcome,
+): Promise<GatewayError | null> {
+  const events = new WholeEvents();
+  const send = async (bytes: Buffer) => {
+    if (bytes.length === 0) return;
+    outcome.responseBytes += bytes.length;
+    // A client that does not read holds the engine back, and for no longer than a silent engine may hold us.
+    if (!res.write(bytes)) await once(res, 'drain', { signal: attempt.signal });
+  };
+
+  res.flushHeaders();
+  try {
+    attempt.allowIdle();
+    await send(events.push(first));
+    for (let next = await chunks.next(); !next.done; next = await chunks.next()) {
+      attempt.allowIdle();
+      await send(events.push(next.value));
+    }
+    await send(events.takeRest());
+    res.end();
+    return null;
+  } catch (error) {
+    const failure = asEngineError(attempt.signal.aborted ? attempt.signal.reason : error);
+    res.end(errorEvent(errorBody(failure)));
+    return failure;
+  }
+}
+
+/** One try at one engine: a signal that is aborted with the client's hang-up, or when a wait has lasted too long. */
+class Attempt {
+  readonly signal: AbortSignal;
+  readonly #timeout = new AbortController();
+  readonly #idleTimeoutMs: number;
+  #timer: NodeJS.Timeout | undefined;
+  #isIdleTimer = false;
+
+  constructor(signal: AbortSignal, { idleTimeoutMs }: ForwardLimits) {
+    this.signal = AbortSignal.any([signal, this.#timeout.signal]);
+    this.#idleTimeoutMs = idleTimeoutMs;
+  }
+
+  /** From now on the attempt may wait this long until the next call. */
+  allow(ms: number): void {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => {
+      this.#timeout.abort(new GatewayError('engine_timeout', `the engine sent nothing for ${ms} ms`));
+    }, ms);
+  }
+
+  /** The same with the idle timeout; called for every piece of a stream, so it reuses its timer. */
+  allowIdle(): void {
+    if (this.#isIdleTimer) this.#timer?.refresh();
+    else this.allow(this.#idleTimeoutMs);
+    this.#isIdleTimer = true;
+  }
+
+  /** Ends the try. What the engine may still be sending is not wanted. */
+  end(): void {
+    clearTimeout(this.#timer);
+    this.#timeout.abort(new GatewayError('internal_error', 'the attempt is over'));
+  }
+}
+
+const unreachableCodes = new Set([
+  ...['ECONNREFUSED', 'EHOSTUNREACH', 'ENETUNREACH', 'ENOTFOUND', 'EAI_AGAIN'],
+  'UND_ERR_CONNECT_TIMEOUT',
+]);
+
+function isUnreachable(error: unknown): boolean {
+  return unreachableCodes.has((error as { code?: string }).code ?? '');
+}
+
+const engineFailures = new Set<ErrorCode>(['engine_unreachable', 'engine_failed', 'engine_timeout']);
+
+function asEngineError(error: unknown): GatewayError {
+  if (error instanceof GatewayError) return error;
+  return isUnreachable(error)
+    ? new GatewayError('engine_unreachable', 'the engine could not be reached', { cause: error })
+    : new GatewayError('engine_failed', 'the engine broke off its answer', { cause: error });
+}
+
+function mayAskAnother({ code }: GatewayError): boolean {
+  return code === 'engine_unreachable' || code === 'engine_failed';
+}

@@ -1,0 +1,72 @@
+// The public API's bodies as far as the gateway reads them: it needs the model's name and nothing else. The body
+// goes to the engine byte for byte, so a field that only the engine knows needs no change here.
+
+import { GatewayError } from './errors.ts';
+
+/** A longer name is cut in messages, so that an error is not a way to make the gateway repeat a whole body. */
+const shownNameLength = 200;
+
+export function parseContentType(value: string | undefined): void {
+  const type = value?.split(';')[0]?.trim().toLowerCase();
+  if (type !== 'application/json') {
+    throw new GatewayError(
+      'invalid_content_type',
+      `Content-Type: expected application/json, got ${value === undefined ? 'none' : JSON.stringify(shown(value))}`,
+    );
+  }
+}
+
+/** The `model` of a request body. Everything else is the engine's to judge. */
+export function parseModelName(body: Uint8Array): string {
+  const value = parseJson(body);
+  if (value === null || typeof value !== 'object' || Array.isArray(value)) {
+    throw new GatewayError('invalid_type', `request body: expected a JSON object, got ${typeName(value)}`);
+  }
+  if (!('model' in value)) {
+    throw new GatewayError('missing_required_parameter', 'model: expected the name of a model, got nothing', {
+      param: 'model',
+    });
+  }
+  const { model } = value;
+  if (typeof model !== 'string') {
+    throw new GatewayError('invalid_type', `model: expected a string, got ${typeName(model)}`, {
+      param: 'model',
+    });
+  }
+  if (model === '') {
+    throw new GatewayError('invalid_type', 'model: expected the name of a model, got an empty string', {
+      param: 'model',
+    });
+  }
+  return model;
+}
+
+export function modelNotFound(model: string): GatewayError {
+  return new GatewayError('model_not_found', `The model \`${shown(model)}\` does not exist.`, {
+    param: 'model',
+  });
+}
+
+function parseJson(body: Uint8Array): unknown {
+  let text: string;
+  try {
+    text = new TextDecoder('utf-8', { fatal: true }).decode(body);
+  } catch (cause) {
+    throw new GatewayError('invalid_utf8', 'request body: expected UTF-8, got other bytes', { cause });
+  }
+  try {
+    return JSON.parse(text);
+  } catch (cause) {
+    // V8's message quotes the text around the fault. It goes back to the one who sent it, and not into the log.
+    throw new GatewayError('invalid_json', `request body: expected JSON; ${(cause as Error).message}`);
+  }
+}
+
+function shown(name: string): string {
+  return name.length > shownNameLength ? `${name.slice(0, shownNameLength)}…` : name;
+}
+
+function typeName(value: unknown): string {
+  if (value === null) return 'null';
+  return Array.isArray(value) ? 'an array' : `a ${typeof value}`.replace(/^a (?=[aeiou])/, 'an ');
+}

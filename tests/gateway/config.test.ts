@@ -1,0 +1,64 @@
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { expect, onTestFinished, test } from 'vitest';
+import { ConfigError, helpText, parseApiKeys, parseConfig, settings } from '../../gateway/config.ts';
+
+const engine = ['--engine', 'http://127.0.0.1:9000'];
+
+test('takes engines from flags, and from a comma list in the environment', () => {
+  const urls = ['http://a:1', 'http://b:2'];
+  expect(parseConfig(['--engine', 'http://a:1', '--engine', 'http://b:2/'], {}).engineUrls).toEqual(urls);
+  expect(parseConfig([], { MOTET_ENGINES: 'http://a:1, http://b:2' }).engineUrls).toEqual(urls);
+});
+
+test('prefers a flag over the environment, and the environment over the default', () => {
+  const env = { MOTET_MAX_QUEUED: '7', MOTET_PORT: '9' };
+  const { maxQueued, port, host } = parseConfig([...engine, '--port', '8'], env);
+  expect({ maxQueued, port, host }).toEqual({ maxQueued: 7, port: 8, host: '127.0.0.1' });
+});
+
+test.each([
+  ['no engine', [], 'MOTET_ENGINES'],
+  ['an engine that is no URL', ['--engine', 'somewhere'], '--engine 0'],
+  ['a port out of range', [...engine, '--port', '70000'], '--port'],
+  ['a limit that is no number', [...engine, '--max-queued', 'many'], '--max-queued'],
+  ['a flag that does not exist', [...engine, '--colour', 'red'], '--colour'],
+])('refuses %s and names the setting', (_, args, named) => {
+  expect(() => parseConfig(args, {})).toThrow(ConfigError);
+  expect(() => parseConfig(args, {})).toThrow(named);
+});
+
+test.each(['0.0.0.0', '::', '10.0.0.1', 'example.org'])('refuses to listen on %s without keys', (host) => {
+  expect(() => parseConfig([...engine, '--host', host], {})).toThrow('no API keys are configured');
+  expect(parseConfig([...engine, '--host', host, '--insecure'], {}).host).toBe(host);
+});
+
+test('listens anywhere with keys', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'motet-'));
+  onTestFinished(() => rmSync(folder, { recursive: true }));
+  const file = join(folder, 'keys');
+  writeFileSync(file, 'team-a key-0123456789abcdef\n');
+  const { apiKeys } = parseConfig([...engine, '--host', '0.0.0.0', '--api-keys-file', file], {});
+  expect(apiKeys).toEqual(new Map([['team-a', 'key-0123456789abcdef']]));
+});
+
+test('reads keys line by line and leaves out comments', () => {
+  const keys = parseApiKeys('# teams\n\n  a  0123456789abcdef \nb\tfedcba9876543210\n', 'keys');
+  expect([...keys.keys()]).toEqual(['a', 'b']);
+});
+
+test.each([
+  ['a key without a name', '0123456789abcdef', 'line 1: expected NAME KEY'],
+  ['a short key', 'a short', 'shorter than 16'],
+  ['a name used twice', 'a 0123456789abcdef\na fedcba9876543210', 'line 2'],
+  ['an empty file', '', 'at least one'],
+])('refuses %s in the keys file without showing a key', (_, text, message) => {
+  expect(() => parseApiKeys(text, 'keys')).toThrow(message);
+  expect(() => parseApiKeys(text, 'keys')).not.toThrow('fedcba9876543210');
+});
+
+test('the help names every setting, as a flag and as a variable', () => {
+  for (const name of Object.keys(settings)) expect(helpText()).toContain(`--${name} `);
+  expect(helpText()).toContain('[MOTET_FIRST_BYTE_TIMEOUT_MS]');
+});

@@ -1,0 +1,292 @@
+import { once } from 'node:events';
+import { createConnection } from 'node:net';
+import { expect, test } from 'vitest';
+import {
+  answer,
+  answerForever,
+  beginStream,
+  chunkEvent,
+  refuse,
+  startFakeEngine,
+} from '../fixtures/fake-engine.ts';
+import { chatBody, errorOf, gatewayFor, until } from './start-gateway.ts';
+
+const streaming = chatBody({ stream: true });
+
+test.each(['/v1/chat/completions', '/v1/completions', '/tokenize', '/detokenize'])(
+  'passes %s on',
+  async (path) => {
+    const engine = await startFakeEngine();
+    const gateway = await gatewayFor([engine]);
+    const init = {
+      method: 'POST',
+      body: '{"model":"base"}',
+      headers: { 'content-type': 'application/json' },
+    };
+    expect((await fetch(gateway.url + path, init)).status).toBe(200);
+    expect(engine.received[0]).toMatchObject({ path });
+  },
+);
+
+test('streams events as they come', async () => {
+  const engine = await startFakeEngine({ script: answerForever });
+  const gateway = await gatewayFor([engine]);
+  const received = engine.nextReceived();
+  const response = await gateway.chat(streaming);
+  const reader = response.body!.getReader();
+  const text = async () => Buffer.from((await reader.read()).value ?? []).toString();
+
+  expect(response.headers.get('content-type')).toBe('text/event-stream');
+  expect(await text()).toBe(chunkEvent('fake'));
+  const { res } = await received;
+  res.write(chunkEvent(' words'));
+  expect(await text()).toBe(chunkEvent(' words'));
+  res.end('data: [DONE]\n\n');
+  expect(await text()).toBe('data: [DONE]\n\n');
+  expect((await reader.read()).done).toBe(true);
+});
+
+test("keeps the client's request id and trace, and gives them to the engine", async () => {
+  const engine = await startFakeEngine();
+  const gateway = await gatewayFor([engine]);
+  const traceparent = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01';
+  const response = await gateway.chat(chatBody(), { headers: { 'x-request-id': 'my-id.1', traceparent } });
+  expect(response.headers.get('x-request-id')).toBe('my-id.1');
+  expect(engine.received[0]?.headers).toMatchObject({ 'x-request-id': 'my-id.1', traceparent });
+});
+
+test.each([undefined, 'has a space', 'x'.repeat(129)])('makes a request id in place of %s', async (asked) => {
+  const gateway = await gatewayFor([await startFakeEngine()]);
+  const response = await gateway.chat(chatBody(), asked ? { headers: { 'x-request-id': asked } } : {});
+  expect(response.headers.get('x-request-id')).toMatch(/^[0-9a-f-]{36}$/);
+});
+
+test("passes an engine's refusal on as it is", async () => {
+  const gateway = await gatewayFor([
+    await startFakeEngine({ script: refuse(400, 'context_length_exceeded') }),
+  ]);
+  const response = await gateway.chat(chatBody());
+  expect(response.status).toBe(400);
+  expect(response.headers.get('retry-after')).toBe('7');
+  const error = {
+    message: 'the fake engine refuses',
+    type: 'fake_error',
+    param: null,
+    code: 'context_length_exceeded',
+  };
+  expect(await response.json()).toEqual({ error });
+});
+
+test.each([429, 503, 404])('asks another engine when one answers %i', async (status) => {
+  const engines = [await startFakeEngine({ script: refuse(status, 'busy') }), await startFakeEngine()];
+  const gateway = await gatewayFor(engines);
+  for (let i = 0; i < 2; i += 1) expect((await gateway.chat(chatBody())).status).toBe(200);
+  expect(engines[0]!.received.length).toBeGreaterThan(0);
+});
+
+test('passes on the last refusal when every engine refuses', async () => {
+  const gateway = await gatewayFor([
+    await startFakeEngine({ script: refuse(503, 'busy') }),
+    await startFakeEngine({ script: refuse(503, 'busy') }),
+  ]);
+  expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({ status: 503, code: 'busy' });
+});
+
+test('asks another engine when one breaks off before its first byte', async () => {
+  const engines = [
+    await startFakeEngine({ script: ({ res }) => void res.destroy() }),
+    await startFakeEngine(),
+  ];
+  const gateway = await gatewayFor(engines);
+  for (let i = 0; i < 2; i += 1) expect((await gateway.chat(streaming)).status).toBe(200);
+  expect(engines[0]!.received.length).toBeGreaterThan(0);
+});
+
+test('asks another engine when one breaks off within a whole answer', async () => {
+  const breakOff = startFakeEngine({
+    script: ({ res }) => {
+      res.writeHead(200, { 'content-type': 'application/json', 'content-length': '100' });
+      res.write('{"half":', () => res.destroy());
+    },
+  });
+  const engines = [await breakOff, await startFakeEngine()];
+  const gateway = await gatewayFor(engines);
+  for (let i = 0; i < 2; i += 1) {
+    const response = await gateway.chat(chatBody());
+    expect(await response.json()).toMatchObject({ object: 'chat.completion' });
+  }
+  expect(engines[0]!.received.length).toBeGreaterThan(0);
+});
+
+test('asks another engine when one is gone', async () => {
+  const engines = [await startFakeEngine(), await startFakeEngine()];
+  const gateway = await gatewayFor(engines, { pollIntervalMs: 3_600_000 });
+  await engines[0]!.kill();
+  for (let i = 0; i < 2; i += 1) expect((await gateway.chat(chatBody())).status).toBe(200);
+  expect(engines[1]!.received).toHaveLength(2);
+});
+
+test('says that the engine could not be reached when there is no other', async () => {
+  const engine = await startFakeEngine();
+  const gateway = await gatewayFor([engine], { pollIntervalMs: 3_600_000 });
+  await engine.kill();
+  const error = await errorOf(await gateway.chat(chatBody()));
+  expect(error).toMatchObject({ status: 503, code: 'engine_unreachable' });
+  expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({
+    status: 503,
+    code: 'model_unavailable',
+  });
+});
+
+test('says that the engine failed when it breaks off and there is no other', async () => {
+  const gateway = await gatewayFor([await startFakeEngine({ script: ({ res }) => void res.destroy() })]);
+  expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({ status: 502, code: 'engine_failed' });
+});
+
+test('ends a stream with an error event, after the last whole event, when the engine is killed', async () => {
+  const engine = await startFakeEngine({
+    script: ({ res }) => {
+      beginStream(res);
+      res.write(`${chunkEvent('fake')}data: {"half":`);
+    },
+  });
+  const gateway = await gatewayFor([engine]);
+  const response = await gateway.chat(streaming);
+  const reader = response.body!.getReader();
+  expect(Buffer.from((await reader.read()).value!).toString()).toBe(chunkEvent('fake'));
+  await engine.kill();
+
+  const last = Buffer.from((await reader.read()).value!).toString();
+  expect(last).toMatch(/^data: \{"error":.*\}\n\n$/);
+  expect(JSON.parse(last.slice('data: '.length)).error).toMatchObject({
+    type: 'server_error',
+    code: 'engine_failed',
+  });
+  expect((await reader.read()).done).toBe(true);
+  const line = await until(() => gateway.logLines.find(({ msg }) => msg === 'request'), Boolean);
+  expect(line).toMatchObject({ status: 502, errorCode: 'engine_failed', attempts: 1 });
+});
+
+test('does not ask another engine after the first byte', async () => {
+  const breakOff = startFakeEngine({
+    script: ({ res }) => {
+      beginStream(res);
+      res.write(chunkEvent('fake'), () => res.destroy());
+    },
+  });
+  const engines = [await breakOff, await startFakeEngine({ adapters: ['unused'] })];
+  const gateway = await gatewayFor(engines, { pollIntervalMs: 3_600_000 });
+  const text = await (await gateway.chat(streaming)).text();
+  expect(text).toContain('"code":"engine_failed"');
+  expect(engines[1]!.received).toHaveLength(0);
+});
+
+test('gives up on an engine that sends no first byte', async () => {
+  const gateway = await gatewayFor([await startFakeEngine({ script: () => {} })], { firstByteTimeoutMs: 50 });
+  expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({
+    status: 504,
+    code: 'engine_timeout',
+  });
+});
+
+test('gives up on an engine that falls silent within a stream', async () => {
+  const engine = await startFakeEngine({ script: answerForever });
+  const gateway = await gatewayFor([engine], { idleTimeoutMs: 50 });
+  expect(await (await gateway.chat(streaming)).text()).toContain('"code":"engine_timeout"');
+  await engine.received[0]!.closed;
+});
+
+test('a long stream may take longer than the idle timeout', async () => {
+  const engine = await startFakeEngine({
+    script: async ({ res }) => {
+      beginStream(res);
+      for (let i = 0; i < 10; i += 1) {
+        res.write(chunkEvent(String(i)));
+        await new Promise((resolve) => setTimeout(resolve, 30));
+      }
+      res.end('data: [DONE]\n\n');
+    },
+  });
+  const gateway = await gatewayFor([engine], { idleTimeoutMs: 200 });
+  expect(await (await gateway.chat(streaming)).text()).toMatch(/\[DONE\]\n\n$/);
+});
+
+test.each([
+  ['within a stream', answerForever, streaming],
+  ['before the first byte', () => {}, chatBody()],
+])('closes the connection to the engine when the client hangs up %s', async (_, script, body) => {
+  const engine = await startFakeEngine({ script });
+  const gateway = await gatewayFor([engine]);
+  const hangUp = new AbortController();
+  const received = engine.nextReceived();
+  const response = gateway.chat(body, { signal: hangUp.signal }).catch((error: unknown) => error);
+  const { closed } = await received;
+  hangUp.abort();
+  await closed;
+  await response;
+  const line = await until(() => gateway.logLines.find(({ msg }) => msg === 'request'), Boolean);
+  expect(line).toMatchObject({ status: 499, errorCode: 'client_closed_request' });
+});
+
+test('closes the connection to the engine when the client stops reading', async () => {
+  const engine = await startFakeEngine({
+    script: async ({ res }) => {
+      beginStream(res);
+      const event = chunkEvent('x'.repeat(100_000));
+      while (!res.destroyed) if (!res.write(event)) await once(res, 'drain');
+    },
+  });
+  const gateway = await gatewayFor([engine], { idleTimeoutMs: 100 });
+  const received = engine.nextReceived();
+  const body = JSON.stringify(streaming);
+  const socket = createConnection(gateway.port, '127.0.0.1').pause();
+  const head = `POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n`;
+  socket.write(`${head}Content-Length: ${body.length}\r\n\r\n${body}`);
+  await (await received).closed;
+  socket.destroy();
+});
+
+test('answers an unknown path and a wrong method in the shape of OpenAI', async () => {
+  const gateway = await gatewayFor([await startFakeEngine()]);
+  expect(await errorOf(await fetch(`${gateway.url}/v1/unheard-of`))).toMatchObject({
+    code: 'route_not_found',
+  });
+  const response = await fetch(`${gateway.url}/v1/chat/completions`);
+  expect(response.headers.get('allow')).toBe('POST');
+  expect(await errorOf(response)).toMatchObject({ status: 405, code: 'method_not_allowed' });
+});
+
+test('counts requests by route, model and status, and never by a name a client made up', async () => {
+  const engine = await startFakeEngine({ adapters: ['a'] });
+  const gateway = await gatewayFor([engine]);
+  await gateway.chat(chatBody({ model: 'a' }));
+  await gateway.chat(chatBody({ model: 'made-up-name' }));
+  engine.script = ({ res }) => void res.destroy();
+  await gateway.chat(chatBody());
+  engine.script = answer;
+
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
+  const route = 'route="/v1/chat/completions"';
+  expect(metrics).toContain(`motet_gateway_requests_total{${route},model="a",status="200"} 1`);
+  expect(metrics).toContain(`motet_gateway_requests_total{${route},model="",status="404"} 1`);
+  expect(metrics).toContain(`motet_gateway_requests_total{${route},model="base",status="502"} 1`);
+  expect(metrics).toContain(
+    `motet_gateway_engine_errors_total{engine="${engine.url}",reason="engine_failed"} 1`,
+  );
+  expect(metrics).toContain(`motet_gateway_time_to_first_byte_seconds_count{${route},model="a"} 1`);
+  expect(metrics).toContain(`motet_gateway_engine_ready{engine="${engine.url}"} 1`);
+  expect(metrics).not.toContain('made-up-name');
+});
+
+test('neither prompts nor answers are logged', async () => {
+  const gateway = await gatewayFor([await startFakeEngine()]);
+  await gateway.chat(chatBody());
+  await gateway.chat(`${JSON.stringify(chatBody())} a secret question`);
+  const log = JSON.stringify(
+    await until(
+      () => gateway.logLines,
+      (lines) => lines.length >= 3,
+    ),
+  );
+  expect(log).not.toMatch(/secret question|fake words/);
+});

@@ -1,0 +1,46 @@
+import { expect, test } from 'vitest';
+import { type Endpoint, newEndpoint } from '../../gateway/endpoints.ts';
+import { rememberMs, resolveModel } from '../../gateway/resolve-model.ts';
+
+const nowMs = 1_000_000;
+
+function endpoint(models: string[], fields: Partial<Endpoint> = {}): Endpoint {
+  const cards = new Map(models.map((id) => [id, { id } as never]));
+  return { ...newEndpoint(`http://${models.join('-')}`), isReady: true, lastSeenMs: nowMs, cards, ...fields };
+}
+
+test('a name is served by every ready engine that has it', () => {
+  const [a, b, c] = [endpoint(['base', 'x']), endpoint(['base']), endpoint(['base', 'x'])];
+  expect(resolveModel('x', [a, b, c], nowMs)).toEqual({ kind: 'served', endpoints: [a, c] });
+});
+
+test('a name is served by the engine that is ready while another that had it is away', () => {
+  const [a, b] = [endpoint(['x'], { isReady: false }), endpoint(['x'])];
+  expect(resolveModel('x', [a, b], nowMs)).toEqual({ kind: 'served', endpoints: [b] });
+});
+
+test('a name whose only engine is away is away', () => {
+  expect(resolveModel('x', [endpoint(['x'], { isReady: false }), endpoint(['y'])], nowMs).kind).toBe('away');
+});
+
+test('a name that no engine ever listed is unknown, also while engines are away', () => {
+  expect(resolveModel('x', [endpoint(['y'], { isReady: false })], nowMs).kind).toBe('unknown');
+});
+
+test('a name that a live engine no longer lists is unknown', () => {
+  expect(resolveModel('x', [endpoint(['y'])], nowMs).kind).toBe('unknown');
+});
+
+test('an engine that is away is forgotten after a bounded time', () => {
+  const [gone, other] = [
+    endpoint(['x'], { isReady: false, lastSeenMs: nowMs - rememberMs - 1 }),
+    endpoint(['y']),
+  ];
+  expect(resolveModel('x', [gone, other], nowMs).kind).toBe('unknown');
+});
+
+test('nothing is said about any name before an engine was seen', () => {
+  expect(resolveModel('x', [endpoint([], { isReady: false, lastSeenMs: null })], nowMs).kind).toBe(
+    'no_engine',
+  );
+});

@@ -1,0 +1,88 @@
+// A gateway in this process, on a free port, in front of the given engines. It stops with the test.
+
+import { pino } from 'pino';
+import { onTestFinished } from 'vitest';
+import type { Config } from '../../gateway/config.ts';
+import { type Gateway, startGateway } from '../../gateway/main.ts';
+import type { FakeEngine } from '../fixtures/fake-engine.ts';
+
+export type TestGateway = Gateway & {
+  url: string;
+  /** Lines of its log so far, parsed. */
+  logLines: Record<string, unknown>[];
+  /** Sends a chat completion; strings and bytes go as they are, anything else as JSON. */
+  chat(body: unknown, init?: RequestInit): Promise<Response>;
+};
+
+export async function gatewayFor(
+  engines: FakeEngine[],
+  settings: Partial<Config> = {},
+): Promise<TestGateway> {
+  const logLines: Record<string, unknown>[] = [];
+  const log = pino({ level: 'debug' }, { write: (line) => void logLines.push(JSON.parse(line)) });
+  const gateway = await startGateway(
+    { ...defaults, engineUrls: engines.map(({ url }) => url), ...settings },
+    log,
+  );
+  const url = `http://127.0.0.1:${gateway.port}`;
+  let drained: Promise<void> | undefined;
+  const drain = () => {
+    drained ??= gateway.drain();
+    return drained;
+  };
+  onTestFinished(drain);
+
+  const chat = (body: unknown, init: RequestInit = {}) =>
+    fetch(`${url}/v1/chat/completions`, {
+      method: 'POST',
+      body:
+        typeof body === 'string' || body instanceof Uint8Array
+          ? (body as NonNullable<RequestInit['body']>)
+          : JSON.stringify(body),
+      ...init,
+      headers: { 'content-type': 'application/json', ...(init.headers as Record<string, string>) },
+    });
+  return { ...gateway, drain, url, logLines, chat };
+}
+
+/** A chat request's body. */
+export function chatBody(fields: Record<string, unknown> = {}) {
+  return { model: 'base', messages: [{ role: 'user', content: 'a secret question' }], ...fields };
+}
+
+/** The error object of an answer, with the answer's status. */
+export async function errorOf(response: Response) {
+  const { error } = (await response.json()) as {
+    error: { message: string; type: string; param: string | null; code: string };
+  };
+  return { status: response.status, ...error };
+}
+
+/** Asks again and again until the check holds; for what becomes true in its own time. */
+export async function until<T>(ask: () => T | Promise<T>, holds: (value: T) => boolean): Promise<T> {
+  for (let tries = 0; tries < 500; tries += 1) {
+    const value = await ask();
+    if (holds(value)) return value;
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+  throw new Error('it did not become so within five seconds');
+}
+
+const defaults: Config = {
+  engineUrls: [],
+  engineKey: null,
+  host: '127.0.0.1',
+  port: 0,
+  apiKeys: null,
+  maxBodyBytes: 1 << 20,
+  maxInFlightPerEngine: 8,
+  maxQueued: 8,
+  queueTimeoutMs: 10_000,
+  connectTimeoutMs: 2_000,
+  firstByteTimeoutMs: 10_000,
+  idleTimeoutMs: 10_000,
+  pollIntervalMs: 50,
+  // Short, since a test that fails may leave a stream open; tests of draining set their own.
+  drainTimeoutMs: 500,
+  logLevel: 'debug',
+};
