@@ -1,0 +1,264 @@
+/** The native runtime's contract as native/index.ts states it: compositions, refusals, life and end. */
+import { copyFile, mkdtemp, open as openFile, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
+import type { PreparedModel } from '../../engine/prepare.ts';
+import {
+  cpuInfo,
+  openRuntime,
+  packedBytes,
+  type Runtime,
+  readGguf,
+  type StepBatch,
+  sourceBytes,
+} from '../../native/index.ts';
+import { goldensFolder } from '../fixtures/golden.ts';
+import { loadAdapter, open, prepare } from '../fixtures/models.ts';
+import { pagesFor, sequenceLogits, stepBatch } from '../fixtures/steps.ts';
+
+const deviceMemoryBytes = 64 << 20;
+const tokens = Array.from({ length: 40 }, (_, i) => (i * 37 + 5) % 512);
+
+function maxDifference(a: Float32Array, b: Float32Array): number {
+  expect(a.length).toBe(b.length);
+  let most = 0;
+  for (let i = 0; i < a.length; i++) most = Math.max(most, Math.abs(a[i]! - b[i]!));
+  return most;
+}
+
+/** qwen3's adapter is DoRA, whose gain multiplies the base's projection; mistral's has biases and changes lm_head. */
+describe.each(['qwen3', 'mistral'])('compositions of adapters on %s', (name) => {
+  let model: PreparedModel;
+  let runtime: Runtime;
+  let a: number;
+  let b: number;
+  beforeAll(async () => {
+    const folder = join(goldensFolder, 'tiny', name);
+    model = await prepare(folder);
+    runtime = await open(model, { activations: 'f32', deviceMemoryBytes });
+    // The same file twice: two handles, so that two different adapters meet in one row.
+    const first = await loadAdapter(runtime, model, join(folder, 'adapter'), 100);
+    const second = await loadAdapter(runtime, model, join(folder, 'adapter'), first.nextPage);
+    a = first.handle;
+    b = second.handle;
+  });
+  afterAll(() => runtime.close());
+  const logits = (adapters: [number, number][]) => sequenceLogits(runtime, tokens, { adapters });
+
+  // The tolerance is f32 rounding: the same sums in another order.
+  const rounding = 1e-4;
+
+  test('weights add up: a half and a half make a whole', async () => {
+    const halves = await logits([
+      [a, 0.5],
+      [b, 0.5],
+    ]);
+    expect(maxDifference(halves, await logits([[a, 1]]))).toBeLessThan(rounding);
+  });
+
+  test('an adapter and its opposite leave the base', async () => {
+    expect(
+      maxDifference(
+        await logits([
+          [a, 1],
+          [b, -1],
+        ]),
+        await logits([]),
+      ),
+    ).toBeLessThan(rounding);
+  });
+
+  test('weight 0 is the base, and weight 1 is not', async () => {
+    expect(maxDifference(await logits([[a, 0]]), await logits([]))).toBe(0);
+    expect(maxDifference(await logits([[a, 1]]), await logits([]))).toBeGreaterThan(0.01);
+  });
+
+  test('a batch of base, one adapter and compositions gives to the bit what each gives alone', async () => {
+    const voices: [number, number][][] = [
+      [],
+      [[a, 1]],
+      [
+        [a, 0.3],
+        [b, 0.9],
+      ],
+      [
+        [b, -0.5],
+        [a, 1.5],
+      ],
+      [[b, 1]],
+    ];
+    const alone = [];
+    for (const adapters of voices) alone.push(await logits(adapters));
+    const parts = voices.map((adapters, i) => ({
+      tokens,
+      start: 0,
+      count: tokens.length,
+      blocks: pagesFor(runtime, tokens.length, i * 4),
+      adapters,
+      sample: 'all' as const,
+    }));
+    const together = await runtime.step(stepBatch(parts, { wantLogits: true }));
+    const each = together.logits!.length / voices.length;
+    for (const [i, expected] of alone.entries()) {
+      expect(maxDifference(together.logits!.subarray(i * each, (i + 1) * each), expected)).toBe(0);
+    }
+  });
+});
+
+describe('a runtime', () => {
+  const folder = join(goldensFolder, 'tiny/llama3');
+  let model: PreparedModel;
+  let runtime: Runtime;
+  beforeAll(async () => {
+    model = await prepare(folder);
+    runtime = await open(model, { deviceMemoryBytes });
+  });
+  afterAll(() => runtime.close());
+  const good = () => stepBatch([{ tokens, start: 0, count: 20, blocks: [0, 1] }]);
+
+  test('says what it has', () => {
+    expect(runtime.blockTokens).toBe(16);
+    expect(runtime.numPages).toBe(Math.floor(deviceMemoryBytes / runtime.pageBytes));
+    expect(runtime.weightBytes).toBeGreaterThan(10_000);
+    expect(cpuInfo().isas).toContain(cpuInfo().isa);
+  });
+
+  const ints = (...values: number[]) => Int32Array.from(values);
+  test.each<[string, Partial<StepBatch>, RegExp]>([
+    ['token ids beyond the vocabulary', { tokenIds: new Int32Array(20).fill(512) }, /tokenIds.*511.*512/],
+    ['negative token ids', { tokenIds: new Int32Array(20).fill(-1) }, /tokenIds/],
+    [
+      'positions that jump',
+      { positions: Int32Array.from({ length: 20 }, (_, i) => 2 * i) },
+      /positions.*consecutive/,
+    ],
+    [
+      'positions beyond the context',
+      { positions: Int32Array.from({ length: 20 }, (_, i) => 1e6 + i) },
+      /positions/,
+    ],
+    ['positions of another length', { positions: ints(0) }, /positions/],
+    ['pages that do not exist', { blockIds: ints(0, 1e6) }, /blockIds/],
+    ['too few pages', { blockIds: ints(0), blockStarts: ints(0, 1) }, /blockIds.*position 19/],
+    ['sequence starts that do not end at the rows', { sequenceStarts: ints(0, 19) }, /sequenceStarts/],
+    ['block starts that go down', { blockStarts: ints(0, 3), blockIds: ints(0, 1) }, /blockStarts/],
+    ['adapter weights without handles', { adapterWeights: Float32Array.of(1) }, /adapterWeights/],
+    [
+      'handles that were never given',
+      { adapterHandles: ints(77), adapterWeights: Float32Array.of(1), adapterStarts: ints(0, 1) },
+      /adapterHandles.*77/,
+    ],
+    ['sample rows that do not exist', { sampleRows: ints(20) }, /sampleRows/],
+    ['two temperatures for one sample', { temperature: new Float32Array(2) }, /sampling parameters/],
+    ['more alternatives than tokens', { numTop: ints(513) }, /numTop/],
+    ['a history with an unknown token', { historyIds: ints(9999), historyStarts: ints(0, 1) }, /historyIds/],
+  ])('refuses %s by name, and works on', async (_what, change, names) => {
+    const run = async () => runtime.step({ ...good(), ...change });
+    await expect(run()).rejects.toThrow(names);
+    expect((await runtime.step(good())).tokens).toHaveLength(1);
+  });
+
+  test('refuses arrays of another type by name', async () => {
+    const batch = { ...good(), tokenIds: [1, 2, 3] as unknown as Int32Array };
+    expect(() => runtime.step(batch)).toThrow(/batch\.tokenIds: expected an Int32Array/);
+  });
+
+  test('refuses a second step while one runs', async () => {
+    const first = runtime.step(good());
+    expect(() => runtime.step(good())).toThrow(/second/);
+    await first;
+  });
+
+  test('gives the likeliest tokens first, and the drawn one with its logprob', async () => {
+    const batch = { ...good(), numTop: ints(5) };
+    const { tokens: drawn, logprobs, topIds, topLogprobs } = await runtime.step(batch);
+    expect(topIds).toHaveLength(5);
+    expect(drawn[0]).toBe(topIds[0]);
+    expect(logprobs[0]).toBeCloseTo(topLogprobs[0]!, 5);
+    expect([...topLogprobs]).toEqual([...topLogprobs].sort((x, y) => y - x));
+  });
+
+  test('keeps an adapter until it is released, and refuses the handle after that', async () => {
+    const file = await readAdapterFile(join(folder, 'adapter'), model.dims, { maxRank: 64 });
+    const numPages = runtime.adapterPages(file.modules);
+    const handle = await runtime.loadAdapter(
+      file.path,
+      file.modules,
+      Int32Array.from({ length: numPages }, (_, i) => 50 + i),
+    );
+    const batch = stepBatch([{ tokens, start: 0, count: 20, blocks: [0, 1], adapters: [[handle, 1]] }]);
+    const running = runtime.step(batch);
+    expect(() => runtime.releaseAdapter(handle)).toThrow(/running step/);
+    await running;
+    runtime.releaseAdapter(handle);
+    expect(() => runtime.releaseAdapter(handle)).toThrow(/handle/);
+    expect(() => runtime.step(batch)).toThrow(/adapterHandles/);
+  });
+
+  test('refuses too few pages, the same page twice, and a file that ends early', async () => {
+    const file = await readAdapterFile(join(folder, 'adapter'), model.dims, { maxRank: 64 });
+    const load = (path: string, pages: Int32Array) => runtime.loadAdapter(path, file.modules, pages);
+    await expect(load(file.path, ints())).rejects.toMatchObject({
+      code: 'adapter_invalid',
+      message: expect.stringMatching(/pages/),
+    });
+    await expect(load(file.path, ints(60, 60))).rejects.toThrow(/distinct/);
+    await expect(load(file.path, ints(1e6))).rejects.toThrow(/distinct ids below/);
+    const scratch = await mkdtemp(join(tmpdir(), 'motet-native-'));
+    const short = join(scratch, 'short.safetensors');
+    await copyFile(file.path, short);
+    const handle = await openFile(short, 'r+');
+    await handle.truncate(2000);
+    await handle.close();
+    await expect(load(short, ints(60, 61))).rejects.toThrow(/more bytes at offset/);
+    await rm(scratch, { recursive: true });
+  });
+
+  test('fails with code `closed` after close', async () => {
+    const other = await open(model, { deviceMemoryBytes });
+    other.close();
+    other.close();
+    expect(() => other.step(good())).toThrow(expect.objectContaining({ code: 'closed' }));
+  });
+});
+
+describe('opening', () => {
+  test('refuses a device memory below one page, and tensors that are missing or misplaced, by name', async () => {
+    const { packedPath, dims, tensors } = await prepare(join(goldensFolder, 'tiny/llama3'));
+    const options = {
+      packedPath,
+      dims,
+      tensors,
+      activations: 'int8' as const,
+      deviceMemoryBytes,
+      numThreads: 1,
+    };
+    await expect(openRuntime({ ...options, deviceMemoryBytes: 1000 })).rejects.toThrow(/device memory.*1000/);
+    await expect(openRuntime({ ...options, packedPath: '/nowhere' })).rejects.toThrow(/nowhere/);
+    const without = (role: string) => tensors.filter((tensor) => tensor.role !== role);
+    await expect(openRuntime({ ...options, tensors: without('down_proj') })).rejects.toThrow(
+      /'down_proj' of layer 0: missing/,
+    );
+    const moved = tensors.map((tensor) => ({ ...tensor, offsetBytes: 2 ** 40 }));
+    await expect(openRuntime({ ...options, tensors: moved })).rejects.toThrow(/inside a file of/);
+    const wrong = tensors.map((tensor) =>
+      tensor.role === 'final_norm' ? { ...tensor, role: 'attention_norm', layer: 0 } : tensor,
+    );
+    await expect(openRuntime({ ...options, tensors: wrong })).rejects.toThrow(/final_norm/);
+    const dimsOf = (change: object) => ({ ...options, dims: { ...dims, ...change } });
+    expect(() => openRuntime(dimsOf({ headDim: 24 }))).toThrow(/headDim|multiple/);
+    expect(() => openRuntime(dimsOf({ numKvHeads: 3 }))).toThrow(/numHeads/);
+    expect(() => openRuntime(dimsOf({ activation: 'relu' }))).toThrow(/activation/);
+  });
+
+  test('sizes and files are refused by name', async () => {
+    expect(packedBytes('int4', 16, 64)).toBe(2 * 16 * 2 + 16 * 32);
+    expect(() => packedBytes('int3' as 'int4', 16, 64)).toThrow(/int3/);
+    expect(sourceBytes('q4_k', 256)).toBe(144);
+    expect(() => sourceBytes('q4_k', 100)).toThrow(/256/);
+    await expect(readGguf('/nowhere.gguf')).rejects.toMatchObject({ code: 'io_failed' });
+    await expect(readGguf(join(goldensFolder, 'README.md'))).rejects.toMatchObject({ code: 'gguf_invalid' });
+  });
+});
