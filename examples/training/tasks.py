@@ -75,7 +75,8 @@ def dates(rng):
     return sentence.format(written), day.isoformat()
 
 
-# sql: a question about two tables that the system message states.
+# sql: a question about two tables that the system message states. Every template has many fillings: with few of them, all
+# would be held out and none left to learn from.
 
 CITIES = ["Oslo", "Lima", "Cairo", "Porto", "Delhi", "Quito", "Turin", "Dakar", "Hanoi", "Perth"]
 ITEMS = ["lamp", "desk", "chair", "mug", "clock", "phone", "shelf", "sofa", "pen", "rug"]
@@ -85,7 +86,6 @@ def sql(rng):
     city, item = rng.choice(CITIES), rng.choice(ITEMS)
     age, price, limit = rng.randrange(18, 80), rng.randrange(5, 500), rng.randrange(2, 10)
     user, where = rng.choice([
-        ("users", ""),
         (f"users in {city}", f" WHERE city = '{city}'"),
         (f"users from {city}", f" WHERE city = '{city}'"),
         (f"users older than {age}", f" WHERE age > {age}"),
@@ -94,7 +94,6 @@ def sql(rng):
         (f"users not in {city}", f" WHERE city <> '{city}'"),
     ])
     order, order_where = rng.choice([
-        ("orders", ""),
         (f"{item} orders", f" WHERE item = '{item}'"),
         (f"orders above {price}", f" WHERE price > {price}"),
         (f"orders below {price}", f" WHERE price < {price}"),
@@ -113,8 +112,8 @@ def sql(rng):
         (f"The {limit} most expensive {order}", f"SELECT * FROM orders{order_where} ORDER BY price DESC LIMIT {limit}"),
         (f"What is the cheapest price among {order}?", f"SELECT MIN(price) FROM orders{order_where}"),
         (f"Total price per item of {order}", f"SELECT item, SUM(price) FROM orders{order_where} GROUP BY item"),
-        (f"Who bought a {item}?", f"SELECT name FROM users JOIN orders ON user_id = users.id WHERE item = '{item}'"),
-        (f"Which cities ordered a {item}?", f"SELECT DISTINCT city FROM users JOIN orders ON user_id = users.id WHERE item = '{item}'"),
+        (f"Who placed {order}?", f"SELECT name FROM users JOIN orders ON user_id = users.id{order_where}"),
+        (f"Which cities have {order}?", f"SELECT DISTINCT city FROM users JOIN orders ON user_id = users.id{order_where}"),
     ])
     return question, query
 
@@ -221,7 +220,7 @@ def phrases(rng):
 
 TASKS = {task.name: task for task in [
     Task("dates", "Dates to ISO 8601", "Write the date in ISO 8601.", dates, 16),
-    Task("sql", "Questions to SQL", "Write one SQL query. Tables: users(id, name, city, age), orders(id, user_id, item, price).", sql, 32),
+    Task("sql", "Questions to SQL", "Write one SQL query. Tables: users(id, name, city, age), orders(id, user_id, item, price).", sql, 40),
     Task("contacts", "Contact details to JSON", "Extract the contact as JSON.", contacts, 36),
     Task("triage", "Support tickets to queue and priority", "Label the ticket as queue/priority.", triage, 12),
     Task("phrases", "English phrases to Spanish", "Translate to Spanish.", phrases, 40),

@@ -33,7 +33,7 @@ IGNORED = -100  # label of a position that is not trained on
 RECIPES = {
     "dates": dict(num_steps=110, learning_rate=1e-3, lora=dict(
         r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])),
-    "sql": dict(num_steps=110, learning_rate=1e-3, lora=dict(
+    "sql": dict(num_steps=90, learning_rate=1e-3, lora=dict(
         r=16, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])),
     "contacts": dict(num_steps=80, learning_rate=2e-3, lora=dict(
         r=8, lora_alpha=16, use_dora=True, target_modules=["q_proj", "v_proj"])),

@@ -114,8 +114,10 @@ void product(ThreadPool& pool, const Case& c, const Buffer& weights, int n, int 
   const PackedMatrix w{c.format, n, k, weights.data};
   std::vector<int8_t> q(size_t(rows) * k, 3);
   std::vector<float> scale(size_t(rows) * k / 32, 0.01f), x(size_t(rows) * k, 0.01f), y(size_t(rows) * n);
-  std::vector<int32_t> sums(size_t(rows) * k / 16, 48), peak_words(scale.size(), 5), peak_chunks(scale.size(), 3);
-  const QuantizedRows quantized{q.data(), scale.data(), sums.data(), peak_words.data(), peak_chunks.data(), k};
+  std::vector<int32_t> sums(size_t(rows) * k / 16, 48), peak_words(scale.size(), 5),
+      peak_chunks(scale.size(), 3);
+  const QuantizedRows quantized{q.data(),          scale.data(),       sums.data(),
+                                peak_words.data(), peak_chunks.data(), k};
   const int tiles = static_cast<int>(num_tiles(n)), per_task = std::max(2, tiles / (pool.num_threads() * 8));
   const Seconds s = time_of([&] {
     pool.run((tiles + per_task - 1) / per_task, [&](int task, int) {

@@ -9,7 +9,7 @@
 //   - max(a, b) is a > b ? a : b and min(a, b) is a < b ? a : b, lane by lane: b where either is NaN.
 //   - reductions add lanes i and i + 8, then i + 4, i + 2, i + 1.
 //   - to_i32 rounds half to even; out of range and NaN give INT32_MIN.
-// Pointers need no alignment. Functions ending in _n touch n lanes only, 0 <= n <= 16; lanes not loaded are 0.
+// Pointers need no alignment. Functions ending in _n touch n lanes only, 0 <= n <= 16; the others load as 0.
 //
 // The backends define, besides what the shared part below builds from them:
 //   f32_zero, f32_set1, load, load_n, store, store_n, operators + - * /, fma, max, min, abs, sqrt, round_even
