@@ -125,15 +125,45 @@ float to_float(const uint8_t* p, ElementType type) {
   return f;
 }
 
+// Index of the first element whose exponent bits are all ones (infinite or not a number); `count` when there is none.
+template <typename Bits>
+size_t find_not_finite(const std::vector<uint8_t>& bytes, size_t count, Bits exponent) {
+  const auto* elements = reinterpret_cast<const Bits*>(bytes.data());
+  // A whole run at a time, so that the compiler may use vectors; the place is looked for only where there is one.
+  constexpr size_t kRun = 4096;
+  for (size_t begin = 0; begin < count; begin += kRun) {
+    const size_t end = std::min(begin + kRun, count);
+    Bits any = 0;
+    for (size_t i = begin; i < end; ++i) any |= static_cast<Bits>((elements[i] & exponent) == exponent);
+    if (!any) continue;
+    for (size_t i = begin; i < end; ++i)
+      if ((elements[i] & exponent) == exponent) return i;
+  }
+  return count;
+}
+
 std::vector<uint8_t> read_elements(const File& file, const AdapterModuleSpec& spec, const char* what, int64_t offset, size_t count, ElementType type) {
   if (offset < 0) throw AdapterError("adapter module " + module_name(spec) + " " + what + ": expected an offset of at least 0");
   std::vector<uint8_t> bytes(count * element_bytes(type));
   file.read(bytes.data(), bytes.size(), offset);
-  const size_t step = element_bytes(type);
-  for (size_t i = 0; i < count; ++i)
-    if (!std::isfinite(to_float(bytes.data() + i * step, type)))
-      throw AdapterError("adapter module " + module_name(spec) + " " + what + ": expected finite numbers, element " + std::to_string(i) + " is not");
+  const size_t place = type == ElementType::kF32   ? find_not_finite<uint32_t>(bytes, count, 0x7F800000u)
+                       : type == ElementType::kF16 ? find_not_finite<uint16_t>(bytes, count, 0x7C00u)
+                                                   : find_not_finite<uint16_t>(bytes, count, 0x7F80u);
+  if (place < count)
+    throw AdapterError("adapter module " + module_name(spec) + " " + what + ": expected finite numbers, element " + std::to_string(place) + " is not");
   return bytes;
+}
+
+// B [n, rank] to Bᵀ in tiles of kLoraTileColumns output features, [rank, kLoraTileColumns] each; columns beyond n stay zero.
+template <typename Element>
+void transpose_b(std::vector<uint8_t>& out, const std::vector<uint8_t>& b, int64_t n, int rank) {
+  const auto* from = reinterpret_cast<const Element*>(b.data());
+  auto* to = reinterpret_cast<Element*>(out.data());
+  for (int64_t first = 0; first < n; first += kLoraTileColumns, to += int64_t{rank} * kLoraTileColumns) {
+    const int64_t columns = std::min<int64_t>(kLoraTileColumns, n - first);
+    for (int r = 0; r < rank; ++r)
+      for (int64_t i = 0; i < columns; ++i) to[r * kLoraTileColumns + i] = from[(first + i) * rank + r];
+  }
 }
 
 std::vector<float> read_floats(const File& file, const AdapterModuleSpec& spec, const char* what, int64_t offset, size_t count, ElementType type) {
@@ -207,13 +237,10 @@ std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& pat
     gains.resize(gains.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
     bias.resize(bias.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
 
-    // Bᵀ in tiles of 64 output features, [rank, 64] each.
     const size_t tile_bytes = static_cast<size_t>(spec.rank) * kLoraTileColumns * element;
     std::vector<uint8_t> transposed(tiles * tile_bytes, 0);
-    for (int64_t i = 0; i < n; ++i)
-      for (int r = 0; r < spec.rank; ++r)
-        std::memcpy(transposed.data() + (i / kLoraTileColumns) * tile_bytes + (r * kLoraTileColumns + i % kLoraTileColumns) * element,
-                    b.data() + (i * spec.rank + r) * element, element);
+    if (element == sizeof(uint32_t)) transpose_b<uint32_t>(transposed, b, n, spec.rank);
+    else transpose_b<uint16_t>(transposed, b, n, spec.rank);
 
     const Places places = place_module(packer, spec, k, n);
     Event last = 0;
