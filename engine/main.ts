@@ -11,14 +11,14 @@ import { readAdapterFile } from './adapters/adapter-file.ts';
 import { resolveAdapterPath } from './adapters/adapter-path.ts';
 import { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { Arena } from './arena.ts';
-import { readBaseModel } from './base-model.ts';
 import { type Config, ConfigError, parseConfig } from './config.ts';
 import { Engine } from './engine.ts';
 import { InputError } from './input-error.ts';
 import { EngineMetrics } from './metrics.ts';
-import { prepareModel } from './prepare.ts';
+import { readBaseModel } from './model/base-model.ts';
+import { prepareModel } from './model/prepare.ts';
+import { openTextModel } from './model/text-model.ts';
 import { createServer } from './server.ts';
-import { openTextModel } from './text-model.ts';
 
 /** Bounds that nobody needed to change yet. */
 const maxBodyBytes = 4 * 2 ** 20;

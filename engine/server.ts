@@ -66,6 +66,7 @@ export interface ServerOptions extends ServedModel {
 /** The server, not yet listening. */
 export function createServer(options: ServerOptions): Server {
   const app = express();
+  const startSeconds = options.wallClock() / 1000;
   app.disable('x-powered-by');
   app.disable('etag');
   app.use(requestId, accessLog(options.log));
@@ -97,7 +98,7 @@ export function createServer(options: ServerOptions): Server {
     await reply(options, job, completionFormat, response);
   });
   route(app, 'get', enginePaths.models, (_request, response) => {
-    response.json(modelList(options));
+    response.json(modelList(options, startSeconds));
   });
   route(app, 'get', enginePaths.adapters, (_request, response) => {
     response.json(adapterList(options));
@@ -310,7 +311,7 @@ async function loadAdapter(options: ServerOptions, body: unknown): Promise<strin
   return `Success: LoRA adapter '${name}' added successfully.`;
 }
 
-function modelList({ baseName, tiers, engine, modelPath, wallClock }: ServerOptions): ModelList {
+function modelList({ baseName, tiers, engine, modelPath }: ServerOptions, startSeconds: number): ModelList {
   const card = (id: string, root: string, parent: string | null, created: number): ModelCard => ({
     id,
     object: 'model',
@@ -325,7 +326,7 @@ function modelList({ baseName, tiers, engine, modelPath, wallClock }: ServerOpti
   return {
     object: 'list',
     data: [
-      card(baseName, modelPath, null, wallClock() / 1000),
+      card(baseName, modelPath, null, startSeconds),
       ...adapters.map(([name, adapter]) => card(name, adapter.sourcePath, baseName, adapter.since)),
     ],
   };

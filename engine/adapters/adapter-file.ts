@@ -13,7 +13,7 @@ import { join } from 'node:path';
 import { type AdapterModule, type ModelDims, type TargetModule, targetModules } from '../../native/index.ts';
 import { EngineError } from '../errors.ts';
 import { type InputError, shown } from '../input-error.ts';
-import { readSafetensors, type SafetensorsFile, type SafetensorsTensor } from '../safetensors.ts';
+import { readSafetensors, type SafetensorsFile, type SafetensorsTensor } from '../model/safetensors.ts';
 import type { AdapterFile } from './adapter-tiers.ts';
 
 export interface AdapterLimits {
@@ -421,22 +421,27 @@ async function digestOf(file: SafetensorsFile, config: AdapterConfig): Promise<s
     lora_bias: config.hasBias,
   };
   const hash = createHash('sha256').update(canonicalJson(meaningful));
-  const buffer = Buffer.alloc(1 << 20);
+  const window = Buffer.alloc(1 << 20);
   const handle = await open(file.path);
   try {
+    // Where the window begins in the file, and how much of it is filled. Tensors mostly lie in the order of their
+    // names, so one read serves many of them.
+    let windowOffset = 0;
+    let windowBytes = 0;
     const byName = [...file.tensors.values()].sort((a, b) => (a.name < b.name ? -1 : 1));
     for (const { name, dtype, shape, offsetBytes, sizeBytes } of byName) {
       hash.update(`\n${canonicalJson([name, dtype, shape])}\n`);
       for (let done = 0; done < sizeBytes; ) {
-        const { bytesRead } = await handle.read(
-          buffer,
-          0,
-          Math.min(buffer.length, sizeBytes - done),
-          offsetBytes + done,
-        );
-        if (bytesRead === 0) refuse(`tensor '${name}'`, `${sizeBytes} bytes`, `${done}`);
-        hash.update(buffer.subarray(0, bytesRead));
-        done += bytesRead;
+        let begin = offsetBytes + done - windowOffset;
+        if (begin < 0 || begin >= windowBytes) {
+          windowOffset = offsetBytes + done;
+          windowBytes = (await handle.read(window, 0, window.length, windowOffset)).bytesRead;
+          if (windowBytes === 0) refuse(`tensor '${name}'`, `${sizeBytes} bytes`, `${done}`);
+          begin = 0;
+        }
+        const end = Math.min(windowBytes, begin + sizeBytes - done);
+        hash.update(window.subarray(begin, end));
+        done += end - begin;
       }
     }
   } finally {

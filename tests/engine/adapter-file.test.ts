@@ -2,7 +2,7 @@ import { cp, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
-import { readBaseModel } from '../../engine/base-model.ts';
+import { readBaseModel } from '../../engine/model/base-model.ts';
 import type { ModelDims } from '../../native/index.ts';
 import { goldensFolder } from '../fixtures/golden.ts';
 import {

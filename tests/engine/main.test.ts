@@ -71,6 +71,20 @@ async function ready(args: string[] = []) {
 
 const completion = { prompt: [1, 2, 3, 4, 5], temperature: 0, max_tokens: 8, ignore_eos: true };
 
+/** An engine that was told to end while it streams eight long sequences. */
+async function drainingUnderLoad() {
+  const engine = await ready();
+  const response = await engine.post(enginePaths.completions, {
+    ...completion,
+    max_tokens: 900,
+    n: 8,
+    stream: true,
+  });
+  engine.child.kill('SIGTERM');
+  await engine.line('draining');
+  return { ...engine, response };
+}
+
 describe('the engine process', () => {
   test('prepares, says when it is ready, and answers as base and as adapter', async () => {
     const { line, url, post } = await ready(['--served-name', 'tiny', '--adapter', `tuned=${adapter}`]);
@@ -144,15 +158,7 @@ describe('the engine process', () => {
   });
 
   test('on SIGTERM finishes what runs, refuses what is new, and ends with 0', async () => {
-    const { child, line, exit, post, url } = await ready();
-    const response = await post(enginePaths.completions, {
-      ...completion,
-      max_tokens: 900,
-      n: 8,
-      stream: true,
-    });
-    child.kill('SIGTERM');
-    await line('draining');
+    const { exit, url, response } = await drainingUnderLoad();
     expect((await fetch(url + enginePaths.readyz)).status).toBe(503);
     const text = await response.text();
     expect(text.match(/"finish_reason":"length"/g)?.length).toBe(8);
@@ -161,15 +167,7 @@ describe('the engine process', () => {
   });
 
   test('on a second signal ends at once', async () => {
-    const { child, line, exit, post } = await ready();
-    const response = await post(enginePaths.completions, {
-      ...completion,
-      max_tokens: 900,
-      n: 8,
-      stream: true,
-    });
-    child.kill('SIGTERM');
-    await line('draining');
+    const { child, exit, response } = await drainingUnderLoad();
     child.kill('SIGTERM');
     expect(await exit).toBe(143);
     await response.text().catch(() => 'cut off');

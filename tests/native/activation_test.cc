@@ -4,29 +4,16 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <random>
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "reference.h"
 
 namespace motet {
 namespace {
 
-std::vector<const Kernels*> variants() {
-  std::vector<const Kernels*> found;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
-    if (const Kernels* k = kernels_by_name(name)) found.push_back(k);
-  }
-  return found;
-}
-
-std::vector<float> random_floats(size_t n, uint32_t seed, float spread = 1) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(0, spread);
-  std::vector<float> values(n);
-  for (float& v : values) v = normal(random);
-  return values;
-}
+using reference::available_kernels;
+using reference::random_floats;
 
 double silu(double x) { return x / (1 + std::exp(-x)); }
 
@@ -53,7 +40,7 @@ std::vector<float> grid(float from, float to, int n) {
 
 TEST(Activation, SiluIsRightToOneInAMillion) {
   const std::vector<float> gate = grid(-87, 100, 20011);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const std::vector<float> out = activate(k->silu_mul, gate);
     for (size_t i = 0; i < gate.size(); ++i)
       ASSERT_NEAR(out[i], silu(gate[i]), 1e-6 * std::abs(silu(gate[i]))) << k->name << " x " << gate[i];
@@ -62,7 +49,7 @@ TEST(Activation, SiluIsRightToOneInAMillion) {
 
 TEST(Activation, GeluIsTheTanhApproximationToOneInAMillionOfItsInput) {
   const std::vector<float> gate = grid(-12, 12, 20011);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const std::vector<float> out = activate(k->gelu_mul, gate);
     for (size_t i = 0; i < gate.size(); ++i) {
       // In the far left tail the result is a tiny fraction of x, and cancels in PyTorch's form; so of x, not of it.
@@ -77,7 +64,7 @@ TEST(Activation, GeluIsTheTanhApproximationToOneInAMillionOfItsInput) {
 TEST(Activation, LargeInputsGiveTheirLimitsNotNaN) {
   const std::vector<float> gate = {1e4f, 1e20f, 3e38f, INFINITY, -1e4f, -1e20f, -3e38f, 0.0f};
   const std::vector<float> expected = {1e4f, 1e20f, 3e38f, INFINITY, 0.0f, 0.0f, 0.0f, 0.0f};
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     EXPECT_EQ(activate(k->silu_mul, gate), expected) << k->name;
     EXPECT_EQ(activate(k->gelu_mul, gate), expected) << k->name;
   }
@@ -93,7 +80,7 @@ TEST(Activation, GivesTheSameBitsOnEveryInstructionSetForAnyNumberOfRows) {
       for (int r = 0; r < kRows; ++r) {
         (kernels_by_name("scalar")->*kernel)(&alone[r * ldo], ldo, &gate[r * ldg], ldg, &up[r * ldu], ldu, 1, n);
       }
-      for (const Kernels* k : variants()) {
+      for (const Kernels* k : available_kernels()) {
         std::vector<float> together(kRows * ldo, -1.0f);
         (k->*kernel)(together.data(), ldo, gate.data(), ldg, up.data(), ldu, kRows, n);
         EXPECT_EQ(std::memcmp(together.data(), alone.data(), alone.size() * 4), 0) << k->name << " n " << n;
@@ -104,7 +91,7 @@ TEST(Activation, GivesTheSameBitsOnEveryInstructionSetForAnyNumberOfRows) {
 
 TEST(Activation, MultipliesByTheOtherBranch) {
   const std::vector<float> gate = random_floats(33, 1), up = random_floats(33, 2);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     std::vector<float> out(33);
     k->silu_mul(out.data(), 33, gate.data(), 33, up.data(), 33, 1, 33);
     for (int i = 0; i < 33; ++i) ASSERT_NEAR(out[i], silu(gate[i]) * up[i], 1e-6 * std::abs(silu(gate[i]) * up[i]));
@@ -114,7 +101,7 @@ TEST(Activation, MultipliesByTheOtherBranch) {
 TEST(Activation, AddIsTheExactSum) {
   for (const int n : {0, 1, 16, 31, 576}) {
     const std::vector<float> x = random_floats(n + 1, 1), before = random_floats(n + 1, 2);
-    for (const Kernels* k : variants()) {
+    for (const Kernels* k : available_kernels()) {
       std::vector<float> y = before;
       k->add(y.data(), x.data(), n);
       for (int i = 0; i < n; ++i) ASSERT_EQ(y[i], before[i] + x[i]) << k->name;

@@ -11,25 +11,13 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "reference.h"
 
 namespace motet {
 namespace {
 
-std::vector<const Kernels*> variants() {
-  std::vector<const Kernels*> found;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
-    if (const Kernels* k = kernels_by_name(name)) found.push_back(k);
-  }
-  return found;
-}
-
-std::vector<float> random_floats(size_t n, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> values(n);
-  for (float& v : values) v = normal(random);
-  return values;
-}
+using reference::available_kernels;
+using reference::random_floats;
 
 struct Shape {
   int head_dim = 64;
@@ -117,7 +105,7 @@ double stored(float value, ElementType type) {
   return as_float((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
-std::vector<double> reference(const Problem& problem) {
+std::vector<double> plain_softmax(const Problem& problem) {
   const Shape& s = problem.shape;
   std::vector<double> out(problem.q.size());
   for (int row = 0; row < s.num_rows; ++row) {
@@ -174,8 +162,8 @@ std::vector<Shape> shapes() {
 TEST(Attention, MatchesPlainSoftmaxInDoublePrecision) {
   for (const Shape& shape : shapes()) {
     const Problem problem(shape);
-    const std::vector<double> expected = reference(problem);
-    for (const Kernels* k : variants()) {
+    const std::vector<double> expected = plain_softmax(problem);
+    for (const Kernels* k : available_kernels()) {
       const std::vector<float> out = attend(*k, problem, Cache(*k, shape, problem.k, problem.v, 5), shape.num_rows);
       // f32 arithmetic on values of the element type: the dot product's error (about √D · 2^-24 of a score of a few
       // units) moves a weight by its relative size, and the outputs are averages of values of up to 4.
@@ -194,7 +182,7 @@ TEST(Attention, GivesTheSameBitsForAnyChunksPagesAndInstructionSet) {
     for (const int rows_per_call : {2, 3, 7, 16, shape.num_rows})
       ASSERT_TRUE(same_bits(attend(best, problem, in_order, rows_per_call), row_by_row))
           << shape.name() << ", rows a call " << rows_per_call;
-    for (const Kernels* k : variants()) {
+    for (const Kernels* k : available_kernels()) {
       const Cache shuffled(*k, shape, problem.k, problem.v, 7);
       ASSERT_TRUE(same_bits(attend(*k, problem, shuffled, shape.num_rows), row_by_row)) << k->name << shape.name();
     }
@@ -210,7 +198,7 @@ TEST(Attention, RowsDoNotSeeLaterTokensOfTheSameCall) {
     // The last token's key and value become NaN: every row but the last stays as it was, bit for bit.
     std::fill(problem.k.end() - s.kv_width(), problem.k.end(), NAN);
     std::fill(problem.v.end() - s.kv_width(), problem.v.end(), NAN);
-    for (const Kernels* k : variants()) {
+    for (const Kernels* k : available_kernels()) {
       std::vector<float> out = attend(*k, problem, Cache(*k, s, problem.k, problem.v, 1), s.num_rows);
       const size_t last = out.size() - s.q_width();
       EXPECT_EQ(std::memcmp(out.data(), clean.data(), last * 4), 0) << k->name << " window " << window;
@@ -221,7 +209,7 @@ TEST(Attention, RowsDoNotSeeLaterTokensOfTheSameCall) {
 
 TEST(Attention, AWindowNeverTouchesBlocksBeforeIt) {
   const Problem problem({.first_position = 200, .num_rows = 5, .window = 33});
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     Cache cache(*k, problem.shape, problem.k, problem.v, 1);
     const std::vector<float> expected = attend(*k, problem, cache, 5);
     for (int b = 0; b < (200 - 32) / kBlockTokens; ++b) cache.blocks[b] = 1 << 30;  // far outside of the arena
@@ -231,7 +219,7 @@ TEST(Attention, AWindowNeverTouchesBlocksBeforeIt) {
 
 TEST(Attention, OfOneKeyIsItsValue) {
   const Problem problem({.type = ElementType::kF32});
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const std::vector<float> out = attend(*k, problem, Cache(*k, problem.shape, problem.k, problem.v, 1), 1);
     for (int head = 0; head < 6; ++head) {
       for (int d = 0; d < 64; ++d) ASSERT_EQ(out[head * 64 + d], problem.v[head / 3 * 64 + d]) << k->name;
@@ -242,8 +230,8 @@ TEST(Attention, OfOneKeyIsItsValue) {
 TEST(Attention, SurvivesScoresThatOverflowAnExponential) {
   Problem problem({.type = ElementType::kF32, .first_position = 150});
   for (float& q : problem.q) q *= 1000;
-  const std::vector<double> expected = reference(problem);
-  for (const Kernels* k : variants()) {
+  const std::vector<double> expected = plain_softmax(problem);
+  for (const Kernels* k : available_kernels()) {
     const std::vector<float> out = attend(*k, problem, Cache(*k, problem.shape, problem.k, problem.v, 1), 1);
     // Scores of thousands carry an error of about 1e-3, which moves the weights by that much.
     for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], expected[i], 2e-2) << k->name;
@@ -253,7 +241,7 @@ TEST(Attention, SurvivesScoresThatOverflowAnExponential) {
 TEST(KvWrite, PutsKeysTransposedAndValuesInRows) {
   const Shape s = {.head_dim = 32, .type = ElementType::kF32, .first_position = 20};
   const Problem problem(s);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const Cache cache(*k, s, problem.k, problem.v, 9);
     for (int p = 0; p < s.num_positions(); ++p) {
       const uint8_t* page = cache.arena.data() + cache.blocks[p / 16] * cache.layer.page_bytes;
@@ -272,7 +260,7 @@ TEST(KvWrite, PutsKeysTransposedAndValuesInRows) {
 TEST(KvWrite, TouchesOnlyItsOwnPositionAndLayer) {
   const Shape s = {.type = ElementType::kF16, .first_position = 2};  // positions 0, 1, 2 of one block
   const Problem problem(s);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const Cache cache(*k, s, problem.k, problem.v, 0);
     size_t written = 0;
     for (size_t i = 0; i < cache.arena.size(); i += 2) {
@@ -290,7 +278,7 @@ TEST(KvWrite, TouchesOnlyItsOwnPositionAndLayer) {
 TEST(KvWrite, SaturatesF16InsteadOfWritingInfinity) {
   const Shape s = {.head_dim = 16, .num_kv_heads = 1, .type = ElementType::kF16};
   std::vector<float> k_row(16, 1e6f), v_row(16, -INFINITY);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const Cache cache(*k, s, k_row, v_row, 0);
     uint16_t key, value;
     std::memcpy(&key, cache.arena.data() + cache.layer.k_offset, 2);

@@ -45,6 +45,11 @@ class Random {
   uint64_t state_;
 };
 
+// `count` normal numbers of their own seed.
+inline std::vector<float> random_floats(size_t count, uint64_t seed, float scale = 1) {
+  return Random(seed).normals(count, scale);
+}
+
 // A vector whose data is 64-byte aligned, as packed files are mapped.
 template <typename T>
 struct AlignedAllocator {

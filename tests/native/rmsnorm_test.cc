@@ -3,34 +3,21 @@
 
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "reference.h"
 
 namespace motet {
 namespace {
 
-std::vector<const Kernels*> variants() {
-  std::vector<const Kernels*> found;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
-    if (const Kernels* k = kernels_by_name(name)) found.push_back(k);
-  }
-  return found;
-}
-
-std::vector<float> random_floats(size_t n, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> values(n);
-  for (float& v : values) v = normal(random);
-  return values;
-}
+using reference::available_kernels;
+using reference::random_floats;
 
 const int kWidths[] = {1, 15, 16, 17, 63, 64, 65, 80, 127, 576, 1000, 4096};
 
 TEST(Rmsnorm, MatchesTheFormulaInDoublePrecision) {
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     for (const int n : kWidths) {
       const std::vector<float> x = random_floats(n, n), weight = random_floats(n, n + 1);
       std::vector<float> y(n);
@@ -55,7 +42,7 @@ TEST(Rmsnorm, GivesTheSameBitsOnEveryInstructionSetForAnyNumberOfRows) {
     std::vector<float> alone(kRows * ld, -1.0f);
     for (int r = 0; r < kRows; ++r)
       kernels_by_name("scalar")->rmsnorm(&alone[r * ld], ld, &x[r * ld], ld, weight.data(), 1, n, 1e-6f);
-    for (const Kernels* k : variants()) {
+    for (const Kernels* k : available_kernels()) {
       std::vector<float> together(kRows * ld, -1.0f);
       k->rmsnorm(together.data(), ld, x.data(), ld, weight.data(), kRows, n, 1e-6f);
       // Equal everywhere, so the gap between two rows is untouched as well.
@@ -66,7 +53,7 @@ TEST(Rmsnorm, GivesTheSameBitsOnEveryInstructionSetForAnyNumberOfRows) {
 
 TEST(Rmsnorm, WorksInPlace) {
   constexpr int kN = 70;
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     std::vector<float> x = random_floats(kN, 1), y(kN);
     const std::vector<float> weight = random_floats(kN, 2);
     k->rmsnorm(y.data(), kN, x.data(), kN, weight.data(), 1, kN, 1e-5f);
@@ -77,7 +64,7 @@ TEST(Rmsnorm, WorksInPlace) {
 
 TEST(Rmsnorm, OfZerosIsZeros) {
   const std::vector<float> weight(20, 3.0f);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     std::vector<float> x(20, 0.0f);
     k->rmsnorm(x.data(), 20, x.data(), 20, weight.data(), 1, 20, 1e-5f);
     EXPECT_EQ(x, std::vector<float>(20, 0.0f)) << k->name;

@@ -3,29 +3,16 @@
 
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "reference.h"
 
 namespace motet {
 namespace {
 
-std::vector<const Kernels*> variants() {
-  std::vector<const Kernels*> found;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
-    if (const Kernels* k = kernels_by_name(name)) found.push_back(k);
-  }
-  return found;
-}
-
-std::vector<float> random_floats(size_t n, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> values(n);
-  for (float& v : values) v = normal(random);
-  return values;
-}
+using reference::available_kernels;
+using reference::random_floats;
 
 constexpr int kMaxPositions = 40;
 
@@ -50,7 +37,7 @@ const int kHeadDims[] = {2, 16, 30, 32, 48, 64, 80, 96, 128, 256};
 TEST(Rope, RotatesEachPairOfHalvesByItsPosition) {
   constexpr int kHeads = 3;
   const std::vector<int32_t> positions = {7, 0, 39};
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     for (const int head_dim : kHeadDims) {
       const Tables t = tables(head_dim);
       const int64_t ld = kHeads * head_dim + 5;
@@ -79,7 +66,7 @@ TEST(Rope, RotatesEachPairOfHalvesByItsPosition) {
 TEST(Rope, LeavesPositionZeroAsItIs) {
   const Tables t = tables(64);
   const int32_t position = 0;
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const std::vector<float> before = random_floats(64, 3);
     std::vector<float> x = before;
     k->rope(x.data(), 64, 1, 64, &position, 1, t.cos.data(), t.sin.data());
@@ -99,7 +86,7 @@ TEST(Rope, GivesTheSameBitsOnEveryInstructionSetForAnyNumberOfRows) {
       kernels_by_name("scalar")->rope(&alone[r * ld], ld, kHeads, head_dim, &positions[r], 1, t.cos.data(),
                                       t.sin.data());
     }
-    for (const Kernels* k : variants()) {
+    for (const Kernels* k : available_kernels()) {
       std::vector<float> together = before;
       k->rope(together.data(), ld, kHeads, head_dim, positions.data(), kRows, t.cos.data(), t.sin.data());
       EXPECT_EQ(std::memcmp(together.data(), alone.data(), alone.size() * 4), 0) << k->name << " D " << head_dim;

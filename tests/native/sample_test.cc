@@ -11,23 +11,26 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "reference.h"
 
 namespace motet {
 namespace {
 
-std::vector<const Kernels*> variants() {
-  std::vector<const Kernels*> found;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
-    if (const Kernels* k = kernels_by_name(name)) found.push_back(k);
-  }
-  return found;
-}
+using reference::available_kernels;
 
 constexpr SampleParams kGreedy = {.temperature = 0, .top_k = 0, .top_p = 1, .min_p = 0, .repetition_penalty = 1,
                                   .presence_penalty = 0, .frequency_penalty = 0, .seed = 1, .position = 0,
                                   .prompt_tokens = nullptr, .num_prompt_tokens = 0, .output_tokens = nullptr,
                                   .num_output_tokens = 0, .bias_ids = nullptr, .bias_values = nullptr, .num_bias = 0,
                                   .allowed = nullptr, .num_top = 0};
+
+// `p` keeps pointers into both.
+void set_history(SampleParams& p, const std::vector<int32_t>& prompt, const std::vector<int32_t>& output) {
+  p.prompt_tokens = prompt.data();
+  p.num_prompt_tokens = static_cast<int>(prompt.size());
+  p.output_tokens = output.data();
+  p.num_output_tokens = static_cast<int>(output.size());
+}
 
 SampleParams warm(float temperature = 1) {
   SampleParams p = kGreedy;
@@ -169,7 +172,7 @@ TEST(Logprobs, AreOfTheRawDistributionWhateverIsDone) {
   p.output_tokens = history.data();
   p.num_output_tokens = 3;
   p.num_top = 20;
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     for (p.position = 0; p.position < 20; ++p.position) {
       const Outcome o = sample(*k, logits, p);
       // Sums in f32 lanes of a few hundred terms, double beyond; then a rounding to f32.
@@ -228,10 +231,7 @@ TEST(Penalties, RepetitionDividesPositiveAndMultipliesNegativeLogitsOfPromptAndO
   const std::vector<int32_t> prompt = {0, 0, 0}, output = {1, 0, 1};
   SampleParams p = kGreedy;
   p.repetition_penalty = 2;
-  p.prompt_tokens = prompt.data();
-  p.num_prompt_tokens = 3;
-  p.output_tokens = output.data();
-  p.num_output_tokens = 3;
+  set_history(p, prompt, output);
   EXPECT_EQ(token({4.0f, 1.0f, 1.9f}, p), 0);     // 2, 0.5, 1.9: once, or 0 would be at 1
   EXPECT_EQ(token({4.0f, 1.0f, 2.1f}, p), 2);     // 2, 0.5, 2.1
   EXPECT_EQ(token({-1.0f, -1.0f, -1.9f}, p), 2);  // −2, −2, −1.9
@@ -242,10 +242,7 @@ TEST(Penalties, PresenceCountsOutputOnceAndPromptNever) {
   const std::vector<int32_t> prompt = {0}, output = {1, 1, 1};
   SampleParams p = kGreedy;
   p.presence_penalty = 1;
-  p.prompt_tokens = prompt.data();
-  p.num_prompt_tokens = 1;
-  p.output_tokens = output.data();
-  p.num_output_tokens = 3;
+  set_history(p, prompt, output);
   EXPECT_EQ(token({1.0f, 2.1f, 0.0f}, p), 1);  // 1, 1.1
   EXPECT_EQ(token({1.0f, 1.9f, 0.0f}, p), 0);  // 1, 0.9
 }
@@ -254,10 +251,7 @@ TEST(Penalties, FrequencyCountsEveryOutputAndPromptNever) {
   const std::vector<int32_t> prompt = {0, 0, 0, 0}, output = {1, 0, 1, 1};
   SampleParams p = kGreedy;
   p.frequency_penalty = 0.5f;
-  p.prompt_tokens = prompt.data();
-  p.num_prompt_tokens = 4;
-  p.output_tokens = output.data();
-  p.num_output_tokens = 4;
+  set_history(p, prompt, output);
   EXPECT_EQ(token({1.0f, 2.1f, 0.0f}, p), 1);  // 0.5, 0.6
   EXPECT_EQ(token({1.0f, 1.9f, 0.0f}, p), 0);  // 0.5, 0.4
   p.frequency_penalty = -2;                    // negative ones favour
@@ -312,7 +306,7 @@ TEST(Allowed, OnlyTokensOfTheMaskAreTaken) {
 TEST(Allowed, AMaskThatLeavesNothingFallsBackToTheLikeliestRawToken) {
   const std::vector<uint32_t> nothing(4, 0);
   const std::vector<float> logits = random_logits(100, 3);
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     for (SampleParams p : {kGreedy, warm()}) {
       p.allowed = nothing.data();
       EXPECT_EQ(sample(*k, logits, p).token, best_first(logits)[0]) << k->name;
@@ -459,7 +453,7 @@ TEST(Sample, GivesTheSameOutcomeOnEveryInstructionSet) {
     p.num_top = random() % 25;
     p.seed = round;
     const Outcome expected = sample(*kernels_by_name("scalar"), logits, p);
-    for (const Kernels* k : variants()) ASSERT_EQ(sample(*k, logits, p), expected) << k->name << " round " << round;
+    for (const Kernels* k : available_kernels()) ASSERT_EQ(sample(*k, logits, p), expected) << k->name << " round " << round;
   }
 }
 
@@ -471,7 +465,7 @@ TEST(Sample, ReturnsATokenWhenLogitsAreNotFinite) {
   infinite[401] = -INFINITY;
   const std::vector<std::vector<float>> all = {some_nan, infinite, std::vector<float>(1000, NAN),
                                                std::vector<float>(1000, INFINITY), std::vector<float>(1000, -INFINITY)};
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     for (const std::vector<float>& logits : all) {
       for (SampleParams p : {kGreedy, warm()}) {
         for (const int top_k : {0, 5}) {
@@ -499,7 +493,7 @@ TEST(Sample, ReturnsATokenWhenLogitsAreNotFinite) {
 TEST(Sample, OfOneTokenIsThatToken) {
   SampleParams p = warm();
   p.num_top = 2;
-  for (const Kernels* k : variants()) {
+  for (const Kernels* k : available_kernels()) {
     const Outcome o = sample(*k, {-5.0f}, p);
     EXPECT_EQ(o.token, 0);
     EXPECT_EQ(o.logprob, 0);

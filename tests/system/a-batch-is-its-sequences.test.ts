@@ -5,14 +5,15 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import type { PreparedModel } from '../../engine/prepare.ts';
+import type { PreparedModel } from '../../engine/model/prepare.ts';
 import type { Runtime } from '../../native/index.ts';
 import { goldensFolder, readGolden } from '../fixtures/golden.ts';
 import { examplesFolder, open, prepare, smollm2Path } from '../fixtures/models.ts';
-import { type GenerateRequest, generate, type RealEngine, startRealEngine } from '../fixtures/real-engine.ts';
+import { type GenerateRequest, generate, startRealEngine } from '../fixtures/real-engine.ts';
 import { type SeededRandom, seededRandom } from '../fixtures/seeded-random.ts';
+import type { WiredEngine } from '../fixtures/wire-engine.ts';
 
-async function stop({ engine, tiers, arena, fatal }: RealEngine): Promise<void> {
+async function stop({ engine, tiers, arena, fatal }: WiredEngine): Promise<void> {
   for (const [name] of [...tiers.names]) tiers.unload(name);
   await engine.close();
   await tiers.close();
@@ -20,7 +21,7 @@ async function stop({ engine, tiers, arena, fatal }: RealEngine): Promise<void> 
   expect(arena.numFree).toBe(arena.numPages);
 }
 
-async function numPreempted({ metrics }: RealEngine): Promise<number> {
+async function numPreempted({ metrics }: WiredEngine): Promise<number> {
   const { values } = await metrics.registry.getSingleMetric('vllm:num_preemptions_total')!.get();
   return values[0]?.value ?? 0;
 }

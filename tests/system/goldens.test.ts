@@ -8,7 +8,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import type { PreparedModel } from '../../engine/prepare.ts';
+import type { PreparedModel } from '../../engine/model/prepare.ts';
 import type { Runtime } from '../../native/index.ts';
 import {
   type Agreement,

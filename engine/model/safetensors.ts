@@ -7,7 +7,7 @@
  * Source: https://github.com/huggingface/safetensors#format
  */
 import { open } from 'node:fs/promises';
-import { InputError, ioError, shown } from './input-error.ts';
+import { InputError, ioError, shown } from '../input-error.ts';
 
 /** Bits per element. */
 const dtypeBits = {

@@ -5,8 +5,8 @@
  */
 import vm from 'node:vm';
 import { Environment, Interpreter, Template } from '@huggingface/jinja';
-import { EngineError } from './errors.ts';
-import type { ChatMessage } from './openai.ts';
+import { EngineError } from '../errors.ts';
+import type { ChatMessage } from '../openai.ts';
 
 export interface RenderOptions {
   tools: unknown[] | null;

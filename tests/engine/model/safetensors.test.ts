@@ -1,8 +1,8 @@
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { readSafetensors } from '../../engine/safetensors.ts';
-import { f32Tensor, safetensorsBytes, temporaryFolder } from '../fixtures/source-files.ts';
+import { readSafetensors } from '../../../engine/model/safetensors.ts';
+import { f32Tensor, safetensorsBytes, temporaryFolder } from '../../fixtures/source-files.ts';
 
 async function read(bytes: Uint8Array) {
   const path = join(await temporaryFolder(), 'x.safetensors');

@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import { parseRopeScaling, ropeTable } from '../../engine/rope.ts';
+import { parseRopeScaling, ropeTable } from '../../../engine/model/rope.ts';
 
 const scaling = (value: Record<string, unknown> | null) => parseRopeScaling(value, 'rope_scaling', 1024);
 

@@ -7,11 +7,17 @@
  * because leaving it out would change what the model says.
  */
 import { stat } from 'node:fs/promises';
-import type { ModelDims, PackedTensor, PackJob, SourceType, WeightFormat } from '../native/index.ts';
+import type { ModelDims, PackedTensor, PackJob, SourceType, WeightFormat } from '../../native/index.ts';
+import { InputError, ioError } from '../input-error.ts';
 import { readGgufModel } from './gguf-model.ts';
 import { readHfModel } from './hf-model.ts';
-import { InputError, ioError } from './input-error.ts';
-import type { TokenizerSource } from './tokenizer.ts';
+import {
+  type ModelConfig,
+  maxNumLayers,
+  type SourceModel,
+  type SourceTensor,
+  type TokenizerSource,
+} from './source-model.ts';
 
 /**
  * What becomes of matrices that are stored as floats. 'keep': the same float type. 'int8': int8 all. 'int4': int4 in the
@@ -42,45 +48,6 @@ export type ModelTensor = Omit<PackedTensor, 'offsetBytes' | 'sizeBytes'> &
     /** Its name in the source. */
     name: string;
   };
-
-export interface SourceTensor {
-  name: string;
-  path: string;
-  offsetBytes: number;
-  type: SourceType;
-  /** Outermost first, as Hugging Face writes it: [outFeatures, inFeatures], or [n]. */
-  shape: number[];
-}
-
-/** What both kinds of source are read into. */
-export interface SourceModel {
-  config: ModelConfig;
-  tensors: Map<string, SourceTensor>;
-  /** The source's names for roles; layer tensors have `{layer}` in them. */
-  names: Record<string, string>;
-  /** Names that carry no weights of their own. */
-  isIgnored: (name: string) => boolean;
-  sourcePaths: string[];
-  eosIds: number[];
-  bosId: number | null;
-  tokenizer: TokenizerSource;
-  chatTemplate: string | null;
-}
-
-export interface ModelConfig {
-  architecture: string;
-  dims: ModelDims;
-  /** Whether the head is the embedding; null: it is when the source has no head. */
-  tieWordEmbeddings: boolean | null;
-  qkvBias: 'required' | 'optional' | 'absent';
-  oBias: 'required' | 'optional' | 'absent';
-  hasQkNorm: boolean;
-  hasPostNorms: boolean;
-  /** Added to every norm weight: 1 where the source stores w for 1 + w. */
-  normAddend: number;
-  /** q and k rows are stored pairwise (GGUF's llama), to be put back into the rotate-half order. */
-  hasInterleavedRope: boolean;
-}
 
 /**
  * @param path a `.gguf` file, or a folder with config.json and *.safetensors
@@ -114,7 +81,7 @@ export async function readBaseModel(path: string, quantization: Quantization = '
 
 /** Bounds a factor of 100 beyond the largest models there are; they keep hostile counts from being looped over. */
 const maxCount = {
-  numLayers: 10_000,
+  numLayers: maxNumLayers,
   numHeads: 65_536,
   numKvHeads: 65_536,
   headDim: 65_536,

@@ -24,9 +24,9 @@ import {
 } from 'node:fs/promises';
 import { availableParallelism, hostname } from 'node:os';
 import { join } from 'node:path';
-import { type ModelDims, type PackedTensor, packedBytes, packTensor } from '../native/index.ts';
+import { type ModelDims, type PackedTensor, packedBytes, packTensor } from '../../native/index.ts';
+import { InputError, ioError } from '../input-error.ts';
 import type { BaseModel, ModelTensor } from './base-model.ts';
-import { InputError, ioError } from './input-error.ts';
 
 const magic = Buffer.from('MOTETPK1');
 /** Raise it when the file's layout, the packed formats or a quantiser change: old files are then made again. */

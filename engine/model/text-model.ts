@@ -1,9 +1,10 @@
 /** The base model's text side, from its own files: tokenizer and chat template behind the one interface that serving uses. */
+
+import { EngineError } from '../errors.ts';
+import type { TextModel } from '../generate.ts';
+import { InputError } from '../input-error.ts';
 import type { BaseModel } from './base-model.ts';
 import { ChatTemplate } from './chat-template.ts';
-import { EngineError } from './errors.ts';
-import type { TextModel } from './generate.ts';
-import { InputError } from './input-error.ts';
 import { loadTokenizer } from './tokenizer.ts';
 
 /** @throws InputError tokenizer_invalid, model_invalid naming what is wrong */

@@ -1,12 +1,12 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { readBaseModel } from '../../engine/base-model.ts';
-import { loadTokenizer, type Tokenizer } from '../../engine/tokenizer.ts';
-import { goldensFolder } from '../fixtures/golden.ts';
-import { gemma3Path, smollm2Path } from '../fixtures/models.ts';
-import { seededRandom } from '../fixtures/seeded-random.ts';
-import { writeFolder } from '../fixtures/source-files.ts';
+import { readBaseModel } from '../../../engine/model/base-model.ts';
+import { loadTokenizer, type Tokenizer } from '../../../engine/model/tokenizer.ts';
+import { goldensFolder } from '../../fixtures/golden.ts';
+import { gemma3Path, smollm2Path } from '../../fixtures/models.ts';
+import { seededRandom } from '../../fixtures/seeded-random.ts';
+import { writeFolder } from '../../fixtures/source-files.ts';
 
 interface TokenizeGolden {
   strings: { text: string; ids: number[] }[];

@@ -3,10 +3,11 @@
  * Keys and their defaults are those of llama.cpp. What would change the arithmetic and is not supported is refused by key.
  */
 import { open } from 'node:fs/promises';
-import { type GgufFile, type GgufValue, readGguf } from '../native/index.ts';
-import type { ModelConfig, SourceModel, SourceTensor } from './base-model.ts';
-import { InputError, ioError, shown } from './input-error.ts';
+import { type GgufFile, type GgufValue, readGguf } from '../../native/index.ts';
+import { InputError, ioError, shown } from '../input-error.ts';
+import { metadataReader, tokenTypes } from './gguf-metadata.ts';
 import { type RopeScaling, ropeTable } from './rope.ts';
+import { type ModelConfig, maxNumLayers, type SourceModel, type SourceTensor } from './source-model.ts';
 
 type Architecture = 'llama' | 'qwen2' | 'qwen3' | 'gemma3';
 const architectures: readonly Architecture[] = ['llama', 'qwen2', 'qwen3', 'gemma3'];
@@ -80,44 +81,6 @@ function sourceTensors(path: string, file: GgufFile): Map<string, SourceTensor> 
   );
 }
 
-export function metadataReader(metadata: Record<string, GgufValue>) {
-  const read = <T>(key: string, expected: string, is: (value: GgufValue) => boolean, fallback?: T): T => {
-    const value = Object.hasOwn(metadata, key) ? metadata[key]! : undefined;
-    if (value === undefined && fallback !== undefined) return fallback;
-    if (value === undefined || !is(value)) refuse(key, expected, shown(value));
-    return value as T;
-  };
-  const isNumber = (value: GgufValue) => typeof value === 'number' && Number.isFinite(value);
-  return {
-    count: (key: string, fallback?: number) =>
-      read<number>(
-        key,
-        'a non-negative integer',
-        (v) => Number.isSafeInteger(v) && (v as number) >= 0,
-        fallback,
-      ),
-    number: (key: string, fallback?: number) => read<number>(key, 'a number', isNumber, fallback),
-    text: <F extends string | null>(key: string, fallback?: F) =>
-      read<string | F>(key, 'a string', (v) => typeof v === 'string', fallback),
-    flag: (key: string, fallback?: boolean) =>
-      read<boolean>(key, 'a bool', (v) => typeof v === 'boolean', fallback),
-    strings: (key: string, fallback?: string[]) =>
-      read<string[]>(
-        key,
-        'an array of strings',
-        (v) => Array.isArray(v) && typeof (v[0] ?? '') === 'string',
-        fallback,
-      ),
-    numbers: (key: string, fallback?: Float64Array | null) =>
-      read<Float64Array>(
-        key,
-        'an array of numbers',
-        (v) => v instanceof Float64Array,
-        fallback as Float64Array,
-      ),
-  };
-}
-
 export function ggufConfig(
   metadata: Record<string, GgufValue>,
   tensors: Map<string, SourceTensor>,
@@ -149,8 +112,8 @@ export function ggufConfig(
   };
   expectHeadDim('attention.value_length');
   expectHeadDim('rope.dimension_count');
-  if (!(numLayers > 0 && numLayers <= 10_000))
-    refuse(key('block_count'), 'an integer from 1 to 10000', `${numLayers}`);
+  if (!(numLayers > 0 && numLayers <= maxNumLayers))
+    refuse(key('block_count'), `an integer from 1 to ${maxNumLayers}`, `${numLayers}`);
   if (!Number.isInteger(headDim) || headDim < 2)
     refuse(key('attention.head_count'), 'a divisor of embedding_length', `${numHeads}`);
 
@@ -281,9 +244,8 @@ function ggufTokens(metadata: Record<string, GgufValue>): { eosIds: number[]; bo
     return value < 0 ? [] : [value];
   };
   const types = numbers('tokenizer.ggml.token_type', new Float64Array());
-  const controlType = 3;
   const byText = strings('tokenizer.ggml.tokens', []).flatMap((text, index) =>
-    types[index] === controlType && endTexts.has(text) ? [index] : [],
+    types[index] === tokenTypes.control && endTexts.has(text) ? [index] : [],
   );
   return { eosIds: [...id('eos'), ...id('eot'), ...id('eom'), ...byText], bosId: id('bos')[0] ?? null };
 }

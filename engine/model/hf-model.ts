@@ -3,15 +3,14 @@
  * Reads the forms of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters). Weights come from safetensors
  * only, one file or shards; a pickled checkpoint is refused by name, since loading one runs whatever is in it.
  */
-import { readdir, readFile } from 'node:fs/promises';
+import { readdir } from 'node:fs/promises';
 import { join } from 'node:path';
-import type { SourceType } from '../native/index.ts';
-import type { ModelConfig, SourceModel, SourceTensor } from './base-model.ts';
-import { InputError, ioError, shown } from './input-error.ts';
+import type { SourceType } from '../../native/index.ts';
+import { InputError, ioError, shown } from '../input-error.ts';
+import { type Json, readJson, readText } from './hf-folder.ts';
 import { parseRopeScaling, type RopeScaling, ropeTable } from './rope.ts';
 import { readSafetensors } from './safetensors.ts';
-
-type Json = Record<string, unknown>;
+import { type ModelConfig, maxNumLayers, type SourceModel, type SourceTensor } from './source-model.ts';
 
 const architectures = {
   LlamaForCausalLM: 'llama',
@@ -113,7 +112,7 @@ export function hfConfig(config: Json): ModelConfig {
     count('hidden_size'),
     count('num_attention_heads'),
   ];
-  if (numLayers > 10_000) refuse('num_hidden_layers', 'at most 10000', `${numLayers}`);
+  if (numLayers > maxNumLayers) refuse('num_hidden_layers', `at most ${maxNumLayers}`, `${numLayers}`);
   const headDim = count('head_dim', hiddenSize % numHeads === 0 ? hiddenSize / numHeads : undefined);
   if (headDim % 2 !== 0) refuse('head_dim', 'an even number', `${headDim}`);
   const maxPositions = count('max_position_embeddings');
@@ -328,32 +327,6 @@ async function readChatTemplate(folder: string, tokenizerConfig: Json): Promise<
   if (typeof named?.template !== 'string')
     refuse('tokenizer_config.json chat_template', 'a string, or a list with a default', shown(value));
   return named.template;
-}
-
-async function readText(folder: string, name: string): Promise<string | null> {
-  const path = join(folder, name);
-  try {
-    return await readFile(path, 'utf8');
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return null;
-    throw ioError(`read ${path}`, error);
-  }
-}
-
-export async function readJson(folder: string, name: string): Promise<Json | null> {
-  const text = await readText(folder, name);
-  if (text === null) return null;
-  let value: unknown;
-  try {
-    value = JSON.parse(text);
-  } catch (error) {
-    throw new InputError('model_invalid', `${join(folder, name)}: expected JSON, got something else`, {
-      cause: error,
-    });
-  }
-  if (typeof value !== 'object' || value === null || Array.isArray(value))
-    refuse(join(folder, name), 'an object', shown(value));
-  return value as Json;
 }
 
 function refuse(field: string, expected: string, got: string): never {

@@ -5,17 +5,17 @@ import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { describe, expect, test } from 'vitest';
-import { type BaseModel, type Quantization, readBaseModel } from '../../engine/base-model.ts';
-import { type PreparedModel, type PrepareOptions, prepareModel } from '../../engine/prepare.ts';
-import { packedBytes } from '../../native/index.ts';
-import { seededRandom } from '../fixtures/seeded-random.ts';
+import { type BaseModel, type Quantization, readBaseModel } from '../../../engine/model/base-model.ts';
+import { type PreparedModel, type PrepareOptions, prepareModel } from '../../../engine/model/prepare.ts';
+import { packedBytes } from '../../../native/index.ts';
+import { seededRandom } from '../../fixtures/seeded-random.ts';
 import {
   f32Tensor,
   safetensorsBytes,
   type TensorBytes,
   temporaryFolder,
   writeFolder,
-} from '../fixtures/source-files.ts';
+} from '../../fixtures/source-files.ts';
 
 const inLayer = (name: string) => `model.layers.0.${name}.weight`;
 
@@ -267,7 +267,7 @@ describe('several processes', () => {
   const child = (folder: string, cacheFolder: string): ChildProcess =>
     spawn(
       process.execPath,
-      [join(import.meta.dirname, '../fixtures/prepare-child.ts'), folder, cacheFolder, 'int4'],
+      [join(import.meta.dirname, '../../fixtures/prepare-child.ts'), folder, cacheFolder, 'int4'],
       {
         stdio: ['ignore', 'pipe', 'inherit'],
       },

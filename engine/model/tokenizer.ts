@@ -4,7 +4,7 @@
  * for each, and decoding is over bytes, so that it can be done token by token in linear time.
  */
 import { Tokenizer as HubTokenizer } from '@huggingface/tokenizers';
-import type { GgufValue } from '../native/index.ts';
+import { InputError, shown } from '../input-error.ts';
 import {
   type AddedTokenJson,
   canSplitWords,
@@ -14,13 +14,8 @@ import {
   type TokenizerDescription,
   type TokenizerJson,
 } from './gguf-tokenizer.ts';
-import { readJson } from './hf-model.ts';
-import { InputError, shown } from './input-error.ts';
-
-/** A folder with tokenizer.json, or a GGUF file's metadata. */
-export type TokenizerSource =
-  | { kind: 'folder'; path: string }
-  | { kind: 'gguf'; path: string; metadata: Record<string, GgufValue> };
+import { readJson } from './hf-folder.ts';
+import type { TokenizerSource } from './source-model.ts';
 
 /** @throws InputError tokenizer_invalid naming the file and field */
 export async function loadTokenizer(source: TokenizerSource): Promise<Tokenizer> {

@@ -2,9 +2,9 @@
  * GGUF's tokenizer metadata as a tokenizer.json object. `gpt2` is byte-level BPE with merges; `llama` is SentencePiece
  * BPE, where a pair is merged if the whole is a token, the one of highest score first.
  */
-import type { GgufValue } from '../native/index.ts';
-import { metadataReader } from './gguf-model.ts';
-import { InputError, shown } from './input-error.ts';
+import type { GgufValue } from '../../native/index.ts';
+import { InputError, shown } from '../input-error.ts';
+import { metadataReader, tokenTypes } from './gguf-metadata.ts';
 
 export interface TokenizerDescription {
   /** The parts of a tokenizer.json that tokenizer.ts reads. */
@@ -35,9 +35,6 @@ export interface AddedTokenJson {
   rstrip?: boolean;
   single_word?: boolean;
 }
-
-/** Token types of GGUF. */
-const [unknownType, controlType, userDefinedType] = [2, 3, 4];
 
 const words = "'s|'t|'re|'ve|'m|'ll|'d";
 const anyCaseWords = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])";
@@ -108,8 +105,10 @@ export function describeGgufTokenizer(metadata: Record<string, GgufValue>): Toke
   };
   const [bosToken, eosToken] = [named('bos'), named('eos')];
   const added = tokens.flatMap((content, id): AddedTokenJson[] => {
-    const special = types[id] === controlType || types[id] === unknownType;
-    return content !== '' && (special || types[id] === userDefinedType) ? [{ id, content, special }] : [];
+    const special = types[id] === tokenTypes.control || types[id] === tokenTypes.unknown;
+    return content !== '' && (special || types[id] === tokenTypes.userDefined)
+      ? [{ id, content, special }]
+      : [];
   });
   const common = { pieces: tokens, bosToken, eosToken };
   switch (model) {

@@ -2,7 +2,7 @@
  * Rotary embeddings as a table of inverse frequencies, with the scaling that a model's config asks for already in it.
  * Sources: RoPE (Su et al., 2021); YaRN (Peng et al., 2023); Llama 3's rule as in transformers' modeling_rope_utils.
  */
-import { InputError, shown } from './input-error.ts';
+import { InputError, shown } from '../input-error.ts';
 
 export type RopeScaling =
   | { type: 'default' }

@@ -1,9 +1,9 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { ChatTemplate, strftime } from '../../engine/chat-template.ts';
-import type { ChatMessage } from '../../engine/openai.ts';
-import { goldensFolder } from '../fixtures/golden.ts';
+import { ChatTemplate, strftime } from '../../../engine/model/chat-template.ts';
+import type { ChatMessage } from '../../../engine/openai.ts';
+import { goldensFolder } from '../../fixtures/golden.ts';
 
 const tokens = { bosToken: '<s>', eosToken: '</s>' };
 const options = { tools: null, addGenerationPrompt: false, variables: {} };

@@ -1,8 +1,13 @@
 import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { type BaseModel, type Quantization, readBaseModel, rotateHalfRows } from '../../engine/base-model.ts';
-import { goldensFolder } from '../fixtures/golden.ts';
+import {
+  type BaseModel,
+  type Quantization,
+  readBaseModel,
+  rotateHalfRows,
+} from '../../../engine/model/base-model.ts';
+import { goldensFolder } from '../../fixtures/golden.ts';
 import {
   f32Tensor,
   type GgufScalar,
@@ -12,7 +17,7 @@ import {
   type TensorBytes,
   temporaryFolder,
   writeFolder,
-} from '../fixtures/source-files.ts';
+} from '../../fixtures/source-files.ts';
 
 const tiny = (name: string, quantization?: Quantization) =>
   readBaseModel(join(goldensFolder, 'tiny', name), quantization);
