@@ -79,10 +79,19 @@ class File {
  public:
   explicit File(const std::string& path) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
     if (fd_ < 0) throw AdapterError("adapter file " + path + ": " + std::strerror(errno));
+    struct stat st {};
+    if (fstat(fd_, &st) == 0) size_ = st.st_size;
   }
   ~File() { close(fd_); }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
+
+  // Asked before memory is taken for what a file says that it holds.
+  void require(size_t num_bytes, int64_t offset) const {
+    if (offset > size_ || num_bytes > static_cast<size_t>(size_ - offset))
+      throw AdapterError("adapter file " + path_ + ": expected " + std::to_string(num_bytes) + " more bytes at offset " + std::to_string(offset) +
+                         ", got a file of " + std::to_string(size_));
+  }
 
   void read(void* target, size_t num_bytes, int64_t offset) const {
     auto* out = static_cast<uint8_t*>(target);
@@ -99,6 +108,7 @@ class File {
  private:
   std::string path_;
   int fd_;
+  int64_t size_ = 0;
 };
 
 float to_float(const uint8_t* p, ElementType type) {
@@ -144,6 +154,7 @@ size_t find_not_finite(const std::vector<uint8_t>& bytes, size_t count, Bits exp
 
 std::vector<uint8_t> read_elements(const File& file, const AdapterModuleSpec& spec, const char* what, int64_t offset, size_t count, ElementType type) {
   if (offset < 0) throw AdapterError("adapter module " + module_name(spec) + " " + what + ": expected an offset of at least 0");
+  file.require(count * element_bytes(type), offset);
   std::vector<uint8_t> bytes(count * element_bytes(type));
   file.read(bytes.data(), bytes.size(), offset);
   const size_t place = type == ElementType::kF32   ? find_not_finite<uint32_t>(bytes, count, 0x7F800000u)

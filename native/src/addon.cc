@@ -59,7 +59,11 @@ class Task final : public Napi::AsyncWorker {
   }
   void OnOK() override {
     const Napi::HandleScope scope(Env());
-    deferred_.Resolve(to_value_(Env(), result_));
+    try {
+      deferred_.Resolve(to_value_(Env(), result_));
+    } catch (const Napi::Error& e) {
+      deferred_.Reject(e.Value());
+    }
   }
   void OnError(const Napi::Error& error) override {
     error.Value().As<Napi::Object>().Set("code", code_);
@@ -182,14 +186,14 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
 
   Napi::Value step(const Napi::CallbackInfo& info) {
     require_open(info.Env());
-    const Batch batch = to_batch(info[0]);
+    OwnedBatch batch = to_batch(info[0]);
     std::vector<std::shared_ptr<Adapter>> adapters;
-    for (const int32_t handle : batch.adapter_handles) {
+    for (const int32_t handle : batch.batch.adapter_handles) {
       const auto it = adapters_.find(handle);
       if (it == adapters_.end()) throw Napi::RangeError::New(info.Env(), "batch.adapterHandles: expected a loaded adapter's handle, got " + std::to_string(handle));
       adapters.push_back(it->second);
     }
-    return worker_->start(info.Env(), info[0].As<Napi::Object>(), batch, std::move(adapters));
+    return worker_->start(info.Env(), info.This().As<Napi::Object>(), std::move(batch), std::move(adapters));
   }
 
   Napi::Value pages(const Napi::CallbackInfo& info) {
@@ -218,6 +222,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
           return load_adapter(*model, path, modules, pages);
         },
         [this, self](Napi::Env env, std::shared_ptr<Adapter>& adapter) -> Napi::Value {
+          require_open(env);  // closed meanwhile
           const int32_t handle = next_handle_++;
           adapters_[handle] = std::move(adapter);
           return Napi::Number::New(env, handle);
@@ -237,7 +242,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
   Napi::Value close(const Napi::CallbackInfo& info) {
     if (model_) {
       if (worker_->busy()) throw Napi::Error::New(info.Env(), "close: expected no step to be running");
-      worker_->stop();
+      worker_.reset();  // it holds the model too
       adapters_.clear();
       model_.reset();
     }

@@ -1,7 +1,9 @@
 // One step's input and output: views with shapes over memory that others own (the caller's typed arrays).
 // The same facts as StepBatch and StepResult of native/index.ts, where each field is described.
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -25,6 +27,12 @@ struct Batch {
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_sequences() const { return static_cast<int>(sequence_starts.size()) - 1; }
   int num_samples() const { return static_cast<int>(sample_rows.size()); }
+};
+
+// A batch with the memory that its views point into.
+struct OwnedBatch {
+  Batch batch;
+  std::vector<std::unique_ptr<std::byte[]>> memory;
 };
 
 struct StepOutput {

@@ -2,12 +2,14 @@
 // operation spreads its rows, tiles or heads over a pool of threads.
 #include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <new>
 #include <string>
 
@@ -51,6 +53,7 @@ class CpuDevice final : public Device {
   void grow(Buffer& buffer, size_t num_floats) override {
     if (buffer.num_floats >= num_floats) return;
     buffer.data.reset();
+    buffer.num_floats = 0;  // so it stays when there is no memory
     const size_t bytes = (num_floats * sizeof(float) + 63) / 64 * 64;
     auto* data = static_cast<float*>(std::aligned_alloc(64, bytes));
     if (!data) throw std::bad_alloc();
@@ -331,15 +334,40 @@ std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, boo
   return std::make_unique<CpuDevice>(arena_bytes, num_threads, reference_mode);
 }
 
+double cgroup_cpus(const std::string& membership, const std::string& mount) {
+  double cpus = std::numeric_limits<double>::infinity();
+  std::ifstream memberships(membership);
+  for (std::string line; std::getline(memberships, line);) {  // hierarchy:controllers:path
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool is_v2 = line.compare(0, first, "0") == 0 && controllers.empty();
+    if (!is_v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+    // A path out of the cgroup namespace ("/..") is not under the mount: only the mount's own quota is known.
+    std::string path = line.substr(second + 1);
+    if (path.find("/..") != std::string::npos || !path.starts_with('/')) path.clear();
+    while (true) {
+      const std::string folder = mount + (is_v2 ? "" : "/" + controllers) + path;
+      // Microseconds; v2 says "max", v1 -1 when there is no quota, and then no number above 0 is read.
+      double quota = 0, period = 0;
+      if (is_v2) {
+        std::ifstream(folder + "/cpu.max") >> quota >> period;
+      } else {
+        std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
+        std::ifstream(folder + "/cpu.cfs_period_us") >> period;
+      }
+      if (quota > 0 && period > 0) cpus = std::min(cpus, quota / period);
+      if (path.empty()) break;
+      path.erase(path.rfind('/'));
+    }
+  }
+  return cpus;
+}
+
 int available_cpus() {
-  cpu_set_t set;
-  int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-  // cgroup v2: "max 100000" or "<quota> <period>" in microseconds.
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (file >> quota >> period && quota != "max" && period > 0) count = std::min(count, static_cast<int>(std::max(1.0, std::strtod(quota.c_str(), nullptr) / period)));
-  return std::max(count, 1);
+  cpu_set_t set;  // too small for a machine of more than 1,024 CPUs
+  const double count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : static_cast<double>(sysconf(_SC_NPROCESSORS_ONLN));
+  return static_cast<int>(std::max(1.0, std::min(count, cgroup_cpus("/proc/self/cgroup", "/sys/fs/cgroup"))));
 }
 
 }  // namespace motet

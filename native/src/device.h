@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "adapter.h"
@@ -85,7 +86,10 @@ class Device {
 // activations in f32 instead of int8 groups.
 std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, bool reference_mode);
 
-// CPUs of this process: affinity mask, cut by the cgroup's quota (v2 cpu.max), at least 1.
+// CPUs of this process: affinity mask, cut by the quotas of its cgroup and of those around it, at least 1.
 int available_cpus();
+// The least such quota in CPUs; infinite when there is none. `membership` is a /proc/self/cgroup, of v1 (cpu.cfs_quota_us)
+// or v2 (cpu.max); `mount` where the hierarchies are mounted.
+double cgroup_cpus(const std::string& membership, const std::string& mount);
 
 }  // namespace motet

@@ -155,7 +155,8 @@ void Model::check(const Batch& b) const {
   for (size_t s = 0; s < num_sequences; ++s) {
     const int32_t begin = b.sequence_starts[s], end = b.sequence_starts[s + 1];
     require(begin < end, "sequenceStarts: expected at least one row per sequence");
-    require(b.positions[begin] >= 0, "positions: expected none below 0");
+    require(b.positions[begin] >= 0 && b.positions[begin] < dims_.max_positions,
+            "positions: expected 0 to " + std::to_string(dims_.max_positions - 1) + ", got " + std::to_string(b.positions[begin]));
     for (int32_t r = begin + 1; r < end; ++r) require(b.positions[r] == b.positions[r - 1] + 1, "positions: expected consecutive ones in a sequence");
     require(b.positions[end - 1] < dims_.max_positions, "positions: expected below " + std::to_string(dims_.max_positions) + ", got " +
                                                             std::to_string(b.positions[end - 1]));

@@ -27,10 +27,10 @@ void StepWorker::stop() {
   done_.Release();
 }
 
-Napi::Promise StepWorker::start(Napi::Env env, Napi::Object input, Batch batch, std::vector<std::shared_ptr<Adapter>> adapters) {
+Napi::Promise StepWorker::start(Napi::Env env, Napi::Object owner, OwnedBatch batch, std::vector<std::shared_ptr<Adapter>> adapters) {
   if (job_) throw Napi::Error::New(env, "step: expected no step to be running, got a second one");
   auto deferred = Napi::Promise::Deferred::New(env);
-  job_.reset(new Job{deferred, Napi::Persistent(input), batch, std::move(adapters), {}, {}});
+  job_.reset(new Job{deferred, Napi::Persistent(owner), std::move(batch), std::move(adapters), {}, {}});
   done_.Ref(env);
   {
     const std::lock_guard lock(mutex_);
@@ -51,7 +51,7 @@ void StepWorker::loop() {
     try {
       std::vector<const Adapter*> adapters;
       for (const auto& a : job->adapters) adapters.push_back(a.get());
-      model_->step(job->batch, adapters, job->output);
+      model_->step(job->batch.batch, adapters, job->output);
     } catch (const std::exception& e) {
       job->error = e.what();
     }
@@ -64,10 +64,11 @@ void StepWorker::finish(Napi::Env env) {
   const Napi::HandleScope scope(env);
   const std::unique_ptr<Job> job = std::move(job_);
   done_.Unref(env);
-  if (job->error.empty()) {
-    job->deferred.Resolve(from_step_output(env, job->output, job->batch.want_logits));
-  } else {
-    job->deferred.Reject(Napi::Error::New(env, job->error).Value());
+  if (!job->error.empty()) return job->deferred.Reject(Napi::Error::New(env, job->error).Value());
+  try {
+    job->deferred.Resolve(from_step_output(env, job->output, job->batch.batch.want_logits));
+  } catch (const Napi::Error& e) {  // the result is larger than a typed array can be
+    job->deferred.Reject(e.Value());
   }
 }
 

@@ -20,9 +20,9 @@ class StepWorker {
   StepWorker(Napi::Env env, std::shared_ptr<Model> model);
   ~StepWorker();
 
-  // Starts a step. `input` is kept alive until it has ended; the adapters are held by shared pointers.
-  // Resolves with StepResult's object. Throws when a step is already running.
-  Napi::Promise start(Napi::Env env, Napi::Object input, Batch batch, std::vector<std::shared_ptr<Adapter>> adapters);
+  // Starts a step. `owner`, the object that this worker belongs to, is kept alive until the step has ended; the adapters
+  // are held by shared pointers. Resolves with StepResult's object. Throws when a step is already running.
+  Napi::Promise start(Napi::Env env, Napi::Object owner, OwnedBatch batch, std::vector<std::shared_ptr<Adapter>> adapters);
   bool busy() const { return job_ != nullptr; }
   // Ends the thread, after the step in progress. Runs by itself when the environment ends, before the channel back does.
   void stop();
@@ -30,8 +30,8 @@ class StepWorker {
  private:
   struct Job {
     Napi::Promise::Deferred deferred;
-    Napi::ObjectReference input;
-    Batch batch;
+    Napi::ObjectReference owner;
+    OwnedBatch batch;
     std::vector<std::shared_ptr<Adapter>> adapters;
     StepOutput output;
     std::string error;

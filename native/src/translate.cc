@@ -1,6 +1,7 @@
 #include "translate.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace motet {
 namespace {
@@ -191,35 +192,43 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value) {
   return spec;
 }
 
-Batch to_batch(const Napi::Value& value) {
+OwnedBatch to_batch(const Napi::Value& value) {
   const Fields f(value, "batch");
-  Batch b;
-  b.token_ids = f.view<int32_t>("tokenIds");
-  b.positions = f.view<int32_t>("positions");
-  b.sequence_starts = f.view<int32_t>("sequenceStarts");
-  b.block_starts = f.view<int32_t>("blockStarts");
-  b.block_ids = f.view<int32_t>("blockIds");
-  b.adapter_starts = f.view<int32_t>("adapterStarts");
-  b.adapter_handles = f.view<int32_t>("adapterHandles");
-  b.adapter_weights = f.view<float>("adapterWeights");
-  b.sample_rows = f.view<int32_t>("sampleRows");
-  b.temperature = f.view<float>("temperature");
-  b.top_k = f.view<int32_t>("topK");
-  b.top_p = f.view<float>("topP");
-  b.min_p = f.view<float>("minP");
-  b.repetition_penalty = f.view<float>("repetitionPenalty");
-  b.presence_penalty = f.view<float>("presencePenalty");
-  b.frequency_penalty = f.view<float>("frequencyPenalty");
-  b.seeds = f.view<uint64_t>("seeds");
-  b.num_top = f.view<int32_t>("numTop");
-  b.bias_starts = f.view<int32_t>("biasStarts");
-  b.bias_ids = f.view<int32_t>("biasIds");
-  b.bias_values = f.view<float>("biasValues");
-  b.history_starts = f.view<int32_t>("historyStarts");
-  b.history_prompt_counts = f.view<int32_t>("historyPromptCounts");
-  b.history_ids = f.view<int32_t>("historyIds");
+  OwnedBatch owned;
+  Batch& b = owned.batch;
+  const auto copy = [&]<typename T>(std::span<const T>& out, const char* key) {
+    const auto view = f.view<T>(key);
+    if (view.empty()) return;
+    owned.memory.push_back(std::make_unique_for_overwrite<std::byte[]>(view.size_bytes()));
+    std::memcpy(owned.memory.back().get(), view.data(), view.size_bytes());
+    out = {reinterpret_cast<const T*>(owned.memory.back().get()), view.size()};
+  };
+  copy(b.token_ids, "tokenIds");
+  copy(b.positions, "positions");
+  copy(b.sequence_starts, "sequenceStarts");
+  copy(b.block_starts, "blockStarts");
+  copy(b.block_ids, "blockIds");
+  copy(b.adapter_starts, "adapterStarts");
+  copy(b.adapter_handles, "adapterHandles");
+  copy(b.adapter_weights, "adapterWeights");
+  copy(b.sample_rows, "sampleRows");
+  copy(b.temperature, "temperature");
+  copy(b.top_k, "topK");
+  copy(b.top_p, "topP");
+  copy(b.min_p, "minP");
+  copy(b.repetition_penalty, "repetitionPenalty");
+  copy(b.presence_penalty, "presencePenalty");
+  copy(b.frequency_penalty, "frequencyPenalty");
+  copy(b.seeds, "seeds");
+  copy(b.num_top, "numTop");
+  copy(b.bias_starts, "biasStarts");
+  copy(b.bias_ids, "biasIds");
+  copy(b.bias_values, "biasValues");
+  copy(b.history_starts, "historyStarts");
+  copy(b.history_prompt_counts, "historyPromptCounts");
+  copy(b.history_ids, "historyIds");
   b.want_logits = f.boolean("wantLogits");
-  return b;
+  return owned;
 }
 
 std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value) {

@@ -1,5 +1,5 @@
 // JavaScript values to C++ views and back. Every refusal is a TypeError or RangeError that names the argument.
-// Views point into typed arrays; whoever uses one after the call returns must hold a reference to its object.
+// A view points into a typed array and is good until JavaScript runs again: what lives longer is copied.
 #pragma once
 #include <napi.h>
 
@@ -59,7 +59,8 @@ struct RuntimeSpec {
 
 PackJob to_pack_job(const Napi::Value& value);
 RuntimeSpec to_runtime_spec(const Napi::Value& value);
-Batch to_batch(const Napi::Value& value);
+// Copies every array: while a step runs, JavaScript may write, detach, resize or drop those it gave.
+OwnedBatch to_batch(const Napi::Value& value);
 std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value);
 // A format's or type's number from its name in native/index.ts; `is_vector` is set for 'vector' when not null.
 WeightFormat to_weight_format(const Napi::Env& env, const std::string& name, bool* is_vector);

@@ -1,10 +1,12 @@
 /** The native runtime's contract as native/index.ts states it: compositions, refusals, life and end. */
-import { copyFile, mkdtemp, open as openFile, rm } from 'node:fs/promises';
+import { copyFile, mkdtemp, open as openFile, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setFlagsFromString } from 'node:v8';
+import { runInNewContext } from 'node:vm';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
-import type { PreparedModel } from '../../engine/prepare.ts';
+import type { PreparedModel } from '../../engine/model/prepare.ts';
 import {
   cpuInfo,
   openRuntime,
@@ -221,6 +223,89 @@ describe('a runtime', () => {
     other.close();
     other.close();
     expect(() => other.step(good())).toThrow(expect.objectContaining({ code: 'closed' }));
+  });
+});
+
+describe('a running step', () => {
+  const folder = join(goldensFolder, 'tiny/llama3');
+  const long = Array.from({ length: 500 }, (_, i) => (i * 31 + 7) % 512);
+  let model: PreparedModel;
+  beforeAll(async () => {
+    model = await prepare(folder);
+  });
+  const openedWith = (numThreads: number) => open(model, { deviceMemoryBytes, numThreads });
+  const batchOf = (runtime: Runtime) =>
+    stepBatch(
+      [{ tokens: long, start: 0, count: long.length, blocks: pagesFor(runtime, long.length), sample: 'all' }],
+      {
+        wantLogits: true,
+      },
+    );
+
+  test('gives the same bits on any number of threads', async () => {
+    const runtime = await openedWith(1);
+    const expected = (await runtime.step(batchOf(runtime))).logits!;
+    runtime.close();
+    for (const numThreads of [2, 3, 9]) {
+      const other = await openedWith(numThreads);
+      expect(other.numThreads).toBe(numThreads);
+      expect(maxDifference((await other.step(batchOf(other))).logits!, expected)).toBe(0);
+      other.close();
+    }
+  });
+
+  test('does not see what becomes of the arrays it was given', async () => {
+    const runtime = await openedWith(1);
+    const expected = (await runtime.step(batchOf(runtime))).logits!;
+    const batch = batchOf(runtime);
+    const resizable = new ArrayBuffer(4 * long.length, { maxByteLength: 4 * long.length });
+    const tokenIds = new Int32Array(resizable);
+    tokenIds.set(batch.tokenIds);
+    const positions = Int32Array.from(batch.positions);
+    const result = runtime.step({ ...batch, tokenIds, positions });
+    resizable.resize(0);
+    structuredClone(positions.buffer, { transfer: [positions.buffer] });
+    batch.blockIds.fill(-1);
+    batch.sampleRows.fill(1e9);
+    expect(maxDifference((await result).logits!, expected)).toBe(0);
+    runtime.close();
+  });
+
+  test('keeps its runtime, when no one else does', async () => {
+    setFlagsFromString('--expose-gc');
+    const collect = runInNewContext('gc') as () => void;
+    const start = async () => {
+      const runtime = await openedWith(1);
+      return { result: runtime.step(batchOf(runtime)), runtime: new WeakRef(runtime) };
+    };
+    const { result, runtime } = await start();
+    for (let i = 0; i < 3; i++) {
+      await new Promise((resolve) => setImmediate(resolve));
+      collect();
+    }
+    expect((await result).tokens).toHaveLength(long.length);
+    for (let i = 0; i < 20 && runtime.deref(); i++) {
+      await new Promise((resolve) => setTimeout(resolve, 5));
+      collect();
+    }
+    expect(runtime.deref()).toBeUndefined();
+  });
+
+  test('closing unmaps the weights at once, also while an adapter loads', async () => {
+    const scratch = await mkdtemp(join(tmpdir(), 'motet-native-'));
+    const packedPath = join(scratch, 'packed');
+    await copyFile(model.packedPath, packedPath);
+    const isMapped = async () => (await readFile('/proc/self/maps', 'utf8')).includes(packedPath);
+    const runtime = await open({ ...model, packedPath }, { deviceMemoryBytes });
+    expect(await isMapped()).toBe(true);
+    await runtime.step(batchOf(runtime));
+    const file = await readAdapterFile(join(folder, 'adapter'), model.dims, { maxRank: 64 });
+    const pages = Int32Array.from({ length: runtime.adapterPages(file.modules) }, (_, i) => 50 + i);
+    const loading = runtime.loadAdapter(file.path, file.modules, pages);
+    runtime.close();
+    await expect(loading).rejects.toMatchObject({ code: 'closed' });
+    expect(await isMapped()).toBe(false);
+    await rm(scratch, { recursive: true });
   });
 });
 

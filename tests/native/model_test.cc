@@ -1,0 +1,355 @@
+// A small model, packed here, against a plain forward pass in double precision; and that threads change no bit.
+#include "model.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <climits>
+#include <cstdio>
+#include <functional>
+
+#include "reference.h"
+
+namespace motet {
+namespace {
+
+using reference::Matrix;
+using reference::Random;
+using Doubles = std::vector<double>;
+
+constexpr int kLayers = 2, kHidden = 128, kInter = 256, kHeads = 8, kKvHeads = 2, kHeadDim = 16, kVocab = 500, kWindow = 5;
+constexpr int kShapes[kNumLayerTargets + 1][2] = {{kHeads * kHeadDim, kHidden},   {kKvHeads* kHeadDim, kHidden}, {kKvHeads * kHeadDim, kHidden},
+                                                  {kHidden, kHeads* kHeadDim},    {kInter, kHidden},             {kInter, kHidden},
+                                                  {kHidden, kInter},              {kVocab, kHidden}};
+constexpr int kHead = static_cast<int>(Target::kLmHead);
+
+class TemporaryFile {
+ public:
+  TemporaryFile(const char* name, const std::vector<uint8_t>& bytes) : path_(testing::TempDir() + "motet-" + std::to_string(getpid()) + "-" + name) {
+    std::FILE* file = std::fopen(path_.c_str(), "wb");
+    EXPECT_EQ(std::fwrite(bytes.data(), 1, bytes.size(), file), bytes.size());
+    std::fclose(file);
+  }
+  ~TemporaryFile() { std::remove(path_.c_str()); }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+template <typename Bytes>
+int64_t append(std::vector<uint8_t>& file, const Bytes& bytes) {
+  file.resize((file.size() + 63) / 64 * 64);
+  const auto offset = static_cast<int64_t>(file.size());
+  file.insert(file.end(), bytes.begin(), bytes.end());
+  return offset;
+}
+
+// What a projection of one adapter does, in the numbers that its file holds.
+struct Change {
+  AdapterModuleSpec spec;
+  std::vector<float> a, b, magnitude, bias;  // [rank, K], [N, rank], [N], [N]
+};
+using Voice = std::vector<std::pair<int, float>>;  // adapter and weight
+
+struct Layer64 {
+  Matrix projections[kNumLayerTargets];
+  std::vector<float> attention_norm, mlp_norm, q_bias;
+};
+
+class SmallModel : public testing::Test {
+ protected:
+  SmallModel() {
+    add_matrix(embedding_, "embedding", -1, WeightFormat::kF32, kVocab, kHidden);
+    add_matrix(lm_head_, "lm_head", -1, WeightFormat::kInt8, kVocab, kHidden);
+    add_vector(final_norm_, "final_norm", -1, kHidden);
+    const WeightFormat formats[] = {WeightFormat::kInt8, WeightFormat::kInt8Group16, WeightFormat::kBF16, WeightFormat::kInt4,
+                                    WeightFormat::kInt4MinF32, WeightFormat::kInt8Min, WeightFormat::kInt4Min};
+    for (int l = 0; l < kLayers; ++l) {
+      Layer64& layer = layers_[l];
+      for (int t = 0; t < kNumLayerTargets; ++t)
+        add_matrix(layer.projections[t], target_name(static_cast<Target>(t)), l, formats[t], kShapes[t][0], kShapes[t][1]);
+      add_vector(layer.attention_norm, "attention_norm", l, kHidden);
+      add_vector(layer.mlp_norm, "mlp_norm", l, kHidden);
+      add_vector(layer.q_bias, "q_bias", l, kHeads * kHeadDim);
+    }
+    dims_ = {kLayers, kHidden, kInter, kHeads, kKvHeads, kHeadDim, kVocab, 1000, 1e-5f, 0.05f, 1.5f, false, {0, kWindow}, {0, 0}, {{{}, 1}}};
+    for (int i = 0; i < kHeadDim / 2; ++i) dims_.rope_tables[0].inverse_frequencies.push_back(static_cast<float>(std::pow(100.0, -i / 8.0)));
+
+    // One adapter with biases on everything, of a rank that is not a whole vector; one with gains on some projections.
+    for (int l = 0; l < kLayers; ++l)
+      for (int t = 0; t < kNumLayerTargets; ++t) add_change(0, l, t, 20, ElementType::kBF16, false, t % 2 == 0);
+    add_change(0, -1, kHead, 3, ElementType::kF32, false, true);
+    for (int l = 0; l < kLayers; ++l)
+      for (const int t : {0, 3, 6}) add_change(1, l, t, 4, ElementType::kF16, true, t == 3);
+  }
+
+  std::unique_ptr<Model> open(bool reference_mode, int num_threads) {
+    const TemporaryFile file("packed", packed_);
+    return std::make_unique<Model>(file.path(), dims_, tensors_, reference_mode, 32 << 20, num_threads);
+  }
+
+  std::vector<std::shared_ptr<Adapter>> load_adapters(const Model& model) {
+    const TemporaryFile file("adapters", adapter_bytes_);
+    std::vector<std::shared_ptr<Adapter>> adapters;
+    int32_t page = 64;
+    for (const auto& changes : changes_) {
+      std::vector<AdapterModuleSpec> specs;
+      for (const auto& change : changes) specs.push_back(change.spec);
+      std::vector<int32_t> pages;
+      for (int64_t n = adapter_pages(model, specs); n > 0; --n) pages.push_back(page++);
+      adapters.push_back(load_adapter(model, file.path(), specs, pages));
+    }
+    return adapters;
+  }
+
+  // Sequence s has counts[s] tokens, a block of pages of its own, and voices[s]; each row's logits are wanted.
+  StepOutput run(Model& model, const std::vector<int>& counts, const std::vector<Voice>& voices, bool sample = true) {
+    const auto loaded = load_adapters(model);
+    std::vector<int32_t> tokens, positions, starts{0}, block_starts{0}, blocks, adapter_starts{0}, handles, rows;
+    std::vector<float> weights;
+    std::vector<const Adapter*> adapters;
+    for (size_t s = 0; s < counts.size(); ++s) {
+      for (int i = 0; i < counts[s]; ++i) {
+        if (sample) rows.push_back(static_cast<int32_t>(tokens.size()));
+        tokens.push_back(token(i));
+        positions.push_back(i);
+      }
+      starts.push_back(static_cast<int32_t>(tokens.size()));
+      for (int i = 0; i <= (counts[s] - 1) / kBlockTokens; ++i) blocks.push_back(static_cast<int32_t>(s * 4 + i));
+      block_starts.push_back(static_cast<int32_t>(blocks.size()));
+      for (const auto& [adapter, weight] : voices[s]) {
+        handles.push_back(adapter);
+        weights.push_back(weight);
+        adapters.push_back(loaded[adapter].get());
+      }
+      adapter_starts.push_back(static_cast<int32_t>(handles.size()));
+    }
+    const size_t n = rows.size();
+    const std::vector<float> zeros(n), ones(n, 1);
+    const std::vector<int32_t> none(n), no_starts(n + 1);
+    const std::vector<uint64_t> seeds(n);
+    Batch batch;
+    batch.token_ids = tokens, batch.positions = positions, batch.sequence_starts = starts;
+    batch.block_starts = block_starts, batch.block_ids = blocks;
+    batch.adapter_starts = adapter_starts, batch.adapter_handles = handles, batch.adapter_weights = weights;
+    batch.sample_rows = rows, batch.temperature = zeros, batch.top_p = ones, batch.min_p = zeros;
+    batch.repetition_penalty = ones, batch.presence_penalty = zeros, batch.frequency_penalty = zeros;
+    batch.top_k = none, batch.num_top = none, batch.seeds = seeds, batch.bias_starts = no_starts;
+    batch.history_starts = no_starts, batch.history_prompt_counts = none;
+    batch.want_logits = true;
+    StepOutput output;
+    model.step(batch, adapters, output);
+    return output;
+  }
+
+  static int32_t token(int i) { return (i * 37 + 11) % kVocab; }
+
+  // Logits of each row of one sequence.
+  std::vector<Doubles> forward(int count, const Voice& voice) const {
+    std::vector<Doubles> x(count, Doubles(kHidden));
+    for (int r = 0; r < count; ++r)
+      for (int i = 0; i < kHidden; ++i) x[r][i] = double{embedding_.weight(token(r), i)} * dims_.embedding_scale;
+    for (int l = 0; l < kLayers; ++l) {
+      const Layer64& layer = layers_[l];
+      std::vector<Doubles> q, k, v;
+      for (int r = 0; r < count; ++r) {
+        const Doubles h = norm(x[r], layer.attention_norm);
+        q.push_back(rotate(project(l, 0, h, voice, layer.q_bias), r));
+        k.push_back(rotate(project(l, 1, h, voice), r));
+        v.push_back(project(l, 2, h, voice));
+      }
+      for (int r = 0; r < count; ++r) {
+        Doubles attended(kHeads * kHeadDim);
+        for (int head = 0; head < kHeads; ++head) {
+          const int kv = head / (kHeads / kKvHeads) * kHeadDim;
+          const int first = dims_.sliding_windows[l] ? std::max(0, r - dims_.sliding_windows[l] + 1) : 0;
+          Doubles weight;
+          double sum = 0;
+          for (int p = first; p <= r; ++p) {
+            double dot = 0;
+            for (int d = 0; d < kHeadDim; ++d) dot += q[r][head * kHeadDim + d] * k[p][kv + d];
+            weight.push_back(std::exp(dot * dims_.attention_scale));
+            sum += weight.back();
+          }
+          for (int p = first; p <= r; ++p)
+            for (int d = 0; d < kHeadDim; ++d) attended[head * kHeadDim + d] += weight[p - first] / sum * v[p][kv + d];
+        }
+        add(x[r], project(l, 3, attended, voice));
+        const Doubles h = norm(x[r], layer.mlp_norm);
+        Doubles gate = project(l, 4, h, voice);
+        const Doubles up = project(l, 5, h, voice);
+        for (int i = 0; i < kInter; ++i) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
+        add(x[r], project(l, 6, gate, voice));
+      }
+    }
+    std::vector<Doubles> logits;
+    for (const auto& row : x) logits.push_back(project(-1, kHead, norm(row, final_norm_), voice));
+    return logits;
+  }
+
+ private:
+  void add_matrix(Matrix& matrix, const char* role, int layer, WeightFormat format, int n, int k) {
+    matrix = reference::random_matrix(random_, format, n, k);
+    if (!is_quantized(format))
+      for (float& w : matrix.values) w = reference::round_to(ElementType::kBF16, w * 0.25f);
+    const auto bytes = reference::pack(matrix);
+    const int64_t offset = append(packed_, bytes);
+    tensors_.push_back({role, layer, false, format, n, k, offset, static_cast<int64_t>(bytes.size())});
+  }
+  void add_vector(std::vector<float>& vector, const char* role, int layer, int n) {
+    vector = random_.normals(n, 0.3f);
+    for (float& w : vector) w += 1;
+    const auto bytes = reference::encode(ElementType::kF32, vector);
+    const int64_t offset = append(packed_, bytes);
+    tensors_.push_back({role, layer, true, WeightFormat::kF32, 1, n, offset, static_cast<int64_t>(bytes.size())});
+  }
+  void add_change(int adapter, int layer, int target, int rank, ElementType type, bool has_gain, bool has_bias) {
+    const int n = kShapes[target][0], k = kShapes[target][1];
+    Change change;
+    change.spec = {layer, static_cast<Target>(target), rank, 0.5f, type, -1, -1, -1, -1, ElementType::kF32, ElementType::kF32};
+    const auto put = [&](std::vector<float>& out, size_t count, float scale, ElementType as) {
+      out = random_.normals(count, scale);
+      for (float& x : out) x = reference::round_to(as, x);
+      return append(adapter_bytes_, reference::encode(as, out));
+    };
+    change.spec.a_offset = put(change.a, static_cast<size_t>(rank) * k, 0.2f, type);
+    change.spec.b_offset = put(change.b, static_cast<size_t>(rank) * n, 0.2f, type);
+    if (has_gain) change.spec.magnitude_offset = put(change.magnitude, n, 5, ElementType::kF32);
+    if (has_bias) change.spec.bias_offset = put(change.bias, n, 1, ElementType::kF32);
+    changes_[adapter].push_back(std::move(change));
+  }
+
+  static void add(Doubles& x, const Doubles& y) {
+    for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
+  }
+  Doubles norm(const Doubles& x, const std::vector<float>& weight) const {
+    double sum = 0;
+    for (const double v : x) sum += v * v;
+    Doubles out;
+    for (size_t i = 0; i < x.size(); ++i) out.push_back(x[i] / std::sqrt(sum / static_cast<double>(x.size()) + double{dims_.norm_eps}) * weight[i]);
+    return out;
+  }
+  Doubles rotate(Doubles x, int position) const {
+    constexpr int kHalf = kHeadDim / 2;
+    for (size_t head = 0; head < x.size(); head += kHeadDim) {
+      for (int i = 0; i < kHalf; ++i) {
+        const double angle = position * double{dims_.rope_tables[0].inverse_frequencies[i]};
+        const double low = x[head + i], high = x[head + i + kHalf];
+        x[head + i] = low * std::cos(angle) - high * std::sin(angle);
+        x[head + i + kHalf] = high * std::cos(angle) + low * std::sin(angle);
+      }
+    }
+    return x;
+  }
+  Doubles project(int layer, int target, const Doubles& x, const Voice& voice, const std::vector<float>& bias = {}) const {
+    const Matrix& w = target == kHead ? lm_head_ : layers_[layer].projections[target];
+    const int n = kShapes[target][0], k = kShapes[target][1];
+    Doubles base(n);
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < k; ++j) base[i] += double{w.weight(i, j)} * x[j];
+    Doubles y = base;
+    for (const auto& [adapter, weight] : voice) {
+      for (const Change& c : changes_[adapter]) {
+        if (c.spec.layer != layer || static_cast<int>(c.spec.target) != target) continue;
+        Doubles shrunk(c.spec.rank);
+        for (int r = 0; r < c.spec.rank; ++r)
+          for (int j = 0; j < k; ++j) shrunk[r] += double{c.a[size_t(r) * k + j]} * x[j];
+        for (int i = 0; i < n; ++i) {
+          double delta = c.bias.empty() ? 0 : c.bias[i];
+          for (int r = 0; r < c.spec.rank; ++r) delta += c.b[size_t(i) * c.spec.rank + r] * shrunk[r];
+          delta *= c.spec.scaling;
+          if (!c.magnitude.empty()) {
+            double sum = 0;
+            for (int j = 0; j < k; ++j) {
+              double changed = w.weight(i, j);
+              for (int r = 0; r < c.spec.rank; ++r)
+                changed += double{c.spec.scaling} * c.b[size_t(i) * c.spec.rank + r] * c.a[size_t(r) * k + j];
+              sum += changed * changed;
+            }
+            const double gain = c.magnitude[i] / std::sqrt(sum);
+            delta = gain * delta + (gain - 1) * base[i];
+          }
+          y[i] += weight * delta;
+        }
+      }
+    }
+    for (size_t i = 0; i < bias.size(); ++i) y[i] += bias[i];
+    return y;
+  }
+
+  Random random_{2024};
+  ModelDims dims_;
+  Matrix embedding_, lm_head_;
+  std::vector<float> final_norm_;
+  Layer64 layers_[kLayers];
+  std::vector<Change> changes_[2];
+  std::vector<uint8_t> packed_, adapter_bytes_;
+  std::vector<PackedTensorSpec> tensors_;
+};
+
+// Base, one adapter, the same with other weights, both, and the same adapter twice in one row; one row and many.
+const std::vector<int> kCounts = {18, 1, 7, 9, 3, 34};
+const std::vector<Voice> kVoices = {{}, {{0, 1.0f}}, {{0, -0.5f}}, {{0, 0.7f}, {1, 0.4f}, {0, 0.2f}}, {{1, 1.0f}}, {{1, 0.5f}, {0, 1.0f}}};
+
+TEST_F(SmallModel, InReferenceModeMatchesDoublePrecision) {
+  const auto model = open(true, 2);
+  const StepOutput output = run(*model, kCounts, kVoices);
+  size_t row = 0;
+  for (size_t s = 0; s < kCounts.size(); ++s) {
+    const auto expected = forward(kCounts[s], kVoices[s]);
+    for (int r = 0; r < kCounts[s]; ++r, ++row) {
+      double greatest = 0, error = 0;
+      for (int i = 0; i < kVocab; ++i) {
+        greatest = std::max(greatest, std::fabs(expected[r][i]));
+        error = std::max(error, std::fabs(expected[r][i] - double{output.logits[row * kVocab + i]}));
+      }
+      EXPECT_LT(error, 1e-4 * greatest) << "sequence " << s << " row " << r;
+    }
+  }
+}
+
+TEST_F(SmallModel, GivesTheSameBitsOnAnyNumberOfThreads) {
+  for (const bool reference_mode : {false, true}) {
+    std::vector<float> first;
+    for (const int num_threads : {1, 2, 3, 7}) {
+      const auto model = open(reference_mode, num_threads);
+      const std::vector<float> logits = run(*model, kCounts, kVoices).logits;
+      if (first.empty()) first = logits;
+      ASSERT_EQ(logits.size(), first.size());
+      EXPECT_EQ(std::memcmp(logits.data(), first.data(), logits.size() * sizeof(float)), 0) << num_threads << " threads";
+    }
+  }
+}
+
+TEST_F(SmallModel, RunsWithoutSamples) {
+  const auto model = open(false, 2);
+  const StepOutput output = run(*model, {5}, {{{0, 1.0f}}}, false);
+  EXPECT_TRUE(output.tokens.empty());
+  EXPECT_TRUE(output.logits.empty());
+}
+
+TEST_F(SmallModel, RefusesPositionsAtTheEndOfTheIntegers) {
+  const auto model = open(false, 1);
+  const std::vector<int32_t> tokens = {1, 2}, positions = {INT_MAX, INT_MIN}, starts = {0, 2}, blocks = {0}, block_starts = {0, 1}, none = {0, 0};
+  Batch batch;
+  batch.token_ids = tokens, batch.positions = positions, batch.sequence_starts = starts;
+  batch.block_starts = block_starts, batch.block_ids = blocks, batch.adapter_starts = none;
+  StepOutput output;
+  EXPECT_THROW(model->step(batch, {}, output), RuntimeError);
+}
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which ends the program instead
+TEST(CpuDevice, ABufferThatCouldNotGrowGrowsLater) {
+  const auto device = make_cpu_device(4096, 1, false);
+  Buffer buffer;
+  device->grow(buffer, 16);
+  EXPECT_THROW(device->grow(buffer, size_t{1} << 58), std::bad_alloc);
+  device->grow(buffer, 8);
+  ASSERT_NE(buffer.data, nullptr);
+  EXPECT_EQ(buffer.data.get()[7], 0);
+}
+#endif
+
+}  // namespace
+}  // namespace motet
