@@ -3,7 +3,7 @@
 
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
-import { modelNotFound } from './openai.ts';
+import { modelNotFound, noEngineReady } from './openai.ts';
 import { pickEndpoint } from './pick-endpoint.ts';
 import { resolveModel } from './resolve-model.ts';
 
@@ -96,9 +96,7 @@ export class Admission {
   #tryEnter(model: string, tried: ReadonlySet<Endpoint>): Slot | null {
     const resolution = resolveModel(model, this.#endpoints.all, Date.now());
     if (resolution.kind === 'unknown') throw modelNotFound(model);
-    if (resolution.kind === 'no_engine') {
-      throw new GatewayError('no_engine_ready', 'no engine has answered so far');
-    }
+    if (resolution.kind === 'no_engine') throw noEngineReady();
     const untried =
       resolution.kind === 'served' ? resolution.endpoints.filter((endpoint) => !tried.has(endpoint)) : [];
     if (untried.length === 0) {

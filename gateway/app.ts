@@ -8,7 +8,7 @@ import type { Authenticate } from './auth.ts';
 import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } from './errors.ts';
 import { type Forward, forward, type Outcome } from './forward.ts';
 import type { Metrics } from './metrics.ts';
-import { modelNotFound, parseContentType, parseModelName } from './openai.ts';
+import { modelNotFound, noEngineReady, parseContentType, parseModelName } from './openai.ts';
 import { resolveModel } from './resolve-model.ts';
 import { endRequestSpan, startRequestSpan } from './tracing.ts';
 
@@ -164,11 +164,16 @@ function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
   };
 }
 
-/** An unknown name may be an adapter that was loaded a moment ago: look once more before saying so. */
+/**
+ * An unknown name may be an adapter that was loaded a moment ago: look once more before saying so. What passes is a
+ * name that an engine said, so it may become a metric's label.
+ */
 async function findModel(model: string, { forward: { endpoints } }: AppParts): Promise<void> {
   const { kind } = resolveModel(model, endpoints.all, Date.now());
   if (kind !== 'served') await endpoints.refresh();
-  if (resolveModel(model, endpoints.all, Date.now()).kind === 'unknown') throw modelNotFound(model);
+  const resolution = resolveModel(model, endpoints.all, Date.now());
+  if (resolution.kind === 'unknown') throw modelNotFound(model);
+  if (resolution.kind === 'no_engine') throw noEngineReady();
 }
 
 /** Aborted when the client goes away before it has the whole answer. */
@@ -208,8 +213,17 @@ function answerError({ maxBodyBytes, log, draining }: AppParts) {
 function noteError(log: Logger, facts: Facts, failure: GatewayError): void {
   facts.errorCode = failure.code;
   if (failure.row.status >= 500) {
-    log.warn({ requestId: facts.requestId, code: failure.code, err: failure.cause }, failure.message);
+    log.warn(
+      { requestId: facts.requestId, code: failure.code, cause: shownCause(failure.cause) },
+      failure.message,
+    );
   }
+}
+
+/** Of a cause the log gets these alone: an error of an HTTP parser also carries the bytes that it could not parse. */
+function shownCause(cause: unknown): object | undefined {
+  if (!(cause instanceof Error)) return undefined;
+  return { code: (cause as { code?: unknown }).code, stack: cause.stack };
 }
 
 /** The route as a metric label: only ever one of ours, so that nobody can make series by asking for paths. */

@@ -97,7 +97,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     );
   }
   return {
-    engineUrls: [...new Set(values.engine.map((url) => url.replace(/\/+$/, '')))],
+    engineUrls: [...new Set(values.engine.map(parseEngineUrl))],
     engineKey,
     host: values.host,
     port: values.port,
@@ -113,6 +113,19 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     drainTimeoutMs: values['drain-timeout-ms'],
     logLevel: values['log-level'],
   };
+}
+
+/** In one form, so that an engine given twice counts once. */
+function parseEngineUrl(text: string): string {
+  const url = new URL(text);
+  // It is logged, and a label of metrics.
+  if (url.username !== '' || url.password !== '')
+    throw new ConfigError(
+      '--engine (MOTET_ENGINES): expected a URL without credentials; use --engine-key-file',
+    );
+  if (url.search !== '' || url.hash !== '')
+    throw new ConfigError(`--engine (MOTET_ENGINES): expected a URL without ? and #, got ${text}`);
+  return url.href.replace(/\/+$/, '');
 }
 
 /** The text of `--help`: one line a setting. */

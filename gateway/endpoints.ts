@@ -27,6 +27,8 @@ type Log = { info(fields: object, message: string): void; warn(fields: object, m
 
 /** A look that takes longer counts as failed. Generous: an engine may share its cores with its own arithmetic. */
 const lookTimeoutMs = 5_000;
+/** A longer list counts as a failed look. Ten thousand cards are a few million bytes. */
+const maxLookBytes = 64 << 20;
 /** Looks asked for by requests start at least this far apart, however many unknown names come in. */
 const lookGapMs = 100;
 /** A request for an unknown name waits this long for the looks; one engine that hangs must not hold it up. */
@@ -38,7 +40,7 @@ export class Endpoints extends EventEmitter<{ change: [] }> {
   readonly #log: Log;
   readonly #headers: Record<string, string>;
   readonly #closing = new AbortController();
-  readonly #agent = new Agent({ connections: 2 });
+  readonly #agent = new Agent({ connections: 2, maxResponseSize: maxLookBytes });
   readonly #looks: Map<Endpoint, () => Promise<void>>;
   readonly #loops: Promise<void>[];
 

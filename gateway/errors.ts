@@ -85,6 +85,10 @@ export function asGatewayError(error: unknown, maxBodyBytes: number): GatewayErr
       cause: error,
     });
   }
+  // The router's, for a path like /v1/models/%zz.
+  if (error instanceof URIError) {
+    return new GatewayError('route_not_found', 'path: expected percent-encoded UTF-8, got something else');
+  }
   return new GatewayError(
     'internal_error',
     'the gateway failed; its log has the cause under this request id',

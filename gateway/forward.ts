@@ -89,7 +89,10 @@ export async function forward(
     try {
       const answer = await ask(parts, slot, req, attempt);
       if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.model, tried)) continue;
-      return report(await relay(answer, res, attempt, outcome));
+      const failure = await relay(answer, res, attempt, outcome);
+      // What the client has not read yet is held for it, and not for ever.
+      res.setTimeout(limits.idleTimeoutMs);
+      return report(failure);
     } catch (error) {
       const failure = asEngineError(error);
       report(failure);
@@ -111,12 +114,17 @@ async function ask(
   attempt.allow(limits.firstByteTimeoutMs);
   let response: Dispatcher.ResponseData;
   try {
-    response = await request(endpoint.url + path, {
-      method: 'POST',
-      headers: { ...headers, ...engineHeaders },
-      body,
-      dispatcher,
-      signal: attempt.signal,
+    const send = () =>
+      request(endpoint.url + path, {
+        method: 'POST',
+        headers: { ...headers, ...engineHeaders },
+        body,
+        dispatcher,
+        signal: attempt.signal,
+      });
+    response = await send().catch((error: unknown) => {
+      if (!isClosedWhileIdle(error)) throw error;
+      return send();
     });
   } catch (error) {
     if (isUnreachable(error)) endpoints.markUnreachable(endpoint);
@@ -177,7 +185,12 @@ async function relayStream(
     if (bytes.length === 0) return;
     outcome.responseBytes += bytes.length;
     // A client that does not read holds the engine back, and for no longer than a silent engine may hold us.
-    if (!res.write(bytes)) await once(res, 'drain', { signal: attempt.signal });
+    if (res.write(bytes)) return;
+    await once(res, 'drain', { signal: attempt.signal }).catch(() => {
+      const reason = attempt.signal.reason as GatewayError;
+      if (reason.code !== 'engine_timeout') throw reason;
+      throw new GatewayError('client_closed_request', 'the client stopped reading');
+    });
   };
 
   res.flushHeaders();
@@ -192,8 +205,10 @@ async function relayStream(
     res.end();
     return null;
   } catch (error) {
-    const failure = asEngineError(attempt.signal.aborted ? attempt.signal.reason : error);
-    res.end(errorEvent(errorBody(failure)));
+    const isOurs = error instanceof GatewayError;
+    const failure = asEngineError(attempt.signal.aborted && !isOurs ? attempt.signal.reason : error);
+    if (failure.code === 'client_closed_request') res.destroy();
+    else res.end(errorEvent(errorBody(failure)));
     return failure;
   }
 }
@@ -240,6 +255,15 @@ const unreachableCodes = new Set([
 
 function isUnreachable(error: unknown): boolean {
   return unreachableCodes.has((error as { code?: string }).code ?? '');
+}
+
+/**
+ * The engine closed a connection that was kept alive just as the request was sent on it. It was not read, so it is
+ * sent once more. A connection that never brought an answer was not idle: what ended it may be the request.
+ */
+function isClosedWhileIdle(error: unknown): boolean {
+  const { code, socket } = error as { code?: string; socket?: { bytesRead?: number } };
+  return code === 'EPIPE' || (code === 'UND_ERR_SOCKET' && (socket?.bytesRead ?? 0) > 0);
 }
 
 const engineFailures = new Set<ErrorCode>(['engine_unreachable', 'engine_failed', 'engine_timeout']);

@@ -102,13 +102,13 @@ async function main(): Promise<void> {
   }
   const config = parseConfig(process.argv.slice(2), process.env);
   const log = pino({ level: config.logLevel, base: { process: 'gateway' } });
+  // Listened for from now on: the first process of a container would not even be ended by a signal that comes earlier.
+  const stopSignal = Promise.race(['SIGTERM', 'SIGINT'].map((name) => once(process, name).then(() => name)));
   const stopTracing = await startTracing('motet-gateway');
   const gateway = await startGateway(config, log);
   log.info({ host: config.host, port: gateway.port, engines: config.engineUrls }, 'ready');
 
-  const signal = await Promise.race(
-    ['SIGTERM', 'SIGINT'].map((name) => once(process, name).then(() => name)),
-  );
+  const signal = await stopSignal;
   log.info({ signal }, 'draining');
   await gateway.drain();
   await stopTracing();

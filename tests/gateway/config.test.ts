@@ -12,6 +12,11 @@ test('takes engines from flags, and from a comma list in the environment', () =>
   expect(parseConfig([], { MOTET_ENGINES: 'http://a:1, http://b:2' }).engineUrls).toEqual(urls);
 });
 
+test('an engine given twice counts once', () => {
+  const twice = ['http://a:80', 'http://A/', 'http://a//'].flatMap((url) => ['--engine', url]);
+  expect(parseConfig(twice, {}).engineUrls).toEqual(['http://a']);
+});
+
 test('prefers a flag over the environment, and the environment over the default', () => {
   const env = { MOTET_MAX_QUEUED: '7', MOTET_PORT: '9' };
   const { maxQueued, port, host } = parseConfig([...engine, '--port', '8'], env);
@@ -21,6 +26,8 @@ test('prefers a flag over the environment, and the environment over the default'
 test.each([
   ['no engine', [], 'MOTET_ENGINES'],
   ['an engine that is no URL', ['--engine', 'somewhere'], '--engine 0'],
+  ['an engine with credentials', ['--engine', 'http://me:secret@a:1'], 'without credentials'],
+  ['an engine with a query', ['--engine', 'http://a:1/?b'], 'without ?'],
   ['a port out of range', [...engine, '--port', '70000'], '--port'],
   ['a limit that is no number', [...engine, '--max-queued', 'many'], '--max-queued'],
   ['a flag that does not exist', [...engine, '--colour', 'red'], '--colour'],

@@ -1,5 +1,5 @@
 import { once } from 'node:events';
-import { createConnection } from 'node:net';
+import { createConnection, type Socket } from 'node:net';
 import { expect, test } from 'vitest';
 import {
   answer,
@@ -138,6 +138,21 @@ test('says that the engine could not be reached when there is no other', async (
   });
 });
 
+test('asks again when the engine closes a kept-alive connection as the request is sent on it', async () => {
+  const used = new WeakSet<Socket>();
+  const engine = await startFakeEngine({
+    script: (received) => {
+      const socket = received.res.socket!;
+      if (used.has(socket)) return void received.res.destroy();
+      used.add(socket);
+      return answer(received);
+    },
+  });
+  const gateway = await gatewayFor([engine]);
+  for (let i = 0; i < 3; i += 1) expect((await gateway.chat(chatBody())).status).toBe(200);
+  expect(engine.received).toHaveLength(5);
+});
+
 test('says that the engine failed when it breaks off and there is no other', async () => {
   const gateway = await gatewayFor([await startFakeEngine({ script: ({ res }) => void res.destroy() })]);
   expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({ status: 502, code: 'engine_failed' });
@@ -243,6 +258,27 @@ test('closes the connection to the engine when the client stops reading', async 
   const head = `POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n`;
   socket.write(`${head}Content-Length: ${body.length}\r\n\r\n${body}`);
   await (await received).closed;
+  const line = await until(() => gateway.logLines.find(({ msg }) => msg === 'request'), Boolean);
+  expect(line).toMatchObject({ status: 499, errorCode: 'client_closed_request' });
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
+  expect(metrics).not.toContain('motet_gateway_engine_errors_total{');
+  socket.destroy();
+});
+
+test('does not hold a whole answer for ever for a client that does not read it', async () => {
+  const engine = await startFakeEngine({
+    script: ({ res }) => {
+      res.writeHead(200, { 'content-type': 'application/json' });
+      res.end(JSON.stringify('x'.repeat(20_000_000)));
+    },
+  });
+  const gateway = await gatewayFor([engine], { idleTimeoutMs: 100 });
+  const body = JSON.stringify(chatBody());
+  const socket = createConnection(gateway.port, '127.0.0.1').pause();
+  const head = `POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n`;
+  socket.write(`${head}Content-Length: ${body.length}\r\n\r\n${body}`);
+  const line = await until(() => gateway.logLines.find(({ msg }) => msg === 'request'), Boolean);
+  expect(line).toMatchObject({ status: 499, errorCode: 'client_closed_request' });
   socket.destroy();
 });
 
@@ -254,6 +290,14 @@ test('answers an unknown path and a wrong method in the shape of OpenAI', async 
   const response = await fetch(`${gateway.url}/v1/chat/completions`);
   expect(response.headers.get('allow')).toBe('POST');
   expect(await errorOf(response)).toMatchObject({ status: 405, code: 'method_not_allowed' });
+});
+
+test('refuses a path that is not well-formed', async () => {
+  const gateway = await gatewayFor([await startFakeEngine()]);
+  expect(await errorOf(await fetch(`${gateway.url}/v1/models/%zz`))).toMatchObject({
+    status: 404,
+    code: 'route_not_found',
+  });
 });
 
 test('counts requests by route, model and status, and never by a name a client made up', async () => {
@@ -276,6 +320,32 @@ test('counts requests by route, model and status, and never by a name a client m
   expect(metrics).toContain(`motet_gateway_time_to_first_byte_seconds_count{${route},model="a"} 1`);
   expect(metrics).toContain(`motet_gateway_engine_ready{engine="${engine.url}"} 1`);
   expect(metrics).not.toContain('made-up-name');
+});
+
+test('names that clients make up while no engine was ever seen are counted under none', async () => {
+  const engine = await startFakeEngine();
+  await engine.kill();
+  const gateway = await gatewayFor([engine]);
+  await gateway.chat(chatBody({ model: 'made-up-name' }));
+  expect(await (await fetch(`${gateway.url}/metrics`)).text()).not.toContain('made-up-name');
+});
+
+test('an answer that breaks the rules of HTTP is not logged', async () => {
+  const engine = await startFakeEngine({
+    script: ({ res }) => {
+      res.socket!.end('HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno number, but fake words\r\n');
+    },
+  });
+  const gateway = await gatewayFor([engine]);
+  expect((await gateway.chat(chatBody())).status).toBe(502);
+  const log = JSON.stringify(
+    await until(
+      () => gateway.logLines,
+      (lines) => lines.some(({ msg }) => msg === 'request'),
+    ),
+  );
+  expect(log).toContain('HTTPParserError');
+  expect(log).not.toContain('fake words');
 });
 
 test('neither prompts nor answers are logged', async () => {

@@ -2,9 +2,10 @@
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { readFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import type { AddressInfo } from 'node:net';
 import { createServer } from 'node:net';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { expect, onTestFinished, test } from 'vitest';
@@ -20,9 +21,9 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-function start(port: number) {
+function start(port: number, env: Record<string, string> = {}) {
   const child = spawn(process.execPath, [join(root, 'scripts/start.ts')], {
-    env: { ...process.env, MOTET_PORT: String(port) },
+    env: { ...process.env, MOTET_PORT: String(port), ...env },
   });
   onTestFinished(() => void child.kill('SIGTERM'));
   return { child, exited: once(child, 'exit') as Promise<[number | null, string | null]> };
@@ -77,6 +78,24 @@ test('says so and ends when its port is taken', async () => {
   const text = (await child.stderr.setEncoding('utf8').toArray()).join('');
   expect(text).toMatch(/port \d+ cannot be used .*MOTET_PORT=N chooses another/);
   expect((await exited)[0]).toBe(1);
+});
+
+test('starts with API keys and a quiet log, and ends with its terminal', async () => {
+  const folder = mkdtempSync(join(tmpdir(), 'motet-'));
+  onTestFinished(() => rmSync(folder, { recursive: true }));
+  const keysFile = join(folder, 'keys');
+  writeFileSync(keysFile, 'me 0123456789abcdef\n');
+  const port = await freePort();
+  const { child, exited } = start(port, { MOTET_API_KEYS_FILE: keysFile, MOTET_LOG_LEVEL: 'error' });
+  const lines: string[] = [];
+  for await (const line of createInterface(child.stdout)) {
+    lines.push(line);
+    if (line === 'Ctrl-C stops it.') break;
+  }
+  expect(lines.join('\n')).toContain("-H 'authorization: Bearer YOUR-KEY'");
+  child.kill('SIGHUP');
+  expect(await exited).toEqual([0, null]);
+  await expect(fetch(`http://127.0.0.1:${port}/livez`)).rejects.toThrow('fetch failed');
 });
 
 test('ends with an error when the engine does', async () => {
