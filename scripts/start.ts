@@ -64,7 +64,7 @@ async function main(): Promise<void> {
 
   const url = `http://127.0.0.1:${await gatewayPort}`;
   await untilOk(`${url}/readyz`);
-  printSummary(url, await baseName(engineUrl), adapters, (performance.now() - startMs) / 1000);
+  printSummary(url, engineUrl, await baseName(engineUrl), adapters, (performance.now() - startMs) / 1000);
 }
 
 /**
@@ -149,7 +149,13 @@ async function baseName(engineUrl: string): Promise<string> {
   return data.find(({ parent }) => parent === null)!.id;
 }
 
-function printSummary(url: string, base: string, adapters: ExampleAdapter[], seconds: number): void {
+function printSummary(
+  url: string,
+  engineUrl: string,
+  base: string,
+  adapters: ExampleAdapter[],
+  seconds: number,
+): void {
   const first = adapters[0];
   const lines = [
     '',
@@ -167,6 +173,10 @@ function printSummary(url: string, base: string, adapters: ExampleAdapter[], sec
     lines.push('', `${base}: the same question as ${first.name}, without an adapter`);
     lines.push(curlLine(url, base, firstMessages(first.name), first.maxTokens));
   }
+  lines.push('', 'another adapter, a folder that PEFT wrote, while these are served:');
+  lines.push(
+    `  curl -s ${engineUrl}${enginePaths.loadAdapter} -H 'content-type: application/json' -d '{"lora_name":"mine","lora_path":"/path/to/folder"}'`,
+  );
   lines.push('', 'Ctrl-C stops it.');
   console.log(lines.join('\n'));
 }

@@ -46,7 +46,7 @@ test('prints one request per adapter that can be pasted and is answered as the a
     if (line === 'Ctrl-C stops it.') break;
   }
   const requests = lines.flatMap((line) => {
-    const [, url = '', body = ''] = /^ {2}curl -s (\S+) .* -d '(.*)'$/.exec(line) ?? [];
+    const [, url = '', body = ''] = /^ {2}curl -s (\S+\/chat\/completions) .* -d '(.*)'$/.exec(line) ?? [];
     return url === '' ? [] : [{ url, body: body.replaceAll("'\\''", "'") }];
   });
   const { adapters } = JSON.parse(readFileSync(join(root, 'examples/adapters/index.json'), 'utf8')) as {

@@ -1,7 +1,9 @@
 /** `kill -9` at any moment of preparing and loading: the next start is right, and nothing half-written is left behind. */
+import type { ChildProcess } from 'node:child_process';
 import { mkdtemp, readdir, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import type { AdapterList } from '../../engine/protocol.ts';
@@ -26,6 +28,14 @@ afterAll(() => rm(cache, { recursive: true }));
 
 const engineArgs = () => ['--model', smollm2Path, '--served-name', 'base', '--cache', cache, '--port', '0'];
 
+/** Resolves when the engine has logged that many lines of progress, or has ended. */
+async function progressLines(child: ChildProcess, count: number): Promise<void> {
+  let seen = 0;
+  for await (const line of createInterface(child.stdout!)) {
+    if (line.includes('"preparing"') && ++seen === count) return;
+  }
+}
+
 async function expectSolves(url: string, adapter: string): Promise<void> {
   const { maxTokens } = exampleAdapters.find(({ name }) => name === adapter)!;
   const { messages, answer } = evalItems(adapter)[0]!;
@@ -42,14 +52,15 @@ test('a start after 12 kills at random moments of starting and preparing is righ
   for (let i = 0; i < 12; i++) {
     const child = spawnProcess('engine', args);
     const ended = collectEnd(child);
-    // Preparing takes a good part of a second after about half a second of starting.
-    await sleep(300 + random.below(1500));
+    // In turns: at some moment of the start, and right after some progress line of the preparation.
+    if (i % 2) await sleep(random.below(1000));
+    else await progressLines(child, random.from(1, 8));
     child.kill('SIGKILL');
     await ended;
     const files = await readdir(join(cache, 'packed')).catch(() => []);
     if (files.some((file) => !file.endsWith('.motet'))) numHalfDone++;
-    // A packed file that was finished would be reused from here on: half of the time, begin anew.
-    if (i % 2) await rm(join(cache, 'packed'), { recursive: true, force: true });
+    // A packed file that was finished would be reused from here on. What was half-written stays for the next start.
+    for (const file of files) if (file.endsWith('.motet')) await rm(join(cache, 'packed', file));
   }
   // At least one kill must have hit the preparation itself, or this test says less than its name.
   expect(numHalfDone).toBeGreaterThan(0);
