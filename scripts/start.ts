@@ -117,9 +117,10 @@ function parseLogLine(line: string): LogLine {
   }
 }
 
+/** None for a model of the user's own: they were trained on the default one. */
 function exampleAdapters(): ExampleAdapter[] {
   const index = join(adaptersFolder, 'index.json');
-  if (!existsSync(index)) return [];
+  if (process.env.MOTET_MODEL || !existsSync(index)) return [];
   return (JSON.parse(readFileSync(index, 'utf8')) as { adapters: ExampleAdapter[] }).adapters;
 }
 
@@ -167,11 +168,29 @@ function printSummary(
       '',
       `${name}: exact answers ${exactMatchAdapter} of ${numItems}; the base alone ${exactMatchBase}`,
     );
-    lines.push(curlLine(url, name, firstMessages(name), maxTokens));
+    lines.push(
+      curlLine(url, 'chat/completions', {
+        model: name,
+        messages: firstMessages(name),
+        max_tokens: maxTokens,
+        temperature: 0,
+      }),
+    );
   }
   if (first !== undefined) {
     lines.push('', `${base}: the same question as ${first.name}, without an adapter`);
-    lines.push(curlLine(url, base, firstMessages(first.name), first.maxTokens));
+    lines.push(
+      curlLine(url, 'chat/completions', {
+        model: base,
+        messages: firstMessages(first.name),
+        max_tokens: first.maxTokens,
+        temperature: 0,
+      }),
+    );
+  } else {
+    // Not every model has a chat template; every one completes.
+    lines.push('', `${base}: a completion`);
+    lines.push(curlLine(url, 'completions', { model: base, prompt: 'The sea', max_tokens: 32 }));
   }
   lines.push('', 'another adapter, a folder that PEFT wrote, while these are served:');
   lines.push(
@@ -187,11 +206,10 @@ function firstMessages(name: string): unknown {
 }
 
 /** One line for a shell: JSON has no single quotes of its own, and those of the text are written as '\''. */
-function curlLine(url: string, name: string, messages: unknown, maxTokens: number): string {
-  const body = JSON.stringify({ model: name, messages, max_tokens: maxTokens, temperature: 0 });
-  const quoted = body.replaceAll("'", "'\\''");
+function curlLine(url: string, path: string, body: object): string {
+  const quoted = JSON.stringify(body).replaceAll("'", "'\\''");
   const key = process.env.MOTET_API_KEYS_FILE ? ` -H 'authorization: Bearer YOUR-KEY'` : '';
-  return `  curl -s ${url}/v1/chat/completions${key} -H 'content-type: application/json' -d '${quoted}'`;
+  return `  curl -s ${url}/v1/${path}${key} -H 'content-type: application/json' -d '${quoted}'`;
 }
 
 async function assertPortIsFree(): Promise<void> {

@@ -98,6 +98,25 @@ test('starts with API keys and a quiet log, and ends with its terminal', async (
   await expect(fetch(`http://127.0.0.1:${port}/livez`)).rejects.toThrow('fetch failed');
 });
 
+test("serves a model of the user's own without the example adapters", async () => {
+  const port = await freePort();
+  const { child, exited } = start(port, { MOTET_MODEL: join(root, 'tests/goldens/tiny/qwen3') });
+  const lines: string[] = [];
+  for await (const line of createInterface(child.stdout)) {
+    lines.push(line);
+    if (line === 'Ctrl-C stops it.') break;
+  }
+  expect(lines.join('\n')).toContain(`Motet serves qwen3 and 0 adapters at http://127.0.0.1:${port}`);
+  const response = await fetch(`http://127.0.0.1:${port}/v1/completions`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify({ model: 'qwen3', prompt: 'The sea', max_tokens: 4 }),
+  });
+  expect(response.status).toBe(200);
+  child.kill('SIGTERM');
+  expect(await exited).toEqual([0, null]);
+});
+
 test('ends with an error when the engine does', async () => {
   const { child, exited } = start(await freePort());
   const errors = child.stderr.setEncoding('utf8').toArray();
