@@ -219,7 +219,8 @@ describe('Gemma 3 270M', () => {
   const none = new Map([[null, []]]) as unknown as Handles;
 
   // llama.cpp's own arithmetic is coarser here: it looks GELU up in a table of f16 values (doing the same brings the
-  // r.m.s. difference from 0.0040 to 0.0022) and turns angles by repeated multiplication. That the architecture is
+  // r.m.s. difference from 0.0040 to 0.0022). The rest is not explained by a test; rope angles by repeated
+  // multiplication are a candidate. That the architecture is
   // computed to rounding is what the random gemma3 checkpoint above shows.
   test('gives the logits of llama.cpp in reference mode, to within its approximations', async () => {
     const found = await agreement(readGolden('gemma3-270m', 'base'), reference, none);
