@@ -57,6 +57,24 @@ export interface ModelList {
   data: ModelCard[];
 }
 
+/**
+ * Body of `POST /v1/load_lora_adapter`: vLLM's fields, and `digest`. `lora_path` is a folder, or `https://HOST/FOLDER`, below
+ * which `adapter_config.json` and `adapter_model.safetensors` are fetched.
+ */
+export interface LoadAdapterBody {
+  lora_name: string;
+  lora_path: string;
+  load_inplace?: boolean;
+  /** What the adapter must be, `sha256:<hex>`. Another one is refused with `adapter_digest_mismatch`. */
+  digest?: string;
+}
+
+/**
+ * A request header with the served name to use in place of the body's `model`; the answer still carries the body's. A
+ * gateway that resolved an alias sets it, so that bodies pass through untouched.
+ */
+export const modelHeader = 'x-motet-model';
+
 export const enginePaths = {
   chat: '/v1/chat/completions',
   completions: '/v1/completions',

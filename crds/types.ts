@@ -1,0 +1,477 @@
+// Made by scripts/crd-types.ts from the YAML beside it. Do not edit: change the YAML and run `npm run crds`.
+
+import type { V1ObjectMeta } from '@kubernetes/client-node';
+
+export const group = 'motet.dev';
+export const version = 'v1alpha1';
+export const apiVersion = 'motet.dev/v1alpha1';
+
+/** Kind -> its name in the paths of the API. */
+export const plurals = {
+  AdapterRoute: 'adapterroutes',
+  BaseModel: 'basemodels',
+  LoraAdapter: 'loraadapters',
+  Tenant: 'tenants',
+} as const;
+
+export type Kind = keyof typeof plurals;
+
+/** A served name, and the adapters that answer to it. */
+export interface AdapterRoute {
+  apiVersion: string;
+  kind: 'AdapterRoute';
+  metadata: V1ObjectMeta;
+  spec: AdapterRouteSpec;
+  status?: AdapterRouteStatus;
+}
+
+/** What should be. */
+export interface AdapterRouteSpec {
+  /** The name that clients use as `model`. Default, the name of this resource. */
+  servedName?: string;
+  /**
+   * Who answers. A request goes to a target with the probability weight / (sum of the weights of targets
+   * that an engine holds).
+   */
+  targets: {
+    /** Name of a LoraAdapter of this namespace. */
+    adapter?: string;
+    /** Name of a BaseModel of this namespace, served without an adapter. */
+    baseModel?: string;
+    /** Share of the requests, relative to the other targets. 0 gets none. Default 1. */
+    weight: number;
+  }[];
+}
+
+/** What is, as the operator last saw it. */
+export interface AdapterRouteStatus {
+  /** Generation of the spec that this status is about. */
+  observedGeneration?: number;
+  /** Targets and their shares, as `sql-v1 90%, sql-v2 10%`. */
+  summary?: string;
+  /** One entry for each target, in the order of the spec. */
+  targets?: {
+    /** Name of the LoraAdapter or BaseModel. */
+    name: string;
+    /** Weight as in the spec. */
+    weight: number;
+    /** Share of the requests in percent, rounded, over the targets that are ready. */
+    percent: number;
+    /** Whether an engine holds it. */
+    ready: boolean;
+  }[];
+  /** `Ready`: every target with a weight above 0 is there. */
+  conditions?: {
+    /** What it is about. */
+    type: string;
+    /** Whether it holds. */
+    status: 'True' | 'False' | 'Unknown';
+    /** Why, as one word in CamelCase. */
+    reason: string;
+    /** Why, for a person, and what to do. */
+    message: string;
+    /** When `status` last changed. */
+    lastTransitionTime: string;
+    /** Generation of the spec that it is about. */
+    observedGeneration?: number;
+  }[];
+}
+
+/** A base model, and how many engines serve it. */
+export interface BaseModel {
+  apiVersion: string;
+  kind: 'BaseModel';
+  metadata: V1ObjectMeta;
+  spec: BaseModelSpec;
+  status?: BaseModelStatus;
+}
+
+/** What should be. */
+export interface BaseModelSpec {
+  /** Where the weights come from. Cannot be changed; another model is another BaseModel. */
+  source: {
+    /**
+     * `pvc://CLAIM/PATH` (a PersistentVolumeClaim of this namespace), `hostpath:///PATH` (a path on the
+     * node; the namespace must allow hostPath volumes), `file:///PATH` (a path in the engine's image), or
+     * `https://HOST/FILE.gguf`. The path names a GGUF file, or (not for https) a folder of safetensors.
+     */
+    uri: string;
+    /** sha256 of the file, `sha256:` and 64 hex digits. Required for https, refused for the others. */
+    digest?: string;
+  };
+  /** The name that clients use as `model`. Default, the name of this resource. */
+  servedName?: string;
+  /** Engine pods. A HorizontalPodAutoscaler may set it through the scale subresource. Default 1. */
+  replicas: number;
+  /**
+   * Weights in memory, `keep` as the file has them, or quantised to `int8` or `int4` groups. Default keep.
+   */
+  quantization: 'keep' | 'int8' | 'int4';
+  /** What the engines compute on. Default, the CPU. */
+  accelerator: {
+    /**
+     * `cpu`, or `nvidia`: each pod asks for GPUs, tolerates their taint and uses the NVIDIA runtime class.
+     * Default cpu.
+     */
+    type: 'cpu' | 'nvidia';
+    /** GPUs of a pod (`nvidia.com/gpu`). Unused on cpu. Default 1. */
+    count: number;
+    /** RuntimeClass of GPU pods; empty for the cluster's default. Unused on cpu. Default nvidia. */
+    runtimeClassName: string;
+  };
+  /** Byte budgets of an engine. */
+  memory: {
+    /** The device arena, which holds KV blocks and adapters. A Kubernetes quantity in bytes. Default 1Gi. */
+    device: number | string;
+  };
+  /** Bounds of an engine. */
+  limits: {
+    /** Tokens of one sequence, prompt and output. Default, what model and arena allow. */
+    maxModelLen?: number;
+    /** Tokens in one step. Default 256. */
+    maxBatchTokens: number;
+    /** Sequences in one step. Default 64. */
+    maxSequences: number;
+    /** Sequences that may wait in an engine; more are answered 429. Default 256. */
+    maxWaiting: number;
+    /** Largest rank of an adapter. It protects; memory is paid for the rank that is loaded. Default 256. */
+    maxLoraRank: number;
+  };
+  /**
+   * Where engines keep the packed weights and fetched files. All replicas on a node that see the same
+   * folder map the same file, so its weights are in memory once. Default, an emptyDir of each pod.
+   */
+  cache?: {
+    /** A PersistentVolumeClaim of this namespace, writable by user and group 65532. */
+    claimName?: string;
+    /** A folder on the node, writable by user 65532. The namespace must allow hostPath volumes. */
+    hostPath?: string;
+    /** Bound on the emptyDir when neither is given. A Kubernetes quantity in bytes. Default, none. */
+    sizeLimit?: number | string;
+  };
+  /**
+   * PersistentVolumeClaims of this namespace that adapters may be loaded from, mounted read-only into every
+   * engine. Only these may stand in a LoraAdapter's `pvc://CLAIM/PATH`. Changing the list replaces the
+   * pods. Default, none.
+   */
+  adapterClaims?: string[];
+  /** Seconds that running requests have to end when a pod is stopped. Default 30. */
+  drainSeconds: number;
+  /** How pods are replaced when the engine changes. Default, one new pod at a time and none missing. */
+  rollout: {
+    /** Pods above `replicas` during a rollout. Set 0 where there is no spare GPU. Default 1. */
+    maxSurge: number;
+    /** Pods that may be missing during a rollout. Default 0. */
+    maxUnavailable: number;
+  };
+  /** The PodDisruptionBudget of the engines. */
+  disruption: {
+    /** Pods that may be evicted at a time, by a node drain for example. Default 1. */
+    maxUnavailable: number;
+  };
+  /** Image of the engine. Default, the one that the operator was installed with. */
+  image?: string;
+  /** What engine pods have besides. Fields have the meaning that they have in a Kubernetes Pod. */
+  podTemplate?: {
+    /** More labels. Those of motet.dev and app.kubernetes.io are the operator's. Default, none. */
+    labels?: Record<string, string>;
+    /** More annotations. Default, none. */
+    annotations?: Record<string, string>;
+    /**
+     * Requests and limits of the engine's container. The CPU limit is also the number of the engine's
+     * threads. Default, requests of 1 CPU and of the memory that the arena and the weights need at least.
+     */
+    resources?: {
+      /** What the scheduler sets aside, as Kubernetes quantities. */
+      requests?: Record<string, number | string>;
+      /** What the container may use at most, as Kubernetes quantities. */
+      limits?: Record<string, number | string>;
+    };
+    /**
+     * More environment variables of the engine's container. MOTET_ ones override the engine's settings.
+     * Default, none.
+     */
+    env?: {
+      /** Name of the variable. */
+      name: string;
+      [field: string]: unknown;
+    }[];
+    /** More volumes. Default, none. */
+    volumes?: {
+      /** Name of the volume. */
+      name: string;
+      [field: string]: unknown;
+    }[];
+    /** More mounts of the engine's container. Default, none. */
+    volumeMounts?: {
+      /** Name of the volume. */
+      name: string;
+      /** Where it is in the container. */
+      mountPath: string;
+      [field: string]: unknown;
+    }[];
+    /** Labels that a node must have. Default, none. */
+    nodeSelector?: Record<string, string>;
+    /** Taints that are tolerated, beside that of GPU nodes. Default, none. */
+    tolerations?: Record<string, unknown>[];
+    /** Affinity. Default, pods of one base model prefer different nodes. */
+    affinity?: Record<string, unknown>;
+    /** Secrets of this namespace for the registry. Default, none. */
+    imagePullSecrets?: {
+      /** Name of the Secret. */
+      name: string;
+    }[];
+    /** PriorityClass of the pods. Default, none. */
+    priorityClassName?: string;
+  };
+}
+
+/** What is, as the operator last saw it. */
+export interface BaseModelStatus {
+  /** Generation of the spec that this status is about. */
+  observedGeneration?: number;
+  /** Engine pods that exist. */
+  replicas?: number;
+  /** Engine pods that are ready. */
+  readyReplicas?: number;
+  /** Label selector of the engine pods, for the scale subresource. */
+  selector?: string;
+  /** Ready of wanted engine pods, as `2/2`. */
+  engines?: string;
+  /** Resident of wanted adapter copies, as `10/10`. */
+  adapters?: string;
+  /**
+   * The device arenas of the ready engines together, in bytes. KV is left out, since it changes with every
+   * request.
+   */
+  memory?: {
+    /** All of the arenas. */
+    totalBytes?: number;
+    /** What adapters hold. */
+    adapterBytes?: number;
+  };
+  /** One entry for each engine pod. */
+  pods?: {
+    /** Name of the pod. */
+    name: string;
+    /** Node that it runs on. */
+    node?: string;
+    /** Whether it takes requests. */
+    ready?: boolean;
+    /** Adapters in its device arena. */
+    adapters?: number;
+    /** Bytes that they hold. */
+    adapterBytes?: number;
+    /** Why it is not ready, in the words of the kubelet or of the engine. */
+    message?: string;
+  }[];
+  /**
+   * `Ready`: at least one engine takes requests and none is wanted beyond those. `Progressing`: pods are
+   * being made or replaced.
+   */
+  conditions?: {
+    /** What it is about. */
+    type: string;
+    /** Whether it holds. */
+    status: 'True' | 'False' | 'Unknown';
+    /** Why, as one word in CamelCase. */
+    reason: string;
+    /** Why, for a person, and what to do. */
+    message: string;
+    /** When `status` last changed. */
+    lastTransitionTime: string;
+    /** Generation of the spec that it is about. */
+    observedGeneration?: number;
+  }[];
+}
+
+/** A LoRA adapter, and on how many engines it is kept. */
+export interface LoraAdapter {
+  apiVersion: string;
+  kind: 'LoraAdapter';
+  metadata: V1ObjectMeta;
+  spec: LoraAdapterSpec;
+  status?: LoraAdapterStatus;
+}
+
+/** What should be. */
+export interface LoraAdapterSpec {
+  /** Name of the BaseModel that it was trained on, in this namespace. Cannot be changed. */
+  baseModel: string;
+  /**
+   * Where the weights come from. A change loads the new version beside the old, which ends with its last
+   * request.
+   */
+  source: {
+    /**
+     * A folder that PEFT wrote. `pvc://CLAIM/PATH` (CLAIM is one of the base model's adapterClaims),
+     * `file:///PATH` (a folder in the engine's image below /motet/adapters), or `https://HOST/FOLDER`,
+     * below which adapter_config.json and adapter_model.safetensors are fetched.
+     */
+    uri: string;
+    /**
+     * The adapter's digest, over config and weights. What has another digest is refused. Required for
+     * https. Default, whatever is there.
+     */
+    digest?: string;
+  };
+  /** Names that clients use as `model`. Default, the name of this resource. */
+  servedNames?: string[];
+  /**
+   * Engines that hold it, a number from 1 to 1000, or `all`. More than there are engines means all. Default
+   * 1.
+   */
+  copies: number | string;
+}
+
+/** What is, as the engines last said. */
+export interface LoraAdapterStatus {
+  /** Generation of the spec that this status is about. */
+  observedGeneration?: number;
+  /** What the adapter is, sha256 over its config and weights. */
+  digest?: string;
+  /** Largest rank of its modules. */
+  rank?: number;
+  /** `lora`, `rslora` or `dora`. */
+  kind?: string;
+  /** Target modules that it changes, sorted. */
+  modules?: string[];
+  /** Bytes that one copy holds in the device arena. */
+  bytes?: number;
+  /** Engines that should hold it, given how many are ready. */
+  desiredCopies?: number;
+  /** Engines that hold the wanted version. */
+  readyCopies?: number;
+  /** Ready of desired copies, as `2/2`. */
+  copies?: string;
+  /** The lowest tier that a copy is in. */
+  tier?: string;
+  /** One entry for each engine that holds it. */
+  placements?: {
+    /** Name of the engine pod. */
+    pod: string;
+    /** Where the bytes are, `device`, `host` or `disk`. */
+    tier: string;
+    /** When it came to this tier. */
+    since: string;
+    /** Version that the engine serves under the adapter's names. */
+    digest: string;
+  }[];
+  /** `Ready`: every wanted copy is resident in the wanted version. */
+  conditions?: {
+    /** What it is about. */
+    type: string;
+    /** Whether it holds. */
+    status: 'True' | 'False' | 'Unknown';
+    /** Why, as one word in CamelCase. */
+    reason: string;
+    /** Why, for a person, and what to do; for a refused adapter, the engine's own words. */
+    message: string;
+    /** When `status` last changed. */
+    lastTransitionTime: string;
+    /** Generation of the spec that it is about. */
+    observedGeneration?: number;
+  }[];
+}
+
+/** A tenant, its keys and its rights. */
+export interface Tenant {
+  apiVersion: string;
+  kind: 'Tenant';
+  metadata: V1ObjectMeta;
+  spec: TenantSpec;
+  status?: TenantStatus;
+}
+
+/** What should be. */
+export interface TenantSpec {
+  /**
+   * Bearer keys of the tenant. A second one lets clients change over. A changed Secret is seen within 15
+   * seconds.
+   */
+  keys: {
+    /** The Secret of this namespace that holds the key. */
+    secretRef: {
+      /** Name of the Secret. */
+      name: string;
+      /**
+       * Entry of the Secret. Its value, without white space around it, is the key, of 16 to 512 characters.
+       * Default key.
+       */
+      key: string;
+    };
+  }[];
+  /** What the tenant sees, lists and calls. Default, nothing. */
+  access: {
+    /** Selects LoraAdapters by their labels. `{}` selects all, absence none. */
+    adapters?: {
+      /** Labels that must be there with these values. */
+      matchLabels?: Record<string, string>;
+      /** Further requirements; all must hold. */
+      matchExpressions?: {
+        /** Key of the label. */
+        key: string;
+        /** How its value relates to `values`. */
+        operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
+        /** Values, for In and NotIn. */
+        values?: string[];
+      }[];
+    };
+    /** Selects BaseModels by their labels. `{}` selects all, absence none. */
+    baseModels?: {
+      /** Labels that must be there with these values. */
+      matchLabels?: Record<string, string>;
+      /** Further requirements; all must hold. */
+      matchExpressions?: {
+        /** Key of the label. */
+        key: string;
+        /** How its value relates to `values`. */
+        operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
+        /** Values, for In and NotIn. */
+        values?: string[];
+      }[];
+    };
+    /**
+     * Selects AdapterRoutes by their labels. `{}` selects all, absence none. A route grants its targets
+     * through its own name.
+     */
+    routes?: {
+      /** Labels that must be there with these values. */
+      matchLabels?: Record<string, string>;
+      /** Further requirements; all must hold. */
+      matchExpressions?: {
+        /** Key of the label. */
+        key: string;
+        /** How its value relates to `values`. */
+        operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
+        /** Values, for In and NotIn. */
+        values?: string[];
+      }[];
+    };
+  };
+}
+
+/** What is, as the gateway last saw it. */
+export interface TenantStatus {
+  /** Generation of the spec that this status is about. */
+  observedGeneration?: number;
+  /** Accepted of named keys, as `1/1`. */
+  keys?: string;
+  /** Served names that the tenant may use. */
+  models?: number;
+  /** `Ready`: every key that is named was found and is accepted. */
+  conditions?: {
+    /** What it is about. */
+    type: string;
+    /** Whether it holds. */
+    status: 'True' | 'False' | 'Unknown';
+    /** Why, as one word in CamelCase. */
+    reason: string;
+    /** Why, for a person, and what to do. */
+    message: string;
+    /** When `status` last changed. */
+    lastTransitionTime: string;
+    /** Generation of the spec that it is about. */
+    observedGeneration?: number;
+  }[];
+}
