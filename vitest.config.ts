@@ -1,8 +1,14 @@
-import { defineConfig } from 'vitest/config';
+import { configDefaults, defineConfig } from 'vitest/config';
+
+// These need the real cluster. `tests/cluster/cluster.sh exec` says where it is, and then they are the only ones to run.
+const clusterTests = ['tests/cluster/**/*.test.ts', 'tests/system/kubernetes/**/*.test.ts'];
+const isInCluster = process.env.MOTET_CLUSTER !== undefined;
 
 export default defineConfig({
   test: {
-    include: ['tests/**/*.test.ts'],
+    include: isInCluster ? clusterTests : ['tests/**/*.test.ts'],
+    exclude: isInCluster ? configDefaults.exclude : [...configDefaults.exclude, ...clusterTests],
+    globalSetup: ['tests/fixtures/control-plane-setup.ts'],
     // Addons may only be loaded from the main thread of a process once per environment, so tests run in
     // processes, not in worker threads.
     pool: 'forks',
