@@ -6,6 +6,7 @@
 #   build.sh network-policy   kube-router, of which only the enforcement of NetworkPolicies is used
 #   build.sh kwok             nodes and pods that only exist in the API server
 #   build.sh clients          kubectl and helm, prebuilt
+#   build.sh pause            the image of the process that holds a pod's namespaces
 #
 # Several names build several. What is there already is left alone, so a second run takes a fraction of a second.
 # A module's go.mod names its programs as tools (`go tool`); go.mod and go.sum together fix every source line.
@@ -44,7 +45,14 @@ unpack_clients() {
   rm -r package unpacked ./*.tgz
 }
 
-(($#)) || { sed -n '2,11p' "$0"; exit 2; }
+build_pause() {
+  mkdir "$1/root"
+  gcc -Os -static -s -o "$1/root/pause" "$cluster_scripts/pause.c"
+  "$cluster_scripts/oci-image.sh" registry.local/pause:test "$1/root" "$1/pause.tar" '"Entrypoint":["/pause"],"User":"65535:65535"'
+  rm -r "$1/root"
+}
+
+(($#)) || { sed -n '2,12p' "$0"; exit 2; }
 for module in "$@"; do
   folder=$(program_folder "$module")
   [[ ! -e $folder ]] || continue
@@ -54,11 +62,11 @@ for module in "$@"; do
   chmod 755 "$work"
   # shellcheck disable=SC2064
   trap "rm -rf '$work'" EXIT
-  if [[ $module == clients ]]; then
-    (unpack_clients "$work")
-  else
-    (build_module "$module" "$work")
-  fi
+  case "$module" in
+    clients) (unpack_clients "$work") ;;
+    pause) (build_pause "$work") ;;
+    *) (build_module "$module" "$work") ;;
+  esac
   mv -T "$work" "$folder" 2>/dev/null || [[ -e $folder ]]
   rm -rf "$work"
 done

