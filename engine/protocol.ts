@@ -23,6 +23,8 @@ export interface AdapterStatus {
   bytes: number;
   /** Sequences, waiting or running, that use it. */
   inFlight: number;
+  /** Sequences that have used it since it was loaded. Not there in older engines. */
+  requests?: number;
   /** Where it was loaded from. */
   path: string;
   /** Unix seconds of when it became resident in this tier. */

@@ -63,6 +63,8 @@ export interface Adapter {
   readonly loadSeconds: { verify: number; device: number };
   /** Sequences, waiting or running, that use it. */
   numInFlight: number;
+  /** Sequences that have used it since it was loaded. */
+  numRequests: number;
 }
 
 interface PageWaiter {
@@ -117,6 +119,7 @@ export class AdapterTiers {
   /** One more sequence uses the adapter: its pages stay until `release`. */
   acquire(adapter: Adapter): void {
     adapter.numInFlight++;
+    adapter.numRequests++;
   }
 
   release(adapter: Adapter): void {
@@ -189,6 +192,7 @@ export class AdapterTiers {
       kind: adapter.file.kind,
       bytes: adapter.pages.length * this.#options.arena.pageBytes,
       inFlight: adapter.numInFlight,
+      requests: adapter.numRequests,
       path: adapter.sourcePath,
       since: adapter.since,
       loadSeconds: adapter.loadSeconds,
@@ -255,6 +259,7 @@ export class AdapterTiers {
       since: wallClock() / 1000,
       loadSeconds: { verify: verifySeconds, device: deviceSeconds },
       numInFlight: 0,
+      numRequests: 0,
     };
     this.#byDigest.set(file.digest, adapter);
     this.onLoaded(verifySeconds + deviceSeconds);

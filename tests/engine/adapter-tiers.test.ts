@@ -153,7 +153,7 @@ describe('unloading', () => {
     const run = await running(parts, 'a');
     parts.tiers.unload('a');
     expect(parts.tiers.get('a')).toBeUndefined();
-    expect(statusOf(parts, '/a-r3')).toMatchObject({ names: [], inFlight: 1 });
+    expect(statusOf(parts, '/a-r3')).toMatchObject({ names: [], inFlight: 1, requests: 1 });
     expect(usedPages(parts)).toBe(3);
     run.handle.cancel();
     await vi.waitFor(() => expect(usedPages(parts)).toBe(0), { interval: 1 });
