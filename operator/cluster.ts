@@ -13,7 +13,7 @@ import type {
   V1Service,
 } from '@kubernetes/client-node';
 import type { Logger } from 'pino';
-import { ApiError, motetPath } from '../crds/api.ts';
+import { ApiError, type ApiRequest, callApi, motetPath } from '../crds/api.ts';
 import { type Condition, labels } from '../crds/names.ts';
 import {
   type AdapterRoute,
@@ -28,7 +28,7 @@ import { ObjectWatch } from '../crds/watch.ts';
 import type { Clock } from './clock.ts';
 import type { Config } from './config.ts';
 import { Events, type EventType } from './events.ts';
-import type { CallApi, Metrics } from './metrics.ts';
+import type { Metrics } from './metrics.ts';
 import { type NameHolders, nameHolders } from './names.ts';
 
 /** Who owns the fields that the operator sets, in server-side apply. */
@@ -80,7 +80,6 @@ type Change<T> = (now: T | undefined, before: T | undefined) => void;
 
 export interface ClusterOptions {
   kubeConfig: KubeConfig;
-  callApi: CallApi;
   namespace: string;
   identity: string;
   clock: Clock;
@@ -110,7 +109,6 @@ export class Cluster {
   readonly deployments: ObjectWatch<V1Deployment>;
   readonly services: ObjectWatch<V1Service>;
   readonly podDisruptionBudgets: ObjectWatch<V1PodDisruptionBudget>;
-  readonly callApi: CallApi;
 
   readonly #options: ClusterOptions;
   readonly #events: Events;
@@ -120,10 +118,9 @@ export class Cluster {
   #nameHolders: NameHolders | null = null;
 
   constructor(options: ClusterOptions) {
-    const { namespace, callApi, onChange } = options;
+    const { namespace, onChange } = options;
     this.#options = options;
     this.namespace = namespace;
-    this.callApi = callApi;
     this.#events = new Events(options);
     const claimant =
       <T>(then: Change<T>): Change<T> =>
@@ -203,7 +200,7 @@ export class Cluster {
   /**
    * Writes a status if it says something new. An object that is gone, or was replaced by another of its name, needs none.
    * @returns whether it was written
-   * @throws OperatorError not_leader; ApiError; what fetch throws
+   * @throws as `write`
    */
   async writeStatus<K extends keyof Statuses>(
     kind: K,
@@ -212,9 +209,8 @@ export class Cluster {
   ): Promise<boolean> {
     const { name, uid } = object.metadata!;
     if (saysTheSame(this.lastStatus(kind, object), status)) return false;
-    this.#options.assertLeader();
     try {
-      const answer = await this.callApi<KubernetesObject & { status: object }>({
+      const answer = await this.write<KubernetesObject & { status: object }>({
         method: 'PATCH',
         path: motetPath(kind, this.namespace, name!, 'status'),
         query: { fieldManager, force: 'true' },
@@ -243,9 +239,13 @@ export class Cluster {
     return object.status;
   }
 
-  /** @throws OperatorError not_leader: asked before every other write */
-  assertLeader(): void {
+  /**
+   * Any other write.
+   * @throws OperatorError not_leader; ApiError; an Error when no answer came
+   */
+  write<T>(request: ApiRequest & { method: 'POST' | 'PUT' | 'PATCH' | 'DELETE' }): Promise<T> {
     this.#options.assertLeader();
+    return callApi<T>(this.#options.kubeConfig, request);
   }
 
   event(object: KubernetesObject, type: EventType, reason: string, message: string): void {

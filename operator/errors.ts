@@ -38,16 +38,8 @@ export function toOperatorError(thrown: unknown): OperatorError {
     const code = thrown.status === 409 ? 'api_conflict' : 'api_refused';
     return new OperatorError(code, thrown.message, { cause: thrown });
   }
-  const { name, message, cause } = thrown as Error & { cause?: Error };
-  // fetch hides why it failed in its cause; a request that took too long is a TimeoutError.
-  if (name === 'TimeoutError' || (name === 'TypeError' && message === 'fetch failed')) {
-    return new OperatorError(
-      'api_unreachable',
-      `the API server cannot be reached: ${cause?.message ?? message}`,
-      {
-        cause: thrown,
-      },
-    );
-  }
-  return new OperatorError('internal', message, { cause: thrown });
+  const { message } = thrown as Error;
+  // The words of crds/api.ts.
+  const code = message.startsWith('no answer from the API server') ? 'api_unreachable' : 'internal';
+  return new OperatorError(code, message, { cause: thrown });
 }

@@ -4,10 +4,10 @@
  * dropped; conditions hold the truth, events only its story.
  */
 import { randomBytes } from 'node:crypto';
-import type { KubernetesObject } from '@kubernetes/client-node';
+import type { KubeConfig, KubernetesObject } from '@kubernetes/client-node';
 import type { Logger } from 'pino';
+import { callApi } from '../crds/api.ts';
 import type { Clock } from './clock.ts';
-import type { CallApi } from './metrics.ts';
 
 export type EventType = 'Normal' | 'Warning';
 
@@ -21,7 +21,7 @@ const maxInFlight = 16;
 const maxNoteLength = 1024;
 
 export interface EventsParts {
-  callApi: CallApi;
+  kubeConfig: KubeConfig;
   namespace: string;
   /** Name of this process, as in the lease. */
   identity: string;
@@ -58,9 +58,9 @@ export class Events {
   }
 
   #send(object: KubernetesObject, type: EventType, reason: string, note: string): Promise<void> {
-    const { callApi, namespace, identity, clock } = this.#parts;
+    const { kubeConfig, namespace, identity, clock } = this.#parts;
     const { name, uid, resourceVersion } = object.metadata!;
-    return callApi({
+    return callApi(kubeConfig, {
       method: 'POST',
       path: `/apis/events.k8s.io/v1/namespaces/${namespace}/events`,
       body: {

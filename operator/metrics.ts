@@ -1,15 +1,11 @@
 // Every metric of the operator, with its unit and what it means. Labels are names of resources, kinds and reasons, so the
 // number of series is bounded by what is deployed; the series of a base model go with it (`forgetBaseModel`).
 
-import type { KubeConfig } from '@kubernetes/client-node';
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
-import { ApiError, type ApiRequest, callApi } from '../crds/api.ts';
+import { type ApiCall, apiChannel } from '../crds/api.ts';
 import { loraAdapterReasons } from '../crds/names.ts';
 
 export type Metrics = ReturnType<typeof createMetrics>;
-
-/** A counted `callApi`. */
-export type CallApi = <T>(request: ApiRequest) => Promise<T>;
 
 export function createMetrics() {
   const registry = new Registry();
@@ -52,7 +48,7 @@ export function createMetrics() {
     }),
     apiRequests: new Counter({
       name: 'motet_operator_api_requests_total',
-      help: 'Requests to the API server, watches and their lists left out. verb and resource as in RBAC; code: HTTP status, 2xx for all that succeed, or unreachable.',
+      help: 'Requests to the API server. verb and resource as in a Role; code: HTTP status, or none when no answer came.',
       labelNames: ['verb', 'resource', 'code'],
       registers,
     }),
@@ -117,28 +113,12 @@ export function watchState(registry: Registry, state: ObservedState): void {
   });
 }
 
-/** `callApi` with every request counted. */
-export function createCallApi(
-  kubeConfig: KubeConfig,
-  { apiRequests }: Pick<Metrics, 'apiRequests'>,
-): CallApi {
-  return async (request) => {
-    const labels = { verb: verbs[request.method ?? 'GET'], resource: resourceOf(request.path) };
-    try {
-      const answer = await callApi<never>(kubeConfig, request);
-      apiRequests.inc({ ...labels, code: '2xx' });
-      return answer;
-    } catch (error) {
-      apiRequests.inc({ ...labels, code: error instanceof ApiError ? String(error.status) : 'unreachable' });
-      throw error;
-    }
+/** Counts every request to the API server, watches among them. @returns what ends it */
+export function countApiCalls({ apiRequests }: Pick<Metrics, 'apiRequests'>): () => void {
+  const count = (message: unknown) => {
+    const { verb, resource, status } = message as ApiCall;
+    apiRequests.inc({ verb, resource, code: status === 0 ? 'none' : String(status) });
   };
-}
-
-const verbs = { GET: 'get', POST: 'create', PUT: 'update', PATCH: 'patch', DELETE: 'delete' };
-
-/** E.g. `deployments` for /apis/apps/v1/namespaces/NAMESPACE/deployments/NAME, `basemodels/status` for a subresource. */
-function resourceOf(path: string): string {
-  const [, resource, subresource] = /\/namespaces\/[^/]+\/([^/]+)(?:\/[^/]+(\/[^/]+)?)?$/.exec(path) ?? [];
-  return `${resource ?? 'other'}${subresource ?? ''}`;
+  apiChannel.subscribe(count);
+  return () => apiChannel.unsubscribe(count);
 }
