@@ -8,6 +8,8 @@ export default defineConfig({
   test: {
     include: isInCluster ? clusterTests : ['tests/**/*.test.ts'],
     exclude: isInCluster ? configDefaults.exclude : [...configDefaults.exclude, ...clusterTests],
+    // They share one cluster, and some take a node or the API server away.
+    fileParallelism: !isInCluster,
     globalSetup: ['tests/fixtures/control-plane-setup.ts'],
     // Addons may only be loaded from the main thread of a process once per environment, so tests run in
     // processes, not in worker threads.

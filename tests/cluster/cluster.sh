@@ -359,13 +359,15 @@ YAML
     --hostname-override="node$1" --node-ip="$(node_address "$1")"
   start "kube-proxy-$1" kube-proxy --config="$home/kube-proxy.yaml" --hostname-override="node$1"
   start "kube-router-$1" kube-router --kubeconfig="$pki/network-policy.kubeconfig" --hostname-override="node$1" \
-    --run-firewall=true --run-router=false --run-service-proxy=false --enable-cni=false --health-port=0 \
+    --run-firewall=true --run-router=false --run-service-proxy=false --enable-cni=false \
     --service-cluster-ip-range="$service_range"
+  wait_for 30 "kube-router-$1" curl -fsS --noproxy '*' http://127.0.0.1:20244/healthz
 }
 
 start_the_apiserver() { start_apiserver 0.0.0.0 "$server_address" "$api_port"; }
 
-# The Node objects come before the kubelets, each with the range that its CNI takes addresses from.
+# The Node objects come before the kubelets, each with the range that its CNI takes addresses from, and with the address
+# without which kube-router does not start.
 make_objects() {
   local node
   {
@@ -382,6 +384,7 @@ metadata:
     topology.kubernetes.io/region: here
     topology.kubernetes.io/zone: zone-$node
 spec: {podCIDR: $(pod_range_of "$node"), podCIDRs: [$(pod_range_of "$node")]}
+status: {addresses: [{type: InternalIP, address: $(node_address "$node")}]}
 YAML
     done
   } | kubectl create -f - >/dev/null
