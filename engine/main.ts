@@ -6,6 +6,7 @@ import { once } from 'node:events';
 import type { AddressInfo } from 'node:net';
 import { basename } from 'node:path';
 import { pino } from 'pino';
+import { collectDefaultMetrics } from 'prom-client';
 import { openRuntime } from '../native/index.ts';
 import { readAdapterFile } from './adapters/adapter-file.ts';
 import { resolveAdapterPath } from './adapters/adapter-path.ts';
@@ -62,6 +63,7 @@ async function main(): Promise<void> {
   const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
   const baseName = config.servedName ?? basename(config.modelPath).replace(/\.gguf$/i, '');
   const metrics = new EngineMetrics(baseName);
+  collectDefaultMetrics({ register: metrics.registry });
   const now = () => performance.now();
   const wallClock = () => Date.now();
   const onFatal = (error: unknown) => {
