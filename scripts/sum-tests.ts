@@ -1,6 +1,8 @@
-// Adds up the reports in a folder, of ctest (ctest.xml, gtest/*.xml) and vitest (vitest.json), and prints one line,
-// `N passed, N failed`. Exits 1 when a test failed or was skipped, or when a suite ran no test: a test that silently
-// stops running is worse than one that fails. A skip that is meant has its place in `expectedSkips`, with its reason.
+// sum-tests.ts FOLDER SUITE...
+// Adds up the reports in a folder, of ctest (ctest.xml, gtest/*.xml) and of vitest without and with a cluster (vitest.json,
+// cluster.json), and prints one line, `N passed, N failed`. Exits 1 when a test failed or was skipped, or when one of the suites
+// named ran no test: a test that silently stops running is worse than one that fails. A skip that is meant has its place in
+// `expectedSkips`, with its reason.
 
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -11,15 +13,20 @@ type Result = { name: string; outcome: Outcome };
 /** Full name of a test that may be skipped on some machine -> why. */
 const expectedSkips = new Map<string, string>();
 
-const folder = process.argv[2] ?? '.';
-const suites = { ctest: readCtest(), vitest: readVitest() };
-const results = Object.values(suites).flat();
+const readers = {
+  ctest: readCtest,
+  vitest: () => readVitest('vitest.json'),
+  cluster: () => readVitest('cluster.json'),
+};
+const [folder = '.', ...names] = process.argv.slice(2) as [string, ...(keyof typeof readers)[]];
+const suites = names.map((name) => ({ name, found: readers[name]() }));
+const results = suites.flatMap(({ found }) => found);
 const count = (outcome: Outcome) => results.filter((result) => result.outcome === outcome).length;
 
 let isGood = count('failed') === 0;
-for (const [suite, found] of Object.entries(suites)) {
+for (const { name, found } of suites) {
   if (found.length > 0) continue;
-  console.log(`${suite} ran no test`);
+  console.log(`${name} ran no test`);
   isGood = false;
 }
 for (const { name, outcome } of results) {
@@ -56,8 +63,8 @@ function readGtest(program: string): Result[] {
 }
 
 /** A file that could not be loaded has a status of its own and no tests; it counts as one failure. */
-function readVitest(): Result[] {
-  const { testResults } = JSON.parse(read('vitest.json') || '{"testResults":[]}') as {
+function readVitest(report: string): Result[] {
+  const { testResults } = JSON.parse(read(report) || '{"testResults":[]}') as {
     testResults: { name: string; status: string; assertionResults: { fullName: string; status: string }[] }[];
   };
   return testResults.flatMap(({ name, status, assertionResults }) => {

