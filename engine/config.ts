@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
+import { isDigest, needsDigest, uriProblem } from './source-uri.ts';
 
 export class ConfigError extends Error {
   override name = 'ConfigError';
@@ -27,6 +28,15 @@ const text = (value: string, help: string, fallback?: string): Setting<string | 
   help,
   parse: (given) => given,
   default: fallback ?? null,
+});
+
+const uri = (value: string, help: string): Setting<string | null> => ({
+  ...text(value, help),
+  parse(given) {
+    const problem = uriProblem(given);
+    if (problem !== null) throw new ConfigError(problem.expected);
+    return given;
+  },
 });
 
 const oneOf = <const T extends string>(choices: readonly T[], help: string, fallback: T): Setting<T> => ({
@@ -96,11 +106,32 @@ const toggle = (help: string): Setting<boolean> => ({
 });
 
 const settings = {
-  model: text('PATH', 'base model: a GGUF file, or a folder of safetensors (required)'),
+  model: uri(
+    'SOURCE',
+    'base model (required): PATH or file:///PATH of a GGUF file or a folder of safetensors, or https://HOST/FILE.gguf',
+  ),
+  'model-digest': {
+    value: 'DIGEST',
+    help: 'sha256 of an https model, as sha256:HEX; it is fetched once into the cache',
+    parse(given: string) {
+      if (!isDigest(given)) throw new ConfigError('sha256: and 64 hex digits');
+      return given;
+    },
+    default: null,
+  } satisfies Setting<string | null>,
   'served-name': text('NAME', "the base model's name in the API; default: the file's or folder's name"),
   host: text('ADDRESS', 'address to listen on', '127.0.0.1'),
   port: integer('PORT', 'port to listen on; 0 takes a free one', [0, 65_535], 8000),
-  cache: text('DIR', 'where prepared weights are kept; default: motet under $XDG_CACHE_HOME or ~/.cache'),
+  cache: text(
+    'DIR',
+    'where fetched files and prepared weights are kept; default: motet under $XDG_CACHE_HOME or ~/.cache',
+  ),
+  'source-cache': bytes(
+    'fetched adapters kept on disk, in all; the least recently used leave',
+    [2 ** 20, 2 ** 50],
+    10 * 2 ** 30,
+  ),
+  device: oneOf(['cpu', 'nvidia'], 'what computes', 'cpu'),
   'device-memory': bytes('device arena for KV and adapters', [2 ** 20, 2 ** 46], 2 ** 30),
   quantization: oneOf(['keep', 'int4', 'int8'], 'weights: as the file has them, or quantised', 'keep'),
   activations: oneOf(['int8', 'f32'], 'arithmetic: int8 is fast; f32 is for reference', 'int8'),
@@ -126,7 +157,10 @@ const settings = {
     parse(given: string) {
       const at = given.indexOf('=');
       if (at < 1 || at === given.length - 1) throw new ConfigError('NAME=PATH');
-      return { name: given.slice(0, at), path: given.slice(at + 1) };
+      const path = given.slice(at + 1);
+      const problem = uriProblem(path);
+      if (problem !== null || needsDigest(path)) throw new ConfigError('NAME=PATH or NAME=file:///PATH');
+      return { name: given.slice(0, at), path };
     },
     default: undefined,
     isRepeatable: true,
@@ -136,6 +170,33 @@ const settings = {
     'adapters may be loaded from under this folder only; default on loopback: anywhere',
   ),
   'api-key-file': text('PATH', 'file of accepted bearer keys, one a line'),
+  'trusted-service-accounts': {
+    value: 'NS/NAME,...',
+    help: 'Kubernetes ServiceAccounts whose tokens, for the audience motet-engine, are accepted beside the keys',
+    parse(given: string) {
+      const accounts = given.split(',').map((account) => account.trim());
+      if (!accounts.every((account) => /^[a-z0-9][a-z0-9-]*\/[a-z0-9][a-z0-9.-]*$/.test(account))) {
+        throw new ConfigError('NAMESPACE/NAME, and commas between several');
+      }
+      return accounts;
+    },
+    default: null,
+  } satisfies Setting<string[] | null>,
+  'kubernetes-api-url': {
+    value: 'URL',
+    help: 'API server whose tokens are accepted; default: the one of this pod',
+    parse(given: string) {
+      const url = URL.canParse(given) ? new URL(given) : null;
+      if (url?.protocol !== 'https:' || url.username !== '') throw new ConfigError('https://HOST:PORT');
+      return url.origin;
+    },
+    default: null,
+  } satisfies Setting<string | null>,
+  'service-account-dir': text(
+    'DIR',
+    "the engine's own token and ca.crt, for asking the API server for its keys",
+    '/var/run/secrets/kubernetes.io/serviceaccount',
+  ),
   insecure: toggle('serve without keys on an address that others reach'),
   'drain-seconds': integer('SECONDS', 'how long running requests may go on after SIGTERM', [0, 3600], 30),
   'log-level': oneOf(['fatal', 'error', 'warn', 'info', 'debug'], 'least severe line to log', 'info'),
@@ -145,11 +206,16 @@ type Settings = typeof settings;
 type Flag = keyof Settings;
 
 export interface Config {
-  modelPath: string;
+  /** Path or URI. */
+  model: string;
+  /** `sha256:<hex>`, of a model that is fetched. */
+  modelDigest: string | null;
   servedName: string | null;
   host: string;
   port: number;
   cacheDir: string;
+  sourceCacheBytes: number;
+  device: 'cpu' | 'nvidia';
   deviceMemoryBytes: number;
   quantization: 'keep' | 'int4' | 'int8';
   activations: 'int8' | 'f32';
@@ -162,6 +228,8 @@ export interface Config {
   adapters: { name: string; path: string }[];
   adapterRoot: string | null;
   apiKeys: string[] | null;
+  /** Whose tokens are accepted, and who signs them; null: no tokens. */
+  callers: { trusted: string[]; apiUrl: string; serviceAccountDir: string } | null;
   drainSeconds: number;
   logLevel: string;
 }
@@ -193,8 +261,17 @@ export function parseConfig(
   const one = <F extends Flag>(flag: F) =>
     (all(flag).at(-1) ?? settings[flag].default) as ReturnType<Settings[F]['parse']>;
 
-  const modelPath = one('model');
-  if (modelPath === null) throw new ConfigError('--model: expected the path of a base model, got nothing');
+  const model = one('model');
+  if (model === null) throw new ConfigError('--model: expected the path of a base model, got nothing');
+  const modelDigest = one('model-digest');
+  if (needsDigest(model) && modelDigest === null) {
+    throw new ConfigError(
+      '--model-digest: expected the sha256 of the file beside an https model, got nothing',
+    );
+  }
+  if (!needsDigest(model) && modelDigest !== null) {
+    throw new ConfigError('--model-digest: expected only beside an https model; other files are not fetched');
+  }
   const maxBatchTokens = one('max-batch-tokens');
   const maxSequences = Math.min(one('max-sequences'), maxBatchTokens);
   if (given.has('max-sequences') && maxSequences < one('max-sequences')) {
@@ -207,9 +284,10 @@ export function parseConfig(
   const isLoopback = host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'));
   const apiKeyFile = one('api-key-file');
   const isInsecure = one('insecure');
-  if (!isLoopback && apiKeyFile === null && !isInsecure) {
+  const trusted = one('trusted-service-accounts');
+  if (!isLoopback && apiKeyFile === null && trusted === null && !isInsecure) {
     throw new ConfigError(
-      `--host ${host}: expected --api-key-file (or --insecure) beside an address that others reach`,
+      `--host ${host}: expected --api-key-file or --trusted-service-accounts (or --insecure) beside an address that others reach`,
     );
   }
   const adapterRoot = one('adapter-root');
@@ -218,11 +296,14 @@ export function parseConfig(
   }
 
   return {
-    modelPath,
+    model,
+    modelDigest,
     servedName: one('served-name'),
     host,
     port: one('port'),
     cacheDir: one('cache') ?? join(env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'motet'),
+    sourceCacheBytes: one('source-cache'),
+    device: one('device'),
     deviceMemoryBytes: one('device-memory'),
     quantization: one('quantization'),
     activations: one('activations'),
@@ -235,9 +316,25 @@ export function parseConfig(
     adapters: all('adapter'),
     adapterRoot,
     apiKeys: apiKeyFile === null ? null : readKeys(apiKeyFile),
+    callers: trusted && {
+      trusted,
+      apiUrl: one('kubernetes-api-url') ?? podApiUrl(env),
+      serviceAccountDir: one('service-account-dir')!,
+    },
     drainSeconds: one('drain-seconds'),
     logLevel: one('log-level'),
   };
+}
+
+/** Where Kubernetes says that its API server is. */
+function podApiUrl({
+  KUBERNETES_SERVICE_HOST: host,
+  KUBERNETES_SERVICE_PORT: port,
+}: Record<string, string | undefined>): string {
+  if (host && port) return `https://${isIP(host) === 6 ? `[${host}]` : host}:${port}`;
+  throw new ConfigError(
+    '--trusted-service-accounts: expected --kubernetes-api-url beside it outside of a pod, got nothing',
+  );
 }
 
 /** Flags as given, `--flag value` or `--flag=value`; a switch takes its value only with `=`. */

@@ -40,6 +40,8 @@ export interface ServedModel {
 
 /** Prompts as tokens, and what is asked of them. */
 export interface Job {
+  /** Who answers, which may be another name than the request's `model`, which the reply carries; null or '': the base. */
+  servedModel: string | null;
   prompts: ArrayLike<number>[];
   request: ChatRequest | CompletionRequest;
 }
@@ -47,21 +49,29 @@ export interface Job {
 /** Text that averages more characters a token than this is not written for a model; encoding it would only hold the thread. */
 const maxCharactersPerToken = 16;
 
-export async function chatJob(model: ServedModel, request: ChatRequest): Promise<Job> {
-  adapterOf(model, request.model);
-  return { prompts: [chatTokens(model, request)], request };
+export async function chatJob(
+  model: ServedModel,
+  request: ChatRequest,
+  servedModel: string | null,
+): Promise<Job> {
+  adapterOf(model, servedModel);
+  return { servedModel, prompts: [chatTokens(model, request)], request };
 }
 
 /** Encodes the prompts, each in a turn of its own, so that many of them do not hold up the steps. */
-export async function completionJob(model: ServedModel, request: CompletionRequest): Promise<Job> {
-  adapterOf(model, request.model);
+export async function completionJob(
+  model: ServedModel,
+  request: CompletionRequest,
+  servedModel: string | null,
+): Promise<Job> {
+  adapterOf(model, servedModel);
   const prompts: ArrayLike<number>[] = [];
   for (const prompt of request.prompts) {
     if (prompts.length > 0) await nextTurn();
     if (typeof prompt !== 'string') checkTokens(prompt, model.text.vocabSize, 'prompt');
     prompts.push(typeof prompt === 'string' ? encode(model, prompt, request.addSpecialTokens) : prompt);
   }
-  return { prompts, request };
+  return { servedModel, prompts, request };
 }
 
 /** The adapter that `name` points at; null for the base model.  @throws EngineError model_not_found */
@@ -122,12 +132,12 @@ export function checkTokens(tokenIds: readonly number[], vocabSize: number, fiel
  */
 export function addJob(
   model: ServedModel,
-  { prompts, request }: Job,
+  { servedModel, prompts, request }: Job,
   onOutput: (index: number, output: SequenceOutput) => void,
 ): SequenceHandle[] {
   const { engine, text } = model;
   // Named anew, in the same turn as the adding: an unload may have come since the job was made.
-  const adapter = adapterOf(model, request.model);
+  const adapter = adapterOf(model, servedModel);
   checkTokens(request.sampling.stopTokenIds, text.vocabSize, 'stop_token_ids');
   checkTokens(request.sampling.biasIds, text.vocabSize, 'logit_bias');
   const requests: SequenceRequest[] = [];

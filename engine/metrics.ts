@@ -3,6 +3,7 @@
  * has no vLLM word is `motet_`. Gauges are read at scrape time from the parts that own the facts, so they cannot lag.
  */
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import type { FetchEvent } from './adapters/adapter-cache.ts';
 import type { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { type Arena, pageOwners } from './arena.ts';
 import type { FinishReason } from './stop.ts';
@@ -35,6 +36,7 @@ const ttftBounds = [
 const tokenBounds = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5];
 const requestBounds = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240];
 const stepBounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];
+const fetchBounds = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900];
 const sizeBounds = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 export class EngineMetrics {
@@ -101,6 +103,26 @@ export class EngineMetrics {
     registers: [this.registry],
   });
 
+  readonly #fetches = new Counter({
+    name: 'motet_source_fetches_total',
+    help: 'Models and adapters asked of a remote source, by kind and by result: fetched, cached, unavailable, refused.',
+    labelNames: ['kind', 'result'],
+    registers: [this.registry],
+  });
+  readonly #fetchSeconds = new Histogram({
+    name: 'motet_source_fetch_seconds',
+    help: 'Fetching and verifying one model or adapter that was not cached, in seconds, by kind.',
+    labelNames: ['kind'],
+    buckets: fetchBounds,
+    registers: [this.registry],
+  });
+  readonly #fetchBytes = new Counter({
+    name: 'motet_source_fetch_bytes_total',
+    help: 'Bytes of files that were fetched whole, by kind.',
+    labelNames: ['kind'],
+    registers: [this.registry],
+  });
+
   constructor(modelName: string) {
     this.registry.setDefaultLabels({ model_name: modelName, engine: '0' });
   }
@@ -109,6 +131,13 @@ export class EngineMetrics {
     this.#stepSeconds.observe(seconds);
     this.#batchSize.observe(numSequences);
     this.#iterationTokens.observe(numTokens);
+  }
+
+  observeFetch({ kind, result, seconds, bytes }: FetchEvent): void {
+    this.#fetches.inc({ kind, result });
+    if (result === 'cached') return;
+    this.#fetchSeconds.observe({ kind }, seconds);
+    this.#fetchBytes.inc({ kind }, bytes);
   }
 
   observeSequence(times: SequenceTimes): void {

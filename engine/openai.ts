@@ -5,7 +5,9 @@
  */
 import { z } from 'zod';
 import { EngineError } from './errors.ts';
+import { modelHeader } from './protocol.ts';
 import { defaultSampling, maxLogprobs, randomSeed, type SamplingParams } from './sampling.ts';
+import { isDigest, needsDigest, uriProblem } from './source-uri.ts';
 
 /** Most choices of one prompt, and most sequences of one request. */
 const maxChoices = 16;
@@ -248,15 +250,31 @@ export function parseDetokenize(body: unknown): { tokens: number[] } {
   return parse(z.object({ tokens: z.array(tokenId, { error: 'expected a list of token ids' }) }), body);
 }
 
+/**
+ * The name that chooses the adapter: the header's, when a gateway has resolved an alias, else the body's.
+ * @param header undefined: it was not sent
+ */
+export function parseServedModel(header: string | undefined, bodyModel: string | null): string | null {
+  if (header === undefined) return bodyModel;
+  if (/^[\x20-\x7e]{1,256}$/.test(header)) return header;
+  const expected = 'expected 1 to 256 printable ASCII characters';
+  throw new EngineError('invalid_value', `${modelHeader}: ${expected}, got ${header.length} others`, {
+    param: modelHeader,
+  });
+}
+
 export interface LoadAdapterRequest {
   name: string;
+  /** A path or a URI. */
   path: string;
+  /** What the adapter must be; null: whatever is there. */
+  digest: string | null;
   isInPlace: boolean;
 }
 
 /** vLLM's load body. Names become metric labels in comma lists, so commas and control characters are refused. */
 export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
-  const { lora_name, lora_path, load_inplace } = asObject(body);
+  const { lora_name, lora_path, load_inplace, digest = null } = asObject(body);
   if (!isFilled(lora_name) || !isFilled(lora_path)) {
     throw new EngineError('adapter_name_missing', "Both 'lora_name' and 'lora_path' must be provided.", {
       param: isFilled(lora_name) ? 'lora_path' : 'lora_name',
@@ -273,7 +291,22 @@ export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
   if (load_inplace !== undefined && load_inplace !== null && typeof load_inplace !== 'boolean') {
     throw invalid('load_inplace', 'expected true or false', load_inplace);
   }
-  return { name: lora_name, path: lora_path, isInPlace: load_inplace === true };
+  const problem = uriProblem(lora_path);
+  if (problem !== null) {
+    const message = `lora_path: expected ${problem.expected}, got ${problem.got}`;
+    throw new EngineError('adapter_path_refused', message, { param: 'lora_path' });
+  }
+  if (digest !== null && !(typeof digest === 'string' && isDigest(digest))) {
+    throw invalid('digest', 'expected sha256: and 64 hex digits', digest);
+  }
+  if (digest === null && needsDigest(lora_path)) {
+    throw invalid(
+      'digest',
+      'expected the digest of the adapter beside a lora_path that is fetched',
+      undefined,
+    );
+  }
+  return { name: lora_name, path: lora_path, digest, isInPlace: load_inplace === true };
 }
 
 export function parseUnloadAdapter(body: unknown): { name: string } {

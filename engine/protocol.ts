@@ -25,12 +25,17 @@ export interface AdapterStatus {
   inFlight: number;
   /** Sequences that have used it since it was loaded. Not there in older engines. */
   requests?: number;
-  /** Where it was loaded from. */
+  /** Where it was loaded from, as the caller named it; of a URI, without its query. */
   path: string;
   /** Unix seconds of when it became resident in this tier. */
   since: number;
   /** How long each stage of loading took, in seconds. */
-  loadSeconds: { verify: number; device: number };
+  loadSeconds: {
+    /** From its source to this machine; 0 when it was here already. Absent from engines that know no sources. */
+    fetch?: number;
+    verify: number;
+    device: number;
+  };
 }
 
 export interface AdapterList {
@@ -38,6 +43,8 @@ export interface AdapterList {
   /** The device arena: total and free bytes, and how they are used. */
   arena: { totalBytes: number; freeBytes: number; kvBytes: number; adapterBytes: number };
   data: AdapterStatus[];
+  /** Names whose load is under way: waiting, being fetched or copied. Absent from older engines. */
+  loading?: string[];
 }
 
 /** One card of `GET /v1/models` (vLLM's shape). */

@@ -8,8 +8,8 @@ import type { Server } from 'node:http';
 import { createServer as createHttpServer } from 'node:http';
 import express, { type NextFunction, type Request, type RequestHandler, type Response } from 'express';
 import type { Logger } from 'pino';
-import { resolveAdapterPath } from './adapters/adapter-path.ts';
 import type { Arena } from './arena.ts';
+import type { CallerIdentity } from './caller-identity.ts';
 import type { SequenceHandle } from './engine.ts';
 import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
 import {
@@ -31,6 +31,7 @@ import {
   parseCompletion,
   parseDetokenize,
   parseLoadAdapter,
+  parseServedModel,
   parseTokenize,
   parseUnloadAdapter,
 } from './openai.ts';
@@ -42,17 +43,21 @@ import {
   type ReplyFormat,
   usageOf,
 } from './openai-reply.ts';
-import { type AdapterList, enginePaths, type ModelCard, type ModelList } from './protocol.ts';
+import { type AdapterList, enginePaths, type ModelCard, type ModelList, modelHeader } from './protocol.ts';
+import { shownUri } from './source-uri.ts';
+import type { Sources } from './sources.ts';
 
 export interface ServerOptions extends ServedModel {
   arena: Arena;
   metrics: EngineMetrics;
   log: Logger;
-  /** Where the base model came from. */
-  modelPath: string;
-  adapterRoot: string | null;
-  /** Accepted bearer keys; null: everyone may call. */
+  /** Where the base model came from, path or URI. */
+  modelSource: string;
+  sources: Sources;
+  /** Accepted bearer keys; null: none. Without keys and callers everyone may call. */
   apiKeys: readonly string[] | null;
+  /** Judges bearer tokens of the cluster; null: none are accepted. */
+  callers: Pick<CallerIdentity, 'check'> | null;
   /** Of a request. */
   maxBodyBytes: number;
   /** Of a stream, not yet taken by its reader. */
@@ -86,15 +91,17 @@ export function createServer(options: ServerOptions): Server {
     response.type(registry.contentType).send(await registry.metrics());
   });
 
-  if (options.apiKeys) app.use(bearerKey(options.apiKeys));
+  if (options.apiKeys || options.callers) app.use(bearer(options.apiKeys ?? [], options.callers));
   const body = jsonBody(options.maxBodyBytes);
 
   route(app, 'post', enginePaths.chat, body, async (request, response) => {
-    const job = await chatJob(options, parseChat(request.body));
+    const body = parseChat(request.body);
+    const job = await chatJob(options, body, parseServedModel(request.get(modelHeader), body.model));
     await reply(options, job, chatFormat, response);
   });
   route(app, 'post', enginePaths.completions, body, async (request, response) => {
-    const job = await completionJob(options, parseCompletion(request.body));
+    const body = parseCompletion(request.body);
+    const job = await completionJob(options, body, parseServedModel(request.get(modelHeader), body.model));
     await reply(options, job, completionFormat, response);
   });
   route(app, 'get', enginePaths.models, (_request, response) => {
@@ -113,7 +120,7 @@ export function createServer(options: ServerOptions): Server {
     response.type('text/plain').send(`Success: LoRA adapter '${name}' removed successfully.`);
   });
   route(app, 'post', enginePaths.tokenize, body, (request, response) => {
-    response.json(tokenize(options, request.body));
+    response.json(tokenize(options, request.body, request.get(modelHeader)));
   });
   route(app, 'post', enginePaths.detokenize, body, (request, response) => {
     const { tokens } = parseDetokenize(request.body);
@@ -167,15 +174,17 @@ function accessLog(log: Logger): RequestHandler {
   };
 }
 
-/** Keys are compared by their hashes, in constant time. */
-function bearerKey(keys: readonly string[]): RequestHandler {
+/** A known key, or a token of a caller that is trusted. Keys are compared by their hashes, in constant time. */
+function bearer(keys: readonly string[], callers: ServerOptions['callers']): RequestHandler {
   const hash = (key: string) => createHash('sha256').update(key).digest();
   const hashes = keys.map(hash);
-  return function bearerKey(request, _response, next) {
-    const [scheme, key] = (request.get('authorization') ?? '').split(' ');
-    const given = hash(key ?? '');
+  return async function bearer(request, _response, next) {
+    const [scheme, key = ''] = (request.get('authorization') ?? '').split(' ');
+    const isBearer = scheme?.toLowerCase() === 'bearer' && key !== '';
+    const given = hash(key);
     const isKnown = hashes.filter((known) => timingSafeEqual(known, given)).length > 0;
-    if (scheme?.toLowerCase() !== 'bearer' || !isKnown) {
+    if (isBearer && !isKnown && callers) await callers.check(key);
+    else if (!isBearer || !isKnown) {
       throw new EngineError('unauthorized', 'expected Authorization: Bearer with a known key');
     }
     next();
@@ -292,8 +301,10 @@ function replyHead({ baseName, wallClock }: ServerOptions, { request }: Job, for
 }
 
 async function loadAdapter(options: ServerOptions, body: unknown): Promise<string> {
-  const { tiers, baseName, adapterRoot, log } = options;
-  const { name, path, isInPlace } = parseLoadAdapter(body);
+  const { engine, tiers, sources, baseName, log } = options;
+  const { name, path, digest, isInPlace } = parseLoadAdapter(body);
+  if (engine.isDraining)
+    throw new EngineError('draining', 'the engine is draining', { retryAfterSeconds: 5 });
   if (name === baseName) {
     throw new EngineError(
       'adapter_already_loaded',
@@ -303,15 +314,16 @@ async function loadAdapter(options: ServerOptions, body: unknown): Promise<strin
       },
     );
   }
-  const adapter = await tiers.load(name, await resolveAdapterPath(path, adapterRoot), isInPlace);
+  const adapter = await tiers.load(name, await sources.adapter(path, digest), isInPlace);
+  const { file, pages, loadSeconds } = adapter;
   log.info(
-    { name, digest: adapter.digest, rank: adapter.file.rank, pages: adapter.pages.length },
+    { name, digest: adapter.digest, rank: file.rank, pages: pages.length, loadSeconds },
     'adapter loaded',
   );
   return `Success: LoRA adapter '${name}' added successfully.`;
 }
 
-function modelList({ baseName, tiers, engine, modelPath }: ServerOptions, startSeconds: number): ModelList {
+function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, startSeconds: number): ModelList {
   const card = (id: string, root: string, parent: string | null, created: number): ModelCard => ({
     id,
     object: 'model',
@@ -326,8 +338,8 @@ function modelList({ baseName, tiers, engine, modelPath }: ServerOptions, startS
   return {
     object: 'list',
     data: [
-      card(baseName, modelPath, null, startSeconds),
-      ...adapters.map(([name, adapter]) => card(name, adapter.sourcePath, baseName, adapter.since)),
+      card(baseName, shownUri(modelSource), null, startSeconds),
+      ...adapters.map(([name, adapter]) => card(name, adapter.sourceUri, baseName, adapter.since)),
     ],
   };
 }
@@ -343,13 +355,14 @@ function adapterList({ arena, tiers }: ServerOptions): AdapterList {
       adapterBytes: bytes(arena.numUsed('adapter')),
     },
     data: tiers.statuses(),
+    loading: [...tiers.loadingNames].sort(),
   };
 }
 
 /** vLLM's shape. */
-function tokenize(options: ServerOptions, body: unknown) {
+function tokenize(options: ServerOptions, body: unknown, header: string | undefined) {
   const request = parseTokenize(body);
-  adapterOf(options, request.model);
+  adapterOf(options, parseServedModel(header, request.model));
   const tokens =
     'messages' in request
       ? chatTokens(options, request)

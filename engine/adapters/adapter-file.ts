@@ -32,9 +32,7 @@ export async function readAdapterFile(
   const config = parseAdapterConfig(await readConfig(folder), dims);
   const path = join(folder, 'adapter_model.safetensors');
   const before = await statWeights(folder, path);
-  const file = await readSafetensors(path).catch((error: InputError) => {
-    throw new EngineError('adapter_invalid', error.message, { param, cause: error });
-  });
+  const file = await readWeights(folder);
   const modules = collectModules(file, config, dims);
   const rank = Math.max(...modules.map((module) => module.rank));
   if (rank > limits.maxRank) {
@@ -53,6 +51,20 @@ export async function readAdapterFile(
     kind: config.usesDora ? 'dora' : config.usesRslora ? 'rslora' : 'lora',
     sizeBytes: [...file.tensors.values()].reduce((sum, tensor) => sum + tensor.sizeBytes, 0),
   };
+}
+
+/** The digest of a folder that may be for any base model: nothing is checked but what the digest is made of. */
+export async function digestOfFolder(folder: string): Promise<string> {
+  const config = parseAdapterConfig(await readConfig(folder), null);
+  return digestOf(await readWeights(folder), config);
+}
+
+async function readWeights(folder: string): Promise<SafetensorsFile> {
+  const path = join(folder, 'adapter_model.safetensors');
+  await statWeights(folder, path);
+  return readSafetensors(path).catch((error: InputError) => {
+    throw new EngineError('adapter_invalid', error.message, { param, cause: error });
+  });
 }
 
 /** The request field that names an adapter. */
@@ -136,7 +148,8 @@ const refusedSettings = [
 /** Starting values that leave the base's weights as they are. Others (pissa, olora, loftq, ...) change them. */
 const harmlessInits = [true, false, 'gaussian', 'eva', 'orthogonal'];
 
-export function parseAdapterConfig(config: Record<string, unknown>, dims: ModelDims): AdapterConfig {
+/** @param dims of the base model; null: it is not known, and layers may be any */
+export function parseAdapterConfig(config: Record<string, unknown>, dims: ModelDims | null): AdapterConfig {
   if (config.peft_type !== 'LORA') refuse('peft_type', 'LORA', shown(config.peft_type));
   for (const name of refusedSettings) {
     const value = config[name];
@@ -162,7 +175,7 @@ export function parseAdapterConfig(config: Record<string, unknown>, dims: ModelD
     usesDora: flag(config, 'use_dora'),
     hasBias: flag(config, 'lora_bias'),
     targets: parseTargets(config.target_modules),
-    layers: parseLayers(config.layers_to_transform, dims.numLayers),
+    layers: parseLayers(config.layers_to_transform, dims?.numLayers ?? Number.POSITIVE_INFINITY),
   };
 }
 

@@ -3,13 +3,14 @@
  * digest; a name is an alias. So the same content under two names is loaded once, new content under an old name is a
  * new adapter beside the old one, and an adapter without names waits for its last sequence, then its pages are free.
  *
- * A load runs beside the steps: verify (read, hash, check), then wait for pages, then copy. Loads of one digest are
+ * A load runs beside the steps: fetch, verify (read, hash, check), then wait for pages, then copy. Loads of one digest are
  * one load; loads of one name run one after another; the number at once and the number in line are bounded.
  */
 import type { AdapterModule } from '../../native/index.ts';
 import type { Arena } from '../arena.ts';
 import { EngineError, InvariantError } from '../errors.ts';
 import type { AdapterStatus } from '../protocol.ts';
+import { Slots } from '../slots.ts';
 
 /** A checked adapter folder, as adapter-file.ts reads it. */
 export interface AdapterFile {
@@ -21,6 +22,32 @@ export interface AdapterFile {
   targets: readonly string[];
   kind: string;
   sizeBytes: number;
+}
+
+/** Where an adapter comes from. */
+export interface AdapterSource {
+  /** As the caller named it, without what may be secret. */
+  uri: string;
+  /** What it must be; null: whatever is there. */
+  digest: string | null;
+  /** Brings it to this machine. Takes none of the loads' places: a slow source holds up its own load only. */
+  fetch: () => Promise<LocalFolder>;
+}
+
+/** An adapter's folder on this machine. It stays until `release`, which is called once. */
+export interface LocalFolder {
+  path: string;
+  /** How long it took to bring it here; 0 when it was here. */
+  seconds: number;
+  release: () => void;
+  /** Forgets a copy of ours that is no longer what it was when it was fetched. @returns whether it was so */
+  discardIfDamaged: () => Promise<boolean>;
+}
+
+/** A folder that is nobody's copy. */
+export function folderSource(path: string, uri = path, digest: string | null = null): AdapterSource {
+  const folder = { path, seconds: 0, release() {}, discardIfDamaged: async () => false };
+  return { uri, digest, fetch: async () => folder };
 }
 
 export interface AdapterLoader {
@@ -56,11 +83,11 @@ export interface Adapter {
   readonly pages: Int32Array;
   readonly handle: number;
   readonly names: Set<string>;
-  /** Path as the client gave it, of the first load. */
-  readonly sourcePath: string;
+  /** As the client named it in the first load. */
+  readonly sourceUri: string;
   /** Unix seconds. */
   readonly since: number;
-  readonly loadSeconds: { verify: number; device: number };
+  readonly loadSeconds: { fetch: number; verify: number; device: number };
   /** Sequences, waiting or running, that use it. */
   numInFlight: number;
   /** Sequences that have used it since it was loaded. */
@@ -84,14 +111,14 @@ export class AdapterTiers {
   readonly #nameTurns = new Map<string, Promise<unknown>>();
   /** First come, first served: a small adapter does not pass a large one for ever. */
   readonly #pageWaiters: PageWaiter[] = [];
-  readonly #slotWaiters: (() => void)[] = [];
-  #numLoads = 0;
+  readonly #slots: Slots;
   #isClosed = false;
   /** Called with the seconds that each load took. */
   onLoaded: (seconds: number) => void = () => {};
 
   constructor(options: AdapterTiersOptions) {
     this.#options = options;
+    this.#slots = new Slots(options.maxLoads, options.maxQueuedLoads, 'adapter loads');
   }
 
   get(name: string): Adapter | undefined {
@@ -128,11 +155,13 @@ export class AdapterTiers {
   }
 
   /**
-   * Loads the adapter at `path` and points `name` at it.
-   * @throws EngineError adapter_already_loaded, when the name is taken and `isInPlace` is false; arena_full, when
-   *         the pages are not there in time; too_many_loads; or what readFile throws
+   * Loads an adapter and points `name` at it.
+   * @param from a folder on this machine, or any source
+   * @throws EngineError adapter_already_loaded, when the name is taken and `isInPlace` is false; adapter_digest_mismatch;
+   *         arena_full, when the pages are not there in time; too_many_loads; or what fetch and readFile throw
    */
-  async load(name: string, path: string, isInPlace: boolean): Promise<Adapter> {
+  async load(name: string, from: AdapterSource | string, isInPlace: boolean): Promise<Adapter> {
+    const source = typeof from === 'string' ? folderSource(from) : from;
     const before = this.#nameTurns.get(name);
     const turn = (async () => {
       await before?.catch(() => {});
@@ -143,9 +172,9 @@ export class AdapterTiers {
           { param: 'lora_name' },
         );
       }
-      let adapter = await this.#loadPath(path);
+      let adapter = await this.#loadSource(source);
       // Between the load and this line another name may have let go of the same adapter.
-      while (this.#byDigest.get(adapter.digest) !== adapter) adapter = await this.#loadPath(path);
+      while (this.#byDigest.get(adapter.digest) !== adapter) adapter = await this.#loadSource(source);
       this.#point(name, adapter);
       return adapter;
     })();
@@ -193,7 +222,7 @@ export class AdapterTiers {
       bytes: adapter.pages.length * this.#options.arena.pageBytes,
       inFlight: adapter.numInFlight,
       requests: adapter.numRequests,
-      path: adapter.sourcePath,
+      path: adapter.sourceUri,
       since: adapter.since,
       loadSeconds: adapter.loadSeconds,
     }));
@@ -209,29 +238,47 @@ export class AdapterTiers {
     await Promise.allSettled(this.#loading.values());
   }
 
-  async #loadPath(path: string): Promise<Adapter> {
-    await this.#enterLoad();
+  async #loadSource(source: AdapterSource, isSecondTry = false): Promise<Adapter> {
+    if (this.#isClosed) throw new EngineError('draining', 'the engine is shutting down');
+    // Who names a digest that is resident has named all there is to load.
+    const known = source.digest === null ? undefined : this.#byDigest.get(source.digest);
+    if (known) return known;
+    const folder = await source.fetch();
     try {
-      const begin = this.#options.now();
-      const file = await this.#options.readFile(path);
-      const verifySeconds = (this.#options.now() - begin) / 1000;
-      const resident = this.#byDigest.get(file.digest);
-      if (resident) return resident;
-      const underWay = this.#loading.get(file.digest);
-      if (underWay) return await underWay;
-      const load = this.#bringToDevice(file, path, verifySeconds);
-      this.#loading.set(file.digest, load);
-      try {
-        return await load;
-      } finally {
-        this.#loading.delete(file.digest);
-      }
+      return await this.#slots.run(() => this.#loadFolder(source, folder));
+    } catch (error) {
+      const isRefused = error instanceof EngineError && error.status < 500;
+      if (!isRefused || isSecondTry || !(await folder.discardIfDamaged())) throw error;
     } finally {
-      this.#leaveLoad();
+      folder.release();
+    }
+    return this.#loadSource(source, true);
+  }
+
+  async #loadFolder(source: AdapterSource, folder: LocalFolder): Promise<Adapter> {
+    const begin = this.#options.now();
+    const file = await this.#options.readFile(folder.path);
+    const verifySeconds = (this.#options.now() - begin) / 1000;
+    checkDigest(source, file.digest);
+    const resident = this.#byDigest.get(file.digest);
+    if (resident) return resident;
+    const underWay = this.#loading.get(file.digest);
+    if (underWay) return await underWay;
+    const load = this.#bringToDevice(file, source.uri, folder.seconds, verifySeconds);
+    this.#loading.set(file.digest, load);
+    try {
+      return await load;
+    } finally {
+      this.#loading.delete(file.digest);
     }
   }
 
-  async #bringToDevice(file: AdapterFile, sourcePath: string, verifySeconds: number): Promise<Adapter> {
+  async #bringToDevice(
+    file: AdapterFile,
+    sourceUri: string,
+    fetchSeconds: number,
+    verifySeconds: number,
+  ): Promise<Adapter> {
     const { loader, arena, now, wallClock } = this.#options;
     const numPages = loader.adapterPages(file.modules);
     const pages = await this.#takePages(numPages);
@@ -255,9 +302,9 @@ export class AdapterTiers {
       pages,
       handle,
       names: new Set(),
-      sourcePath,
+      sourceUri,
       since: wallClock() / 1000,
-      loadSeconds: { verify: verifySeconds, device: deviceSeconds },
+      loadSeconds: { fetch: fetchSeconds, verify: verifySeconds, device: deviceSeconds },
       numInFlight: 0,
       numRequests: 0,
     };
@@ -282,27 +329,6 @@ export class AdapterTiers {
     this.#options.loader.releaseAdapter(adapter.handle);
     this.#options.arena.giveBack('adapter', adapter.pages);
     this.#options.onPagesWanted();
-  }
-
-  /** A place among the loads that run at once. */
-  async #enterLoad(): Promise<void> {
-    if (this.#numLoads < this.#options.maxLoads) {
-      this.#numLoads++;
-      return;
-    }
-    if (this.#slotWaiters.length >= this.#options.maxQueuedLoads) {
-      throw new EngineError(
-        'too_many_loads',
-        `${this.#slotWaiters.length} adapter loads wait already; retry when some are done`,
-      );
-    }
-    await new Promise<void>((resolve) => this.#slotWaiters.push(resolve));
-  }
-
-  #leaveLoad(): void {
-    const next = this.#slotWaiters.shift();
-    if (next) next();
-    else this.#numLoads--;
   }
 
   #tryTake(numPages: number): Int32Array | null {
@@ -351,4 +377,12 @@ export class AdapterTiers {
       { param: 'lora_path', retryAfterSeconds: Math.max(1, Math.ceil(pageWaitMs / 1000)) },
     );
   }
+}
+
+/** @throws EngineError adapter_digest_mismatch */
+export function checkDigest({ uri, digest }: Pick<AdapterSource, 'uri' | 'digest'>, actual: string): void {
+  if (digest === null || digest === actual) return;
+  throw new EngineError('adapter_digest_mismatch', `${uri}: expected digest ${digest}, got ${actual}`, {
+    param: 'digest',
+  });
 }

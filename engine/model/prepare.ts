@@ -9,23 +9,20 @@
  * A file appears under its name only when it is whole: it is written under a temporary name, synced, and then linked.
  * Its name is a hash of what it was made from, so a changed source or setting makes another file.
  */
-import { createHash, randomBytes } from 'node:crypto';
-import {
-  type FileHandle,
-  link,
-  mkdir,
-  open,
-  readdir,
-  realpath,
-  rename,
-  stat,
-  statfs,
-  unlink,
-} from 'node:fs/promises';
-import { availableParallelism, hostname } from 'node:os';
+import { createHash } from 'node:crypto';
+import { type FileHandle, mkdir, open, realpath, stat } from 'node:fs/promises';
+import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { type ModelDims, type PackedTensor, packedBytes, packTensor } from '../../native/index.ts';
 import { InputError, ioError } from '../input-error.ts';
+import {
+  freeBytesAt,
+  hashRange,
+  publishFile,
+  removeTemporary,
+  sweepTemporaries,
+  temporaryPath,
+} from '../temporary-files.ts';
 import type { BaseModel, ModelTensor } from './base-model.ts';
 
 const magic = Buffer.from('MOTETPK1');
@@ -82,12 +79,10 @@ export async function prepareModel(model: BaseModel, options: PrepareOptions): P
   const existing = await openPacked(path, key, options.verifyData ?? true);
   if (existing !== null) return existing;
 
-  const temporary = temporaryName(key);
-  activeTemporaries.add(temporary);
-  const temporaryPath = join(folder, temporary);
+  const temporary = temporaryPath(folder, key);
   try {
-    await writePacked(model, key, temporaryPath, options.onProgress);
-    await publish(temporaryPath, path, key);
+    await writePacked(model, key, temporary, options.onProgress);
+    await publishFile(temporary, path, async () => (await openPacked(path, key, true)) !== null);
     const made = await openPacked(path, key, false);
     if (made === null)
       throw new InputError(
@@ -96,10 +91,9 @@ export async function prepareModel(model: BaseModel, options: PrepareOptions): P
       );
     return { ...made, isReused: false };
   } catch (error) {
-    throw error instanceof InputError ? error : ioError(`write packed file ${temporaryPath}`, error);
+    throw error instanceof InputError ? error : ioError(`write packed file ${temporary}`, error);
   } finally {
-    await unlink(temporaryPath).catch(() => {}); // gone already when it was renamed
-    activeTemporaries.delete(temporary);
+    await removeTemporary(temporary);
   }
 }
 
@@ -178,8 +172,7 @@ async function writePacked(
 }
 
 async function checkFreeSpace(path: string, neededBytes: number): Promise<void> {
-  const { bavail, bsize } = await statfs(path);
-  const freeBytes = bavail * bsize;
+  const freeBytes = await freeBytesAt(path);
   if (freeBytes < neededBytes) {
     throw new InputError(
       'io_failed',
@@ -231,22 +224,6 @@ async function packAll(
   const results = await Promise.allSettled(workers);
   const failure = results.find((result) => result.status === 'rejected');
   if (failure !== undefined) throw failure.reason;
-}
-
-/** Puts a finished file under its name and makes that survive a power cut. */
-async function publish(temporaryPath: string, path: string, key: string): Promise<void> {
-  // When another process was faster, its file stays, since engines may have mapped it by now.
-  const isLinked = await link(temporaryPath, path).then(
-    () => true,
-    () => false,
-  );
-  if (!isLinked && (await openPacked(path, key, true)) === null) await rename(temporaryPath, path);
-  const folder = await open(join(path, '..'));
-  try {
-    await folder.sync();
-  } finally {
-    await folder.close();
-  }
 }
 
 /** A packed file that is whole and of that key, else null: it is then made again. */
@@ -305,14 +282,9 @@ async function writeAll(file: FileHandle, bytes: Buffer, position: number): Prom
 
 async function hashData(file: FileHandle, path: string, begin: number, sizeBytes: number): Promise<string> {
   const hash = createHash('sha256');
-  const buffer = Buffer.alloc(4 * 2 ** 20);
-  for (let done = 0; done < sizeBytes; ) {
-    const { bytesRead } = await file.read(buffer, 0, Math.min(buffer.length, sizeBytes - done), begin + done);
-    if (bytesRead === 0)
-      throw new InputError('io_failed', `${path}: expected ${sizeBytes} bytes of data, got ${done}`);
-    hash.update(buffer.subarray(0, bytesRead));
-    done += bytesRead;
-  }
+  const done = await hashRange(hash, file, begin, sizeBytes);
+  if (done < sizeBytes)
+    throw new InputError('io_failed', `${path}: expected ${sizeBytes} bytes of data, got ${done}`);
   return hash.digest('hex');
 }
 
@@ -341,36 +313,3 @@ const parseDims = (dims: SerializedDims): ModelDims => ({
     inverseFrequencies: Float64Array.from(table.inverseFrequencies),
   })),
 });
-
-/** Temporary files that this process is writing. */
-const activeTemporaries = new Set<string>();
-const temporaryAgeMs = 24 * 3600 * 1000;
-
-const temporaryName = (key: string) =>
-  `.${key}.${encodeURIComponent(hostname())}.${process.pid}.${randomBytes(6).toString('hex')}.tmp`;
-
-/**
- * Removes what dead processes left. A process is known dead on its own host only; in a container that starts again, ours
- * has the id of the one that died. Files of other hosts go after a day.
- */
-async function sweepTemporaries(folder: string): Promise<void> {
-  for (const name of await readdir(folder)) {
-    const match = /^\.[0-9a-f]+\.(.+)\.(\d+)\.[0-9a-f]+\.tmp$/.exec(name);
-    if (match === null || activeTemporaries.has(name)) continue;
-    const path = join(folder, name);
-    const isHere = match[1] === encodeURIComponent(hostname());
-    const isDead = isHere && (Number(match[2]) === process.pid || !isAlive(Number(match[2])));
-    const info = await stat(path).catch(() => null);
-    if (info !== null && (isDead || Date.now() - info.mtimeMs > temporaryAgeMs))
-      await unlink(path).catch(() => {});
-  }
-}
-
-function isAlive(pid: number): boolean {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === 'EPERM';
-  }
-}

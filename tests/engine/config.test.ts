@@ -10,7 +10,7 @@ const parse = (args: string[], env: Record<string, string> = {}) =>
 describe('engine settings', () => {
   test('have sensible defaults', () => {
     expect(parse([])).toMatchObject({
-      modelPath: 'm',
+      model: 'm',
       host: '127.0.0.1',
       port: 8000,
       deviceMemoryBytes: 2 ** 30,

@@ -208,7 +208,7 @@ describe('adapters over HTTP', () => {
   const load = (served: Served, body: object) => served.post(enginePaths.loadAdapter, body);
 
   test('are loaded, listed, used and unloaded', async () => {
-    const served = await serveFake({ server: { adapterRoot: null } });
+    const served = await serveFake();
     const response = await load(served, { lora_name: 'tuned', lora_path: '/tmp' });
     expect([response.status, await response.text()]).toEqual([
       200,
@@ -301,7 +301,7 @@ describe('adapters over HTTP', () => {
   });
 
   test('are refused outside the adapter root, links followed', async () => {
-    const served = await serveFake({ server: { adapterRoot: '/tmp' } });
+    const served = await serveFake({ adapterRoot: '/tmp' });
     const response = await load(served, { lora_name: 'a', lora_path: '/tmp/../usr' });
     expect([response.status, await response.text()]).toEqual([
       400,

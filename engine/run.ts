@@ -1,0 +1,200 @@
+/**
+ * The engine process: reads its settings, fetches, prepares and opens the base model, loads the adapters named at start,
+ * serves, and drains on SIGTERM. Wiring only.
+ */
+import { once } from 'node:events';
+import type { AddressInfo } from 'node:net';
+import { pino } from 'pino';
+import { collectDefaultMetrics } from 'prom-client';
+import { openRuntime } from '../native/index.ts';
+import { readAdapterFile } from './adapters/adapter-file.ts';
+import { AdapterTiers } from './adapters/adapter-tiers.ts';
+import { Arena } from './arena.ts';
+import { CallerIdentity } from './caller-identity.ts';
+import { type Config, ConfigError, parseConfig } from './config.ts';
+import { checkDevice } from './device.ts';
+import { Engine } from './engine.ts';
+import { InputError } from './input-error.ts';
+import { EngineMetrics } from './metrics.ts';
+import { readBaseModel } from './model/base-model.ts';
+import { prepareModel } from './model/prepare.ts';
+import { openTextModel } from './model/text-model.ts';
+import { createServer } from './server.ts';
+import { nameOf } from './source-uri.ts';
+import { Sources } from './sources.ts';
+
+/** Bounds that nobody needed to change yet. */
+const maxBodyBytes = 4 * 2 ** 20;
+const maxBufferedBytes = 2 ** 20;
+const maxLoads = 2;
+const maxQueuedLoads = 64;
+const pageWaitMs = 10_000;
+
+/** Exit statuses: a wrong setting or file is the user's to change, and a restart does not help. */
+const exitUsage = 2;
+const exitKilled = 143;
+
+/** Takes over what a signal does. */
+type TakeSignals = (handler: (signal: NodeJS.Signals) => void) => void;
+
+/** Serves until a signal ends it; what keeps it from serving ends the process. */
+export async function run(takeSignals: TakeSignals): Promise<void> {
+  try {
+    await serve(takeSignals);
+  } catch (error) {
+    // What the user can change is one line; what we did wrong keeps its stack.
+    const { code, message, stack } = error as NodeJS.ErrnoException;
+    const isTheirs = error instanceof ConfigError || error instanceof InputError || code !== undefined;
+    process.stderr.write(`motet engine: ${isTheirs ? message : stack}\n`);
+    process.exit(isTheirs && code !== 'source_unavailable' ? exitUsage : 1);
+  }
+}
+
+async function serve(takeSignals: TakeSignals): Promise<void> {
+  const config = parseConfig(process.argv.slice(2), process.env);
+  if ('help' in config) {
+    process.stdout.write(config.help);
+    return;
+  }
+  checkDevice(config.device);
+  const log = pino({ level: config.logLevel, base: null });
+  const baseName = config.servedName ?? nameOf(config.model);
+  const metrics = new EngineMetrics(baseName);
+  collectDefaultMetrics({ register: metrics.registry });
+  const sources = new Sources({
+    cacheFolder: config.cacheDir,
+    maxAdapterBytes: config.sourceCacheBytes,
+    adapterRoot: config.adapterRoot,
+    log,
+    onFetch: (event) => metrics.observeFetch(event),
+  });
+  const modelPath = await sources.model(config.model, config.modelDigest);
+  const model = await readBaseModel(modelPath, config.quantization);
+  const text = await openTextModel(model);
+  let shownPercent = -5;
+  const prepared = await prepareModel(model, {
+    cacheFolder: config.cacheDir,
+    onProgress(fraction) {
+      const percent = Math.floor(fraction * 100);
+      if (percent < shownPercent + 5) return;
+      shownPercent = percent;
+      log.info({ fraction }, 'preparing');
+    },
+  });
+  const runtime = await openRuntime({
+    packedPath: prepared.packedPath,
+    dims: prepared.dims,
+    tensors: prepared.tensors,
+    activations: config.activations,
+    deviceMemoryBytes: config.deviceMemoryBytes,
+    numThreads: config.numThreads,
+  });
+  const arena = new Arena(runtime.numPages, runtime.pageBytes);
+  const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
+  const now = () => performance.now();
+  const wallClock = () => Date.now();
+  const onFatal = (error: unknown) => {
+    log.fatal({ err: error }, 'the engine cannot go on');
+    process.exit(1);
+  };
+
+  const { maxBatchTokens, maxSequences, maxWaiting, maxLoraRank: maxRank } = config;
+  const { eosTokenIds, createDetokenizer } = text;
+  const limits = { maxModelLen, maxBatchTokens, maxSequences, maxWaiting };
+  const engine = new Engine({
+    runtime,
+    arena,
+    limits,
+    eosTokenIds,
+    createDetokenizer,
+    metrics,
+    log,
+    now,
+    onFatal,
+  });
+  const tiers = new AdapterTiers({
+    loader: runtime,
+    arena,
+    readFile: (path) => readAdapterFile(path, prepared.dims, { maxRank }),
+    numPagesKept: () => engine.numPagesKept(),
+    onPagesWanted: () => engine.wake(),
+    maxLoads,
+    maxQueuedLoads,
+    pageWaitMs,
+    now,
+    wallClock,
+  });
+  metrics.watch({
+    arena,
+    tiers,
+    engine,
+    blockSizeTokens: runtime.blockTokens,
+    unixSeconds: () => wallClock() / 1000,
+  });
+  engine.start(tiers);
+
+  const callers = config.callers && new CallerIdentity({ ...config.callers, log, wallClock });
+  void callers?.warmUp();
+  let isReady = false;
+  const server = createServer({
+    engine,
+    tiers,
+    text,
+    arena,
+    metrics,
+    log,
+    baseName,
+    modelSource: config.model,
+    sources,
+    apiKeys: config.apiKeys,
+    callers,
+    maxBodyBytes,
+    maxBufferedBytes,
+    wallClock,
+    isReady: () => isReady,
+  });
+
+  const stop = async (signal: string) => {
+    log.info({ signal, running: engine.numRunning, waiting: engine.numWaiting }, 'draining');
+    await engine.drain(config.drainSeconds * 1000);
+    const closed = once(server, 'close');
+    server.close();
+    await Promise.race([closed, new Promise((resolve) => setTimeout(resolve, 1000))]);
+    server.closeAllConnections();
+    await Promise.all([engine.close(), tiers.close(), sources.close()]);
+    runtime.close();
+    log.info('stopped');
+    process.exit(0);
+  };
+  let isStopping = false;
+  takeSignals((signal) => {
+    if (isStopping) process.exit(exitKilled);
+    isStopping = true;
+    stop(signal).catch(onFatal);
+  });
+
+  server.listen(config.port, config.host);
+  await once(server, 'listening');
+  for (const { name, path } of config.adapters) {
+    const adapter = await tiers.load(name, await sources.adapter(path, null), false);
+    log.info({ name, digest: adapter.digest, rank: adapter.file.rank }, 'adapter loaded');
+  }
+  isReady = true;
+  const { port } = server.address() as AddressInfo;
+  log.info(
+    { port, model: baseName, maxModelLen, pages: arena.numPages, weightBytes: runtime.weightBytes },
+    'ready',
+  );
+}
+
+/** What one sequence may have: as asked, else the most that model and arena both allow. */
+function contextLength(config: Config, maxPositions: number, arenaTokens: number): number {
+  const most = Math.min(maxPositions, arenaTokens);
+  const asked = config.maxModelLen ?? most;
+  if (asked <= most) return asked;
+  const reason =
+    maxPositions < arenaTokens
+      ? `the model has ${maxPositions} positions`
+      : `--device-memory holds ${arenaTokens} tokens`;
+  throw new ConfigError(`--max-model-len: expected at most ${most}, since ${reason}, got ${asked}`);
+}
