@@ -7,8 +7,9 @@
  *   apiChannel.subscribe((message) => count(message as ApiCall))
  */
 import { channel } from 'node:diagnostics_channel';
-import { HttpMethod, type KubeConfig, RequestContext } from '@kubernetes/client-node';
-import { type Dispatcher, fetch, type Response } from 'undici';
+import type { RequestOptions } from 'node:https';
+import type { Cluster, KubeConfig } from '@kubernetes/client-node';
+import { Agent, type Dispatcher, fetch, ProxyAgent, type Response } from 'undici';
 import { apiVersion, type Kind, plurals } from './types.ts';
 
 export interface ApiRequest {
@@ -134,49 +135,31 @@ async function* readEvents<T>(
   }
 }
 
-/**
- * The connections of each kubeconfig. The library makes new ones for every request, with a TLS handshake each; here they
- * are kept until a request gets no answer or a 401, so that a rotated CA or client certificate is read again.
- */
-const dispatchers = new WeakMap<KubeConfig, Dispatcher>();
-
 /** `explain` makes what is thrown while the answer is read into what the caller should see. */
 async function send(
   kubeConfig: KubeConfig,
   { method = 'GET', path, query = {}, body, contentType = 'application/json' }: ApiRequest,
   signal: AbortSignal,
 ): Promise<{ response: Response; explain: (error: unknown) => unknown }> {
-  const server = kubeConfig.getCurrentCluster()?.server;
-  if (server === undefined) throw new Error('the kubeconfig has no current context with a cluster');
-  const url = new URL(server + path);
+  const cluster = kubeConfig.getCurrentCluster();
+  if (cluster === null) throw new Error('the kubeconfig has no current context with a cluster');
+  const url = new URL(cluster.server + path);
   for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
-  const context = new RequestContext(url.href, HttpMethod[method]);
-  await kubeConfig.applySecurityAuthentication(context);
-  const dispatcher = dispatchers.get(kubeConfig) ?? (context.getDispatcher() as Dispatcher | undefined);
-  if (dispatcher) dispatchers.set(kubeConfig, dispatcher);
-  const forget = () => {
-    if (!dispatcher || dispatchers.get(kubeConfig) !== dispatcher) return;
-    dispatchers.delete(kubeConfig);
-    // Ends when the last request on it has ended.
-    void dispatcher.close().catch(() => undefined);
-  };
-  const explain = (error: unknown) => {
-    if (signal.aborted && signal.reason?.name !== 'TimeoutError') return signal.reason;
-    forget();
-    const { cause, message } = (signal.aborted ? signal.reason : error) as Error;
-    return new Error(
-      `no answer from the API server at ${url.origin} to ${method} ${path}: ${(cause as Error | undefined)?.message || message}`,
-      { cause: error },
-    );
-  };
+  const { headers, dispatcher } = await credentials(kubeConfig, cluster);
 
+  const explain = (error: unknown) => {
+    const isTimeout = signal.aborted && (signal.reason as Error | undefined)?.name === 'TimeoutError';
+    if (signal.aborted && !isTimeout) return signal.reason;
+    const { cause, message } = (isTimeout ? signal.reason : error) as Error;
+    const why = (cause as Error | undefined)?.message || message;
+    return new Error(`no answer from the API server at ${url.origin} to ${method} ${path}: ${why}`, {
+      cause: error,
+    });
+  };
   const started = performance.now();
   const tell = (status: number) => {
-    const call: ApiCall = {
-      ...verbAndResource(method, path, query),
-      status,
-      durationMs: performance.now() - started,
-    };
+    const durationMs = performance.now() - started;
+    const call: ApiCall = { ...verbAndResource(method, path, query), status, durationMs };
     apiChannel.publish(call);
   };
   try {
@@ -184,21 +167,74 @@ async function send(
       method,
       headers: {
         'user-agent': 'motet',
-        ...context.getHeaders(),
+        ...headers,
         accept: 'application/json',
         ...(body ? { 'content-type': contentType } : {}),
       },
       ...(body ? { body: JSON.stringify(body) } : {}),
-      ...(dispatcher ? { dispatcher } : {}),
+      dispatcher,
       signal,
     });
     tell(response.status);
-    if (response.status === 401) forget();
     return { response, explain };
   } catch (error) {
     tell(0);
     throw explain(error);
   }
+}
+
+/** A burst waits for connections beyond these. Each watch holds one. */
+const maxConnections = 128;
+/** Less than the API server keeps an idle connection (90 s), so that it is never the one to close it under a request. */
+const keepAliveMs = 30_000;
+
+const connections = new WeakMap<KubeConfig, { identity: string; dispatcher: Dispatcher }>();
+
+/**
+ * The headers that say who asks, and the connections to ask on. Those are kept as long as CA and certificate are the
+ * same: the library's own requests open one each, with a TLS handshake. HTTP/1.1, since undici's HTTP/2 (8.12) ends the
+ * process with an uncaught `socket idle timeout` when an API server comes back.
+ */
+async function credentials(
+  kubeConfig: KubeConfig,
+  cluster: Cluster,
+): Promise<{ headers: Record<string, string>; dispatcher: Dispatcher }> {
+  // Reads the files that the kubeconfig names again; a token's at most once a minute.
+  const options: RequestOptions = {};
+  await kubeConfig.applyToHTTPSOptions(options);
+  const { ca, cert, key, pfx, passphrase, rejectUnauthorized, servername, auth } = options;
+  const headers = { ...(options.headers as Record<string, string> | undefined) };
+  if (auth) headers.Authorization = `Basic ${Buffer.from(auth).toString('base64')}`;
+
+  const identity = [ca, cert, key, pfx, passphrase, rejectUnauthorized, servername].join();
+  const kept = connections.get(kubeConfig);
+  if (kept?.identity === identity) return { headers, dispatcher: kept.dispatcher };
+
+  const tls = Object.fromEntries(
+    Object.entries({ ca, cert, key, pfx, passphrase, rejectUnauthorized, servername }).filter(
+      ([, value]) => value !== undefined && value !== null,
+    ),
+  );
+  const how = kubeConfig.createDispatcherOptions(cluster, tls);
+  const common = { allowH2: false, connections: maxConnections, keepAliveTimeout: keepAliveMs };
+  let dispatcher: Dispatcher;
+  switch (how.type) {
+    case 'agent':
+      dispatcher = new Agent({ ...common, connect: how.connect as object });
+      break;
+    case 'proxy':
+      dispatcher = new ProxyAgent({ ...common, uri: how.uri, requestTls: how.requestTls as object });
+      break;
+    case 'none':
+      dispatcher = new Agent(common);
+      break;
+    case 'socks':
+      throw new Error(`expected an HTTP proxy in the kubeconfig, got ${how.uri}; SOCKS is not supported`);
+  }
+  connections.set(kubeConfig, { identity, dispatcher });
+  // Ends when the last request on it has.
+  void kept?.dispatcher.close();
+  return { headers, dispatcher };
 }
 
 const verbs = { POST: 'create', PUT: 'update', PATCH: 'patch', DELETE: 'delete' };
