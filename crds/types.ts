@@ -34,9 +34,9 @@ export interface AdapterRouteSpec {
    * that an engine holds).
    */
   targets: {
-    /** Name of a LoraAdapter of this namespace. */
+    /** Name of a LoraAdapter of this namespace. Default, none; then baseModel is required. */
     adapter?: string;
-    /** Name of a BaseModel of this namespace, served without an adapter. */
+    /** Name of a BaseModel of this namespace, served without an adapter. Default, none. */
     baseModel?: string;
     /** Share of the requests, relative to the other targets. 0 gets none. Default 1. */
     weight: number;
@@ -96,7 +96,10 @@ export interface BaseModelSpec {
      * `https://HOST/FILE.gguf`. The path names a GGUF file, or (not for https) a folder of safetensors.
      */
     uri: string;
-    /** sha256 of the file, `sha256:` and 64 hex digits. Required for https, refused for the others. */
+    /**
+     * sha256 of the file, `sha256:` and 64 hex digits. Required for https, refused for the others. Default,
+     * none.
+     */
     digest?: string;
   };
   /** The name that clients use as `model`. Default, the name of this resource. */
@@ -114,17 +117,17 @@ export interface BaseModelSpec {
      * Default cpu.
      */
     type: 'cpu' | 'nvidia';
-    /** GPUs of a pod (`nvidia.com/gpu`). Unused on cpu. Default 1. */
+    /** GPUs of a pod (`nvidia.com/gpu`), at present not more than 1. Unused on cpu. Default 1. */
     count: number;
     /** RuntimeClass of GPU pods; empty for the cluster's default. Unused on cpu. Default nvidia. */
     runtimeClassName: string;
   };
-  /** Byte budgets of an engine. */
+  /** Byte budgets of an engine. Default, those of its fields. */
   memory: {
     /** The device arena, which holds KV blocks and adapters. A Kubernetes quantity in bytes. Default 1Gi. */
     device: number | string;
   };
-  /** Bounds of an engine. */
+  /** Bounds of an engine. Default, those of its fields. */
   limits: {
     /** Tokens of one sequence, prompt and output. Default, what model and arena allow. */
     maxModelLen?: number;
@@ -142,9 +145,12 @@ export interface BaseModelSpec {
    * folder map the same file, so its weights are in memory once. Default, an emptyDir of each pod.
    */
   cache?: {
-    /** A PersistentVolumeClaim of this namespace, writable by user and group 65532. */
+    /** A PersistentVolumeClaim of this namespace, writable by user and group 65532. Default, none. */
     claimName?: string;
-    /** A folder on the node, writable by user 65532. The namespace must allow hostPath volumes. */
+    /**
+     * A folder on the node, writable by user 65532. The namespace must allow hostPath volumes. Default,
+     * none.
+     */
     hostPath?: string;
     /** Bound on the emptyDir when neither is given. A Kubernetes quantity in bytes. Default, none. */
     sizeLimit?: number | string;
@@ -164,16 +170,21 @@ export interface BaseModelSpec {
     /** Pods that may be missing during a rollout. Default 0. */
     maxUnavailable: number;
   };
-  /** The PodDisruptionBudget of the engines. */
+  /** The PodDisruptionBudget of the engines. Default, one pod at a time. */
   disruption: {
     /** Pods that may be evicted at a time, by a node drain for example. Default 1. */
     maxUnavailable: number;
   };
   /** Image of the engine. Default, the one that the operator was installed with. */
   image?: string;
-  /** What engine pods have besides. Fields have the meaning that they have in a Kubernetes Pod. */
+  /**
+   * What engine pods have besides. Fields have the meaning that they have in a Kubernetes Pod. Default,
+   * nothing.
+   */
   podTemplate?: {
-    /** More labels. Those of motet.dev and app.kubernetes.io are the operator's. Default, none. */
+    /**
+     * More labels. Those of motet.dev and app.kubernetes.io are the operator's and refused. Default, none.
+     */
     labels?: Record<string, string>;
     /** More annotations. Default, none. */
     annotations?: Record<string, string>;
@@ -182,9 +193,9 @@ export interface BaseModelSpec {
      * threads. Default, requests of 1 CPU and of the memory that the arena and the weights need at least.
      */
     resources?: {
-      /** What the scheduler sets aside, as Kubernetes quantities. */
+      /** What the scheduler sets aside, as Kubernetes quantities. Default as said above. */
       requests?: Record<string, number | string>;
-      /** What the container may use at most, as Kubernetes quantities. */
+      /** What the container may use at most, as Kubernetes quantities. Default, none. */
       limits?: Record<string, number | string>;
     };
     /**
@@ -403,48 +414,48 @@ export interface TenantSpec {
   }[];
   /** What the tenant sees, lists and calls. Default, nothing. */
   access: {
-    /** Selects LoraAdapters by their labels. `{}` selects all, absence none. */
+    /** Selects LoraAdapters by their labels. `{}` selects all. Default, none. */
     adapters?: {
-      /** Labels that must be there with these values. */
+      /** Labels that must be there with these values. Default, none. */
       matchLabels?: Record<string, string>;
-      /** Further requirements; all must hold. */
+      /** Further requirements; all must hold. Default, none. */
       matchExpressions?: {
         /** Key of the label. */
         key: string;
         /** How its value relates to `values`. */
         operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
-        /** Values, for In and NotIn. */
+        /** Values, for In and NotIn. Default, none. */
         values?: string[];
       }[];
     };
-    /** Selects BaseModels by their labels. `{}` selects all, absence none. */
+    /** Selects BaseModels by their labels. `{}` selects all. Default, none. */
     baseModels?: {
-      /** Labels that must be there with these values. */
+      /** Labels that must be there with these values. Default, none. */
       matchLabels?: Record<string, string>;
-      /** Further requirements; all must hold. */
+      /** Further requirements; all must hold. Default, none. */
       matchExpressions?: {
         /** Key of the label. */
         key: string;
         /** How its value relates to `values`. */
         operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
-        /** Values, for In and NotIn. */
+        /** Values, for In and NotIn. Default, none. */
         values?: string[];
       }[];
     };
     /**
-     * Selects AdapterRoutes by their labels. `{}` selects all, absence none. A route grants its targets
+     * Selects AdapterRoutes by their labels. `{}` selects all. Default, none. A route grants its targets
      * through its own name.
      */
     routes?: {
-      /** Labels that must be there with these values. */
+      /** Labels that must be there with these values. Default, none. */
       matchLabels?: Record<string, string>;
-      /** Further requirements; all must hold. */
+      /** Further requirements; all must hold. Default, none. */
       matchExpressions?: {
         /** Key of the label. */
         key: string;
         /** How its value relates to `values`. */
         operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
-        /** Values, for In and NotIn. */
+        /** Values, for In and NotIn. Default, none. */
         values?: string[];
       }[];
     };
