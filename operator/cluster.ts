@@ -29,7 +29,7 @@ import type { Clock } from './clock.ts';
 import type { Config } from './config.ts';
 import { Events, type EventType } from './events.ts';
 import type { Metrics } from './metrics.ts';
-import { type NameHolders, nameHolders } from './names.ts';
+import { type Claimant, type NameHolders, nameHolders } from './names.ts';
 
 /** Who owns the fields that the operator sets, in server-side apply. */
 export const fieldManager = 'motet-operator';
@@ -110,6 +110,9 @@ export class Cluster {
   readonly services: ObjectWatch<V1Service>;
   readonly podDisruptionBudgets: ObjectWatch<V1PodDisruptionBudget>;
 
+  /** Of apply.ts: what the API server writes its own way, by KIND/NAME. */
+  readonly settledDrift = new Map<string, string>();
+
   readonly #options: ClusterOptions;
   readonly #events: Events;
   readonly #reports = new Map<string, EnginesReport>();
@@ -167,12 +170,13 @@ export class Cluster {
 
   /** Who has which served name. */
   get nameHolders(): NameHolders {
-    this.#nameHolders ??= nameHolders([
-      ...this.baseModels.list(),
-      ...this.loraAdapters.list(),
-      ...this.adapterRoutes.list(),
-    ]);
+    this.#nameHolders ??= nameHolders(this.claimants());
     return this.#nameHolders;
+  }
+
+  /** Everything that claims served names. */
+  claimants(): Claimant[] {
+    return [...this.baseModels.list(), ...this.loraAdapters.list(), ...this.adapterRoutes.list()];
   }
 
   /** Engine pods of a base model, those that are ending and those that ended among them. */
@@ -239,6 +243,11 @@ export class Cluster {
     return object.status;
   }
 
+  /** @throws OperatorError not_leader: to be asked before anything that is no write through here, a call to an engine */
+  assertLeader(): void {
+    this.#options.assertLeader();
+  }
+
   /**
    * Any other write.
    * @throws OperatorError not_leader; ApiError; an Error when no answer came
@@ -265,7 +274,7 @@ export class Cluster {
     const onError = (error: Error) =>
       log.warn({ path, error: error.message }, 'a watch failed and is tried again');
     const forget = (now: T | undefined, before: T | undefined) => {
-      if (now === undefined) this.#written.delete(before!.metadata!.uid!);
+      if (before && now?.metadata?.uid !== before.metadata!.uid) this.#written.delete(before.metadata!.uid!);
       onChange(now, before);
     };
     return new ObjectWatch<T>({ kubeConfig, path, onChange: forget, onError, ...more });
