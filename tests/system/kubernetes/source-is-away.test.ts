@@ -130,7 +130,7 @@ test('an adapter whose source has another digest is refused by both digests, and
 
 test('a folder that is no adapter of this base ends in the words of the engine', async () => {
   await motet.apply(
-    loraAdapter('dates', { name: 'nothing', source: { uri: 'pvc://adapters/no-such-folder' } }),
+    loraAdapter('dates', { name: 'nothing', source: { uri: 'pvc://models/adapters/no-such-folder' } }),
   );
   const missing = await untilReady(motet, 'loraadapter', 'nothing', {
     status: 'False',
