@@ -1,0 +1,584 @@
+import type { KubeConfig } from '@kubernetes/client-node';
+import { beforeAll, describe, expect, test } from 'vitest';
+import { ApiError, callApi, motetPath } from '../../crds/api.ts';
+import {
+  type AdapterRoute,
+  apiVersion,
+  type BaseModel,
+  type Kind,
+  type LoraAdapter,
+  type Tenant,
+} from '../../crds/types.ts';
+import { createNamespace, sharedControlPlane } from '../fixtures/control-plane.ts';
+import { kubeConfigOf } from './api-proxy.ts';
+import { installCrds } from './install-crds.ts';
+import { fields } from './schemas.ts';
+
+let kubeConfig: KubeConfig;
+let namespace: string;
+beforeAll(async () => {
+  const plane = await sharedControlPlane();
+  await installCrds(plane);
+  kubeConfig = kubeConfigOf(plane);
+  namespace = await createNamespace(plane);
+});
+
+const digest = `sha256:${'0123456789abcdef'.repeat(4)}`;
+const long = (length: number) => 'a'.repeat(length);
+const many = <T>(length: number, make: (i: number) => T) => Array.from({ length }, (_, i) => make(i));
+const labels = (length: number) => Object.fromEntries(many(length, (i) => [`label${i}`, 'x']));
+
+/** One of each kind with every field given. Each case below changes one of them. */
+const full: Record<Kind, object> = {
+  BaseModel: {
+    source: { uri: 'https://models.example/smollm2.gguf', digest },
+    servedName: 'HuggingFaceTB/SmolLM2-135M-Instruct',
+    replicas: 2,
+    quantization: 'int8',
+    accelerator: { type: 'nvidia', count: 1, runtimeClassName: 'nvidia' },
+    memory: { device: '1.5Gi' },
+    limits: { maxModelLen: 2048, maxBatchTokens: 128, maxSequences: 32, maxWaiting: 10, maxLoraRank: 64 },
+    cache: { sizeLimit: '20Gi' },
+    adapterClaims: ['adapters'],
+    drainSeconds: 60,
+    rollout: { maxSurge: 0, maxUnavailable: 1 },
+    disruption: { maxUnavailable: 2 },
+    image: 'registry.example/motet:1',
+    podTemplate: {
+      labels: { team: 'search' },
+      annotations: { note: 'x' },
+      resources: { requests: { cpu: 1, memory: '2Gi' }, limits: { cpu: '1500m' } },
+      env: [{ name: 'MOTET_THREADS', valueFrom: { fieldRef: { fieldPath: 'metadata.name' } } }],
+      volumes: [{ name: 'more', emptyDir: {} }],
+      volumeMounts: [{ name: 'more', mountPath: '/more' }],
+      nodeSelector: { zone: 'a' },
+      tolerations: [{ key: 'gpu', operator: 'Exists' }],
+      affinity: { nodeAffinity: {} },
+      imagePullSecrets: [{ name: 'registry' }],
+      priorityClassName: 'high',
+    },
+  } satisfies BaseModel['spec'],
+  LoraAdapter: {
+    baseModel: 'smollm2',
+    source: { uri: 'https://adapters.example/sql', digest },
+    servedNames: ['sql', 'sql:v1'],
+    copies: 'all',
+  } satisfies LoraAdapter['spec'],
+  AdapterRoute: {
+    servedName: 'sql',
+    targets: [
+      { adapter: 'sql-v1', weight: 9 },
+      { adapter: 'sql-v2', weight: 1 },
+      { baseModel: 'smollm2', weight: 0 },
+    ],
+  } satisfies AdapterRoute['spec'],
+  Tenant: {
+    keys: [{ secretRef: { name: 'acme', key: 'old' } }, { secretRef: { name: 'acme', key: 'new' } }],
+    access: {
+      adapters: {
+        matchLabels: { team: 'acme' },
+        matchExpressions: [{ key: 'tier', operator: 'In', values: ['free'] }],
+      },
+      baseModels: { matchLabels: { team: 'acme' }, matchExpressions: [{ key: 'tier', operator: 'Exists' }] },
+      routes: {
+        matchLabels: { team: 'acme' },
+        matchExpressions: [{ key: 'tier', operator: 'DoesNotExist' }],
+      },
+    },
+  } satisfies Tenant['spec'],
+};
+
+type Case = [path: string, value: unknown, message: RegExp | null];
+
+// What is refused, with what the message says after the field; null is accepted. Left out: `undefined`.
+const cases: Record<Kind, Case[]> = {
+  BaseModel: [
+    ['spec', undefined, /Required value/],
+    ['spec.source', undefined, /Required value/],
+    ['spec.source.uri', undefined, /Required value/],
+    ['spec.source', { uri: 'pvc://models/smollm2.gguf' }, null],
+    ['spec.source', { uri: 'pvc://models.v1/folder/of a model' }, null],
+    ['spec.source', { uri: 'hostpath:///var/models/x.gguf' }, null],
+    ['spec.source', { uri: 'file:///models/..x/x..gguf' }, null],
+    ['spec.source.uri', 'https://models.example:8443/a/@b/x.gguf?part=1', null],
+    ...[
+      'smollm2',
+      's3://bucket/x',
+      'pvc://Models/x',
+      'pvc://models',
+      'pvc:///x',
+      'http://h/x',
+      'https:///x',
+      'file:///',
+      'hostpath://etc/x',
+      '',
+    ].map(
+      (uri): Case => ['spec.source', { uri, digest }, /source.uri.*expected pvc:\/\/CLAIM\/PATH, hostpath/],
+    ),
+    ...['pvc://models/../x', 'file:///x/..', 'file:///x\n'].map(
+      (uri): Case => [
+        'spec.source',
+        { uri },
+        /source.uri.*expected a path without \.\. and control characters/,
+      ],
+    ),
+    [
+      'spec.source.uri',
+      'https://me:secret@models.example/x',
+      /expected an address without user and password/,
+    ],
+    ['spec.source.uri', `https://h/${long(2048)}`, /Too long/],
+    ['spec.source', { uri: 'https://models.example/x.gguf' }, /digest is required for https/],
+    ['spec.source', { uri: 'pvc://models/x', digest }, /digest is for https/],
+    ['spec.source.digest', digest.slice(7), /should match '\^sha256/],
+    ['spec.source.digest', `${digest}0`, /should match/],
+    ['spec.servedName', undefined, null],
+    ['spec.servedName', 'a', null],
+    ['spec.servedName', '', /at least 1/],
+    ['spec.servedName', long(129), /Too long/],
+    ['spec.servedName', 'with space', /should match/],
+    ['spec.servedName', 'ends-with-', /should match/],
+    ['spec.replicas', 0, null],
+    ['spec.replicas', 1000, null],
+    ['spec.replicas', -1, /greater than or equal to 0/],
+    ['spec.replicas', 1001, /less than or equal to 1000/],
+    ['spec.replicas', '2', /must be of type integer/],
+    ['spec.quantization', 'fp4', /supported values: "keep", "int8", "int4"/],
+    ['spec.accelerator.type', 'tpu', /supported values: "cpu", "nvidia"/],
+    ['spec.accelerator.count', 0, /greater than or equal to 1/],
+    ['spec.accelerator.count', 2, /less than or equal to 1/],
+    ['spec.accelerator.runtimeClassName', '', null],
+    ['spec.accelerator.runtimeClassName', 'NVIDIA', /should match/],
+    ['spec.accelerator.runtimeClassName', long(254), /Too long/],
+    ...['1Mi', '64Ti', '1.5Gi', '500M', 1048576].map((size): Case => ['spec.memory.device', size, null]),
+    ...['4GB', '1Ki', '65Ti', '1e9', '-1Gi', ' 1Gi', '', 4].map(
+      (size): Case => [
+        'spec.memory.device',
+        size,
+        /expected a quantity of bytes from 1Mi to 64Ti, such as 4Gi/,
+      ],
+    ),
+    ['spec.memory.device', long(21), /Too long/],
+    ['spec.limits.maxModelLen', undefined, null],
+    ['spec.limits.maxModelLen', 15, /greater than or equal to 16/],
+    ['spec.limits.maxModelLen', 16777217, /less than or equal to 16777216/],
+    ['spec.limits.maxBatchTokens', 0, /greater than or equal to 1/],
+    ['spec.limits.maxBatchTokens', 65537, /less than or equal to 65536/],
+    ['spec.limits.maxBatchTokens', 31, /limits.maxSequences must be at most limits.maxBatchTokens/],
+    ['spec.limits.maxBatchTokens', 32, null],
+    // The default of maxSequences is 64.
+    ['spec.limits', { maxBatchTokens: 63 }, /limits.maxSequences must be at most limits.maxBatchTokens/],
+    ['spec.limits.maxSequences', 0, /greater than or equal to 1/],
+    ['spec.limits.maxSequences', 4097, /less than or equal to 4096/],
+    ['spec.limits.maxWaiting', -1, /greater than or equal to 0/],
+    ['spec.limits.maxWaiting', 65537, /less than or equal to 65536/],
+    ['spec.limits.maxLoraRank', 0, /greater than or equal to 1/],
+    ['spec.limits.maxLoraRank', 4097, /less than or equal to 4096/],
+    ['spec.cache', { claimName: 'cache' }, null],
+    ['spec.cache', { hostPath: '/var/lib/motet' }, null],
+    ['spec.cache', { claimName: 'cache', hostPath: '/x' }, /expected claimName or hostPath, not both/],
+    ['spec.cache.claimName', 'cache', /sizeLimit bounds the emptyDir/],
+    ['spec.cache.hostPath', '/x', /sizeLimit bounds the emptyDir/],
+    ['spec.cache.claimName', 'Cache', /should match/],
+    ['spec.cache.claimName', long(254), /Too long/],
+    ['spec.cache.hostPath', 'var/lib', /expected an absolute path without \.\./],
+    ['spec.cache.hostPath', '/var/../etc', /expected an absolute path without \.\./],
+    ['spec.cache.hostPath', '/', /expected an absolute path without \.\./],
+    ['spec.cache.hostPath', `/${long(1024)}`, /Too long/],
+    ['spec.cache.sizeLimit', '20 GB', /expected a quantity of bytes from 1Mi to 1024Ti, such as 20Gi/],
+    ['spec.cache.sizeLimit', long(21), /Too long/],
+    ['spec.adapterClaims.0', 'Adapters', /should match/],
+    ['spec.adapterClaims.0', long(254), /Too long/],
+    ['spec.adapterClaims', many(17, (i) => `claim${i}`), /at most 16/],
+    ['spec.adapterClaims', ['a', 'a'], /Duplicate value/],
+    ['spec.drainSeconds', 0, /greater than or equal to 1/],
+    ['spec.drainSeconds', 3601, /less than or equal to 3600/],
+    ['spec.rollout.maxSurge', -1, /greater than or equal to 0/],
+    ['spec.rollout.maxSurge', 101, /less than or equal to 100/],
+    ['spec.rollout.maxUnavailable', -1, /greater than or equal to 0/],
+    ['spec.rollout.maxUnavailable', 101, /less than or equal to 100/],
+    ['spec.rollout.maxUnavailable', 0, /rollout.maxSurge and rollout.maxUnavailable cannot both be 0/],
+    // The default of maxUnavailable is 0.
+    ['spec.rollout', { maxSurge: 0 }, /rollout.maxSurge and rollout.maxUnavailable cannot both be 0/],
+    ['spec.disruption.maxUnavailable', 0, /greater than or equal to 1/],
+    ['spec.disruption.maxUnavailable', 1001, /less than or equal to 1000/],
+    ['spec.image', '', /should match/],
+    ['spec.image', 'two words', /should match/],
+    ['spec.image', long(513), /Too long/],
+    ['spec.podTemplate', {}, null],
+    ['spec.podTemplate.labels', { 'motet.dev/base-model': 'x' }, /labels.*are the operator's own/],
+    ['spec.podTemplate.labels', { 'app.kubernetes.io/name': 'x' }, /labels.*are the operator's own/],
+    ['spec.podTemplate.labels', labels(65), /at most 64/],
+    ['spec.podTemplate.labels.team', long(64), /Too long/],
+    ...['requests', 'limits'].flatMap((which): Case[] => [
+      [
+        `spec.podTemplate.resources.${which}.cpu`,
+        'lots',
+        /expected a Kubernetes quantity, such as 500m, 2 or 4Gi/,
+      ],
+      [`spec.podTemplate.resources.${which}.cpu`, -1, /expected a Kubernetes quantity/],
+      [`spec.podTemplate.resources.${which}.cpu`, long(33), /Too long/],
+      [
+        `spec.podTemplate.resources.${which}`,
+        Object.fromEntries(many(17, (i) => [`r${i}`, 1])),
+        /at most 16/,
+      ],
+    ]),
+    ['spec.podTemplate.env.0', { value: 'x' }, /env\[0\]\.name: Required value/],
+    ['spec.podTemplate.env.0.name', '', /at least 1/],
+    ['spec.podTemplate.env.0.name', long(254), /Too long/],
+    ['spec.podTemplate.env', many(65, (i) => ({ name: `e${i}` })), /at most 64/],
+    ['spec.podTemplate.volumes.0', {}, /volumes\[0\]\.name: Required value/],
+    ['spec.podTemplate.volumes', many(33, (i) => ({ name: `v${i}` })), /at most 32/],
+    ['spec.podTemplate.volumeMounts.0', {}, /volumeMounts\[0\]\.name: Required value/],
+    ['spec.podTemplate.volumeMounts.0', { name: 'x' }, /volumeMounts\[0\]\.mountPath: Required value/],
+    ['spec.podTemplate.volumeMounts', many(33, (i) => ({ name: `v${i}`, mountPath: '/x' })), /at most 32/],
+    ['spec.podTemplate.tolerations', many(33, () => ({})), /at most 32/],
+    ['spec.podTemplate.imagePullSecrets.0', {}, /imagePullSecrets\[0\]\.name: Required value/],
+    ['spec.podTemplate.imagePullSecrets', many(17, (i) => ({ name: `s${i}` })), /at most 16/],
+    ['spec.podTemplate.priorityClassName', long(254), /Too long/],
+    ['metadata.name', long(52), null],
+    ['metadata.name', long(53), /Too long/],
+  ],
+  LoraAdapter: [
+    ['spec', undefined, /Required value/],
+    ['spec.baseModel', undefined, /Required value/],
+    ['spec.baseModel', '', /at least 1/],
+    ['spec.baseModel', long(53), /Too long/],
+    ['spec.source', undefined, /Required value/],
+    ['spec.source.uri', undefined, /Required value/],
+    ['spec.source', { uri: 'pvc://adapters/sql' }, null],
+    ['spec.source', { uri: 'file:///motet/adapters/sql', digest }, null],
+    ['spec.source', { uri: 'https://adapters.example/sql' }, /digest is required for https/],
+    ...['sql', 'hostpath:///x', 'hf://x/y', 'pvc://adapters', 'http://h/x'].map(
+      (uri): Case => ['spec.source.uri', uri, /expected pvc:\/\/CLAIM\/PATH, file/],
+    ),
+    ['spec.source.uri', 'pvc://adapters/a/../../b', /expected a path without \.\./],
+    ['spec.source.uri', 'https://me@adapters.example/x', /expected an address without user and password/],
+    ['spec.source.uri', `https://h/${long(2048)}`, /Too long/],
+    ['spec.source.digest', 'latest', /should match/],
+    ['spec.servedNames', undefined, null],
+    ['spec.servedNames', [], /at least 1/],
+    ['spec.servedNames', many(17, (i) => `name${i}`), /at most 16/],
+    ['spec.servedNames', ['a', 'a'], /Duplicate value/],
+    ['spec.servedNames.0', '', /at least 1/],
+    ['spec.servedNames.0', long(129), /Too long/],
+    ['spec.servedNames.0', 'a b', /should match/],
+    ...[1, 1000, 'all'].map((copies): Case => ['spec.copies', copies, null]),
+    ...[0, -1, 1001, 'many', '2'].map(
+      (copies): Case => ['spec.copies', copies, /expected a number from 1 to 1000, or all/],
+    ),
+    ['metadata.name', long(128), null],
+    ['metadata.name', long(129), /Too long/],
+  ],
+  AdapterRoute: [
+    ['spec', undefined, /Required value/],
+    ['spec.servedName', undefined, null],
+    ['spec.servedName', '', /at least 1/],
+    ['spec.servedName', long(129), /Too long/],
+    ['spec.servedName', '-x', /should match/],
+    ['spec.targets', undefined, /Required value/],
+    ['spec.targets', [], /at least 1/],
+    ['spec.targets', many(16, (i) => ({ adapter: `a${i}` })), null],
+    ['spec.targets', many(17, (i) => ({ adapter: `a${i}` })), /at most 16/],
+    ['spec.targets', [{ adapter: 'a', weight: 0 }], /at least one target needs a weight above 0/],
+    ['spec.targets', [{ adapter: 'a' }, { adapter: 'a' }], /a target may stand in the list once/],
+    ['spec.targets', [{ baseModel: 'a' }, { baseModel: 'a' }], /a target may stand in the list once/],
+    // They are of different kinds.
+    ['spec.targets', [{ adapter: 'a' }, { baseModel: 'a' }], null],
+    ['spec.targets.0', { weight: 1 }, /expected one of adapter and baseModel/],
+    ['spec.targets.0', { adapter: 'a', baseModel: 'b' }, /expected one of adapter and baseModel/],
+    ['spec.targets.0.adapter', '', /at least 1/],
+    ['spec.targets.0.adapter', long(129), /Too long/],
+    ['spec.targets.2.baseModel', '', /at least 1/],
+    ['spec.targets.2.baseModel', long(53), /Too long/],
+    ['spec.targets.0.weight', -1, /greater than or equal to 0/],
+    ['spec.targets.0.weight', 1000001, /less than or equal to 1000000/],
+    ['metadata.name', long(129), /Too long/],
+  ],
+  Tenant: [
+    ['spec', undefined, /Required value/],
+    ['spec.keys', undefined, /Required value/],
+    ['spec.keys', [], /at least 1/],
+    ['spec.keys', many(17, (i) => ({ secretRef: { name: `s${i}` } })), /at most 16/],
+    [
+      'spec.keys',
+      many(2, () => ({ secretRef: { name: 'a' } })),
+      /an entry of a Secret may stand in the list once/,
+    ],
+    ['spec.keys.0', {}, /Required value/],
+    ['spec.keys.0.secretRef', {}, /Required value/],
+    ['spec.keys.0.secretRef.name', 'A', /should match/],
+    ['spec.keys.0.secretRef.name', long(254), /Too long/],
+    ['spec.keys.0.secretRef.key', 'a/b', /should match/],
+    ['spec.keys.0.secretRef.key', long(254), /Too long/],
+    ['spec.access', undefined, null],
+    ...['adapters', 'baseModels', 'routes'].flatMap((which): Case[] => {
+      const expressions = `spec.access.${which}.matchExpressions`;
+      return [
+        [`spec.access.${which}`, {}, null],
+        [`spec.access.${which}.matchLabels`, labels(33), /at most 32/],
+        [`spec.access.${which}.matchLabels.team`, long(64), /Too long/],
+        [expressions, many(33, () => ({ key: 'a', operator: 'Exists' })), /at most 32/],
+        [`${expressions}.0`, { operator: 'Exists' }, /key: Required value/],
+        [`${expressions}.0`, { key: 'a' }, /operator: Required value/],
+        [`${expressions}.0`, { key: 'a', operator: 'NotIn', values: ['b'] }, null],
+        [`${expressions}.0`, { key: 'a', operator: 'In' }, /expected values for In and NotIn/],
+        [`${expressions}.0`, { key: 'a', operator: 'NotIn', values: [] }, /expected values for In and NotIn/],
+        [`${expressions}.0`, { key: 'a', operator: 'Exists', values: ['b'] }, /and none for Exists/],
+        [`${expressions}.0.key`, '', /at least 1/],
+        [`${expressions}.0.key`, long(318), /Too long/],
+        [`${expressions}.0.operator`, 'Equals', /supported values: "In"/],
+        [`${expressions}.0.values`, many(65, (i) => `${i}`), /at most 64/],
+        [`${expressions}.0.values`, [long(64)], /Too long/],
+      ];
+    }),
+    ['metadata.name', long(64), /Too long/],
+  ],
+};
+
+const kinds = Object.keys(cases) as Kind[];
+
+describe.for(kinds)('%s', (kind) => {
+  test('is accepted with every field given', async () => {
+    expect(missingFields(kind)).toEqual([]);
+    expect(await refusal(kind, objectOf(kind))).toBeNull();
+  });
+
+  test.for(cases[kind].map((one) => ({ title: titleOf(one), one })))(
+    '$title',
+    async ({ one: [path, value, message] }) => {
+      const refused = await refusal(kind, withValue(objectOf(kind), path, value));
+      if (message === null) return expect(refused).toBeNull();
+      expect(refused).toMatch(message);
+      // It names the field: `spec.targets[0].weight`, or the one around it for a rule that spans several.
+      const named = path.replaceAll(/\.(\d+)/g, '[$1]');
+      expect(refused).toMatch(new RegExp(`\\b${[...ancestors(named)].map(escaped).join('|')}: `));
+    },
+  );
+
+  test('every bound and every rule of its schema has a case that is refused', () => {
+    const refused = cases[kind].filter(([, , message]) => message !== null);
+    const paths = refused.flatMap(([path, value]) =>
+      [...(value === undefined ? ancestors(path).slice(1, 2) : []), ...pathsBelow(path, value)].map(
+        schemaPath,
+      ),
+    );
+    const untested = fields
+      .filter((field) => field.kind === kind && field.path.startsWith('spec') && isBounded(field.schema))
+      .filter(({ path }) => !paths.includes(path));
+    expect(untested.map(({ path }) => path)).toEqual([]);
+    const rules = fields
+      .filter((field) => field.kind === kind)
+      .flatMap(({ schema }) => schema['x-kubernetes-validations'] ?? [])
+      .filter(({ rule }) => !rule.includes('oldSelf'));
+    const untestedRules = rules.filter(
+      ({ message }) => !refused.some(([, , pattern]) => pattern!.test(`source.uri labels ${message}`)),
+    );
+    expect(untestedRules).toEqual([]);
+  });
+
+  test('refuses unknown fields when asked to be strict', async () => {
+    for (const path of ['spec.colour', 'colour', 'status.colour']) {
+      const object = withValue(objectOf(kind), path, 'red');
+      expect(await refusal(kind, object, 'Strict')).toContain(`unknown field "${path}"`);
+    }
+  });
+
+  test('has its status written through /status only, and nothing else through that', async () => {
+    const path = motetPath(kind, namespace, `status-${kind.toLowerCase()}`);
+    const object = objectOf(kind) as { metadata: { name: string } };
+    object.metadata.name = `status-${kind.toLowerCase()}`;
+    const body = { ...object, status: { observedGeneration: 7 } };
+    type Stored = {
+      metadata: { generation: number; labels?: object };
+      status?: { observedGeneration: number };
+    };
+    const made = await callApi<Stored>(kubeConfig, {
+      method: 'POST',
+      path: motetPath(kind, namespace),
+      body,
+    });
+    expect(made.status).toBeUndefined();
+    const patch = { status: { observedGeneration: 1 }, metadata: { labels: { a: 'b' } }, spec: null };
+    const merge = { method: 'PATCH', contentType: 'application/merge-patch+json' } as const;
+    const through = await callApi<Stored>(kubeConfig, { ...merge, path: `${path}/status`, body: patch });
+    expect(through.status).toEqual({ observedGeneration: 1 });
+    expect(through.metadata.generation).toBe(1);
+    expect(through.metadata.labels).toBeUndefined();
+    const body2 = { status: { observedGeneration: 2 } };
+    const around = await callApi<Stored>(kubeConfig, { ...merge, path, body: body2 });
+    expect(around.status).toEqual({ observedGeneration: 1 });
+  });
+});
+
+test('fills in every default', async () => {
+  expect((await stored('BaseModel', { source: { uri: 'pvc://models/x' } })).spec).toEqual({
+    source: { uri: 'pvc://models/x' },
+    replicas: 1,
+    quantization: 'keep',
+    accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
+    memory: { device: '1Gi' },
+    limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 },
+    drainSeconds: 30,
+    rollout: { maxSurge: 1, maxUnavailable: 0 },
+    disruption: { maxUnavailable: 1 },
+  });
+  expect((await stored('LoraAdapter', { baseModel: 'b', source: { uri: 'pvc://a/x' } })).spec).toEqual({
+    baseModel: 'b',
+    source: { uri: 'pvc://a/x' },
+    copies: 1,
+  });
+  expect((await stored('AdapterRoute', { targets: [{ adapter: 'a' }] })).spec).toEqual({
+    targets: [{ adapter: 'a', weight: 1 }],
+  });
+  expect((await stored('Tenant', { keys: [{ secretRef: { name: 's' } }] })).spec).toEqual({
+    keys: [{ secretRef: { name: 's', key: 'key' } }],
+    access: {},
+  });
+});
+
+describe('what cannot be changed', () => {
+  const changes: [Kind, given: object, patch: object, message: RegExp | null][] = [
+    [
+      'BaseModel',
+      {},
+      { source: { uri: 'pvc://m/y' } },
+      /spec.source: .*source cannot be changed; create another BaseModel/,
+    ],
+    ['BaseModel', {}, { servedName: 'new' }, /spec: .*servedName cannot be changed/],
+    ['BaseModel', { servedName: 'old' }, { servedName: 'new' }, /servedName cannot be changed/],
+    ['BaseModel', { servedName: 'old' }, { servedName: null }, /servedName cannot be changed/],
+    ['BaseModel', { servedName: 'old' }, { replicas: 3, memory: { device: '2Gi' } }, null],
+    ['LoraAdapter', {}, { baseModel: 'other' }, /spec.baseModel: .*baseModel cannot be changed/],
+    ['LoraAdapter', {}, { source: { uri: 'pvc://a/v2' }, servedNames: ['b'], copies: 'all' }, null],
+    ['AdapterRoute', {}, { servedName: 'new', targets: [{ adapter: 'b' }] }, null],
+    ['Tenant', {}, { keys: [{ secretRef: { name: 'other' } }], access: { adapters: {} } }, null],
+  ];
+  const minimal: Record<Kind, object> = {
+    BaseModel: { source: { uri: 'pvc://m/x' } },
+    LoraAdapter: { baseModel: 'b', source: { uri: 'pvc://a/v1' } },
+    AdapterRoute: { targets: [{ adapter: 'a' }] },
+    Tenant: { keys: [{ secretRef: { name: 's' } }] },
+  };
+  test.for(
+    changes.map(([kind, given, patch, message]) => ({
+      title: `${kind} ${JSON.stringify(given)}: ${JSON.stringify(patch)}${message ? '' : ' is no such'}`,
+      kind,
+      given,
+      patch,
+      message,
+    })),
+  )('$title', async ({ kind, given, patch, message }) => {
+    const { metadata } = await stored(kind, { ...minimal[kind], ...given }, false);
+    const change = callApi(kubeConfig, {
+      method: 'PATCH',
+      path: motetPath(kind, namespace, metadata.name),
+      body: { spec: patch },
+      contentType: 'application/merge-patch+json',
+    });
+    if (message) await expect(change).rejects.toThrow(message);
+    else await change;
+  });
+});
+
+function objectOf(kind: Kind): object {
+  return structuredClone({ apiVersion, kind, metadata: { name: 'full' }, spec: full[kind] });
+}
+
+/** The object with the value at a path such as `spec.targets.0.weight`; undefined removes what is there. */
+function withValue(object: object, path: string, value: unknown): object {
+  const names = path.split('.');
+  const last = names.pop()!;
+  let at = object as Record<string, object>;
+  for (const name of names) {
+    at[name] ??= {};
+    at = at[name] as Record<string, object>;
+  }
+  if (value === undefined) delete at[last];
+  else at[last] = value as object;
+  return object;
+}
+
+/** What the API server says against the object; null when it takes it. */
+async function refusal(kind: Kind, body: object, fieldValidation = 'Ignore'): Promise<string | null> {
+  const query = { dryRun: 'All', fieldValidation };
+  try {
+    await callApi(kubeConfig, { method: 'POST', path: motetPath(kind, namespace), query, body });
+    return null;
+  } catch (error) {
+    if (error instanceof ApiError) return error.message;
+    throw error;
+  }
+}
+
+async function stored(kind: Kind, spec: object, isDry = true) {
+  return await callApi<{ metadata: { name: string }; spec: object }>(kubeConfig, {
+    method: 'POST',
+    path: motetPath(kind, namespace),
+    query: isDry ? { dryRun: 'All' } : {},
+    body: { apiVersion, kind, metadata: { generateName: 'some-' }, spec },
+  });
+}
+
+function titleOf([path, value, message]: Case): string {
+  const text = value === undefined ? 'left out' : JSON.stringify(value);
+  return `${message ? 'refuses' : 'accepts'} ${path} ${text.length > 60 ? `${text.slice(0, 60)}... (${text.length})` : text}`;
+}
+
+/** Fields of the spec that the full object leaves out, but for those of which only one may be given. */
+function missingFields(kind: Kind): string[] {
+  const given = pathsBelow('spec', full[kind]).map(schemaPath);
+  const alternatives = ['spec.cache.claimName', 'spec.cache.hostPath'];
+  const sometimesEmpty = /matchExpressions\[\]\.values/;
+  return fields
+    .filter((field) => field.kind === kind && field.path.startsWith('spec.'))
+    .map(({ path }) => path)
+    .filter((path) => !given.includes(path) && !alternatives.includes(path) && !sometimesEmpty.test(path));
+}
+
+/** `spec.a.0.b` and everything in the value there. */
+function pathsBelow(path: string, value: unknown): string[] {
+  const below = typeof value === 'object' && value !== null ? Object.entries(value) : [];
+  return [path, ...below.flatMap(([name, inner]) => pathsBelow(`${path}.${name}`, inner))];
+}
+
+/** `spec.a`, `spec` for `spec.a`. */
+function ancestors(path: string): string[] {
+  const names = path.split('.');
+  return names.map((_, i) => names.slice(0, names.length - i).join('.'));
+}
+
+const maps = ['labels', 'annotations', 'nodeSelector', 'requests', 'limits', 'matchLabels'];
+
+/** As in tests/crds/schemas.ts: items of lists and values of maps are `[]`. */
+function schemaPath(path: string): string {
+  const isMap = (name: string | undefined, before: string | undefined) =>
+    maps.includes(name!) && (name !== 'limits' || before === 'resources');
+  const names = path.split('.');
+  return names
+    .map((name, i) => (/^\d+$/.test(name) || isMap(names[i - 1], names[i - 2]) ? '[]' : `.${name}`))
+    .join('')
+    .slice(1);
+}
+
+const bounds = [
+  'pattern',
+  'enum',
+  'minimum',
+  'maximum',
+  'minLength',
+  'maxLength',
+  'minItems',
+  'maxItems',
+  'maxProperties',
+  'required',
+];
+
+function isBounded(schema: object): boolean {
+  return bounds.some((bound) => bound in schema);
+}
+
+function escaped(text: string): string {
+  return text.replaceAll(/[.[\]]/g, '\\$&');
+}
