@@ -10,7 +10,7 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 
-type Unit = 's' | 'bytes' | 'reqps' | 'ops' | 'percentunit' | 'short' | 'bool';
+type Unit = 's' | 'bytes' | 'Bps' | 'reqps' | 'ops' | 'percentunit' | 'short' | 'bool';
 
 /** PromQL, and the words for each series. */
 type Query = [expr: string, legend: string];
@@ -184,10 +184,7 @@ const queues: Panel[] = [
     [`topk(10, ${perSecond('motet_gateway_requests_total', asked, 'tenant')})`, '{{tenant}}'],
   ]),
   graph('Keys refused', 'reqps', 'Requests without a good key, by reason.', [
-    [
-      orNone('reason', perSecond('motet_gateway_auth_failures_total', here, 'reason'), requestsPerSecond),
-      '{{reason}}',
-    ],
+    [perSecond('motet_gateway_auth_failures_total', here, 'reason'), '{{reason}}'],
   ]),
   graph('Tenants', 'short', 'Tenants whose keys a gateway accepts. All gateways agree but for moments.', [
     [`motet_gateway_tenants{${here}}`, '{{pod}}'],
@@ -244,6 +241,9 @@ const engines: Panel[] = [
   ),
 ];
 
+/** There as soon as an engine is. */
+const anyTokens = perSecond('vllm:generation_tokens_total', ofBase);
+
 const adapters: Panel[] = [
   graph(
     'Resident by tier',
@@ -295,11 +295,11 @@ const adapters: Panel[] = [
     ...graph(
       'Requests by served name',
       'reqps',
-      'The ten names with the most requests, base models among them, of all base models.',
+      'The ten names with the most requests, and which adapter or base model answered. Of all base models.',
       [
         [
-          `topk(10, ${perSecond('motet_gateway_requests_total', `${asked}, model!=""`, 'model')})`,
-          '{{model}}',
+          `topk(10, ${perSecond('motet_gateway_requests_total', `${asked}, model!=""`, 'model, target')})`,
+          '{{model}} by {{target}}',
         ],
       ],
     ),
@@ -311,6 +311,26 @@ const adapters: Panel[] = [
     description: 'Engines that hold it, by name, tier and rank. level gpu is the device tier.',
     unit: 'short',
     queries: [[`count by (adapter_name, base_model, level, rank) (vllm:lora_adapter_loaded{${ofBase}})`, '']],
+    width: 12,
+  },
+  {
+    ...graph(
+      'Fetches',
+      'ops',
+      'Models and adapters that engines asked a remote source for. cached: they had it.',
+      [
+        [
+          orNone('result', perSecond('motet_source_fetches_total', ofBase, 'kind, result'), anyTokens),
+          '{{kind}} {{result}}',
+        ],
+      ],
+    ),
+    width: 12,
+  },
+  {
+    ...graph('Bytes fetched', 'Bps', 'Of files that engines fetched whole from remote sources, per second.', [
+      [orNone('kind', perSecond('motet_source_fetch_bytes_total', ofBase, 'kind'), anyTokens), '{{kind}}'],
+    ]),
     width: 12,
   },
 ];
