@@ -351,7 +351,7 @@ const operator: Panel[] = [
   graph(
     'API requests',
     'reqps',
-    'Requests to the API server, watches left out. Writes of an unchanged world are none.',
+    'Requests to the API server; code none: no answer came. An unchanged world needs no writes.',
     [[perSecond('motet_operator_api_requests_total', here, 'verb, code'), '{{verb}} {{code}}']],
   ),
   graph('Calls to engines', 'reqps', 'refused: the engine said no. unreachable: no answer.', [

@@ -1,7 +1,13 @@
 import { readFileSync } from 'node:fs';
 import { expect, onTestFinished, test } from 'vitest';
 import { dashboardJson } from '../../scripts/dashboard.ts';
-import { dashboardPath, dashboardQueries, emptyPanels, readDashboard } from '../fixtures/monitoring.ts';
+import {
+  dashboardPath,
+  dashboardQueries,
+  emptyPanels,
+  emptyRecords,
+  readDashboard,
+} from '../fixtures/monitoring.ts';
 import { postJson } from '../fixtures/processes.ts';
 import { startPrometheus, staticScrape } from '../fixtures/prometheus.ts';
 import { startEngineAndGateway } from './exposed.ts';
@@ -51,7 +57,7 @@ test('every rate is taken over the interval that Grafana chooses, so that a day 
 /** Those have nothing to say outside of a cluster; tests/system/kubernetes/dashboard-is-full.test.ts has them. */
 const onlyInCluster = /motet_operator_|motet_gateway_watch_stale_seconds|motet_gateway_engines/;
 
-test('after some requests every panel of engine and gateway has something to show', async () => {
+test('after some requests every panel and record of engine and gateway has something to show', async () => {
   const { engine, gateway } = await startEngineAndGateway();
   const labels = { namespace: 'here', base_model: 'base' };
   const prometheus = await startPrometheus([
@@ -71,7 +77,10 @@ test('after some requests every panel of engine and gateway has something to sho
           const body = { model, prompt: 'x', max_tokens: 8 };
           expect((await postJson(`${gateway.url}/v1/completions`, body)).status).toBe(200);
         }
-        const empty = await emptyPanels(prometheus.url, variables);
+        const empty = [
+          ...(await emptyPanels(prometheus.url, variables)),
+          ...(await emptyRecords(prometheus.url)),
+        ];
         return empty.filter((query) => !onlyInCluster.test(query));
       },
       { timeout: 60_000, interval: 1_000 },

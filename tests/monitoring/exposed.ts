@@ -1,8 +1,15 @@
-/** What each process answers at /metrics. Engine and gateway run; the operator's metrics are asked of their registry. */
+/** What each process answers at /metrics. */
 import { join } from 'node:path';
 import { onTestFinished } from 'vitest';
-import { createMetrics, watchState } from '../../operator/metrics.ts';
+import { createNamespace, sharedControlPlane } from '../fixtures/control-plane.ts';
 import { type RunningProcess, startGatewayOver, startProcess } from '../fixtures/processes.ts';
+import {
+  applyCrds,
+  baseModelOf,
+  namespaceOf,
+  startTestOperator,
+  untilReason,
+} from '../operator/start-operator.ts';
 
 const tiny = join(import.meta.dirname, '../goldens/tiny/llama3');
 
@@ -27,15 +34,15 @@ export async function metricsOf({ url }: RunningProcess): Promise<string> {
   return (await fetch(`${url}/metrics`)).text();
 }
 
-/** Every metric with its type; those with labels have no series before something happens. */
+/** Of an operator that leads and has made the engines of a BaseModel. */
 export async function operatorMetrics(): Promise<string> {
-  const metrics = createMetrics();
-  watchState(metrics.registry, {
-    isLeader: () => true,
-    queueDepths: () => ({ 'base-model': 0 }),
-    staleSinceMs: () => ({ basemodels: null }),
-  });
-  return metrics.registry.metrics();
+  const plane = await sharedControlPlane();
+  await applyCrds(plane);
+  const namespace = namespaceOf(plane, await createNamespace(plane));
+  await namespace.kubectl(['apply', '-f', '-'], baseModelOf('base'));
+  const { port } = await startTestOperator(plane, namespace.name);
+  await untilReason(namespace, 'base', 'PodsPending');
+  return (await fetch(`http://127.0.0.1:${port}/metrics`)).text();
 }
 
 /** Names of the series that a query can ask for: of a histogram those of its buckets, sum and count. */
