@@ -25,8 +25,8 @@ export const settings = {
   'engine-service-account': dnsName.default('motet-engine').describe('ServiceAccount of engine pods'),
   'trusted-service-accounts': z
     .string()
-    .regex(/^[^:,\s]+:[^:,\s]+(,[^:,\s]+:[^:,\s]+)*$/, 'expected NAMESPACE:NAME, or a comma list of them')
-    .describe('who may call engines: comma list of NAMESPACE:NAME, passed on to them'),
+    .regex(/^[^/,\s]+\/[^/,\s]+(,[^/,\s]+\/[^/,\s]+)*$/, 'expected NAMESPACE/NAME, or a comma list of them')
+    .describe('who may call engines: comma list of NAMESPACE/NAME, passed on to them'),
   'token-file': z.string().optional().describe('file with the token that the operator shows engines'),
   'lease-name': dnsName.default('motet-operator').describe('Lease by which one operator of several acts'),
   'lease-seconds': z.coerce
