@@ -81,12 +81,13 @@ export class Leader {
     while (!signal.aborted) {
       await pause(this.#options.clock, this.#retryMs, signal);
       if (signal.aborted) return;
-      await this.#try();
+      // What was lost is not taken again: this process does not know what happened meanwhile.
+      if (this.isLeader) await this.#try();
       if (!this.isLeader) {
         const holder = this.#observed.lease?.spec?.holderIdentity;
         throw new OperatorError(
           'lease_lost',
-          `the lease could not be renewed in time; ${holder} was its holder last`,
+          `the lease was not renewed in time, or is another's; its holder was ${holder || 'nobody'} last`,
         );
       }
     }
