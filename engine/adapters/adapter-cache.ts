@@ -196,9 +196,10 @@ export class AdapterCache {
   async #makeRoom(hex: string, bytes: number): Promise<void> {
     const { folder, maxBytes } = this.#options;
     this.#reserved.set(hex, bytes);
-    const kept = await this.#list();
-    const numReserved = [...this.#reserved.values()].reduce((sum, size) => sum + size, 0);
-    let excess = kept.reduce((sum, { sizeBytes }) => sum + sizeBytes, numReserved) - maxBytes;
+    // What was published a moment ago may still be reserved.
+    const kept = (await this.#list()).filter(({ name }) => !this.#reserved.has(name));
+    const reservedBytes = [...this.#reserved.values()].reduce((sum, size) => sum + size, 0);
+    let excess = kept.reduce((sum, { sizeBytes }) => sum + sizeBytes, reservedBytes) - maxBytes;
     const inOrder = kept.filter(({ name }) => !this.#numUsers.has(name)).sort((a, b) => a.usedMs - b.usedMs);
     for (const { name, sizeBytes } of inOrder) {
       if (excess <= 0) break;
