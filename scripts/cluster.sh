@@ -14,11 +14,14 @@ source tests/cluster/common.sh
 export MOTET_CLUSTER=${MOTET_CLUSTER:-$cluster_cache/default}
 cluster=tests/cluster/cluster.sh
 namespace=motet
+models=${cluster_cache%/cluster}/models
+model=SmolLM2-135M-Instruct.Q4_1.gguf
 
 main() {
   case "${1:-up}" in
     up) up ;;
     forward) exec node_modules/.bin/node scripts/forward.ts "${2:-8080}" "motet-gateway.$namespace.svc.cluster.local:80" ;;
+    down) "$cluster" down && rm -rf "$MOTET_CLUSTER/"{motet.tar,models} ;;
     *) exec "$cluster" "$@" ;;
   esac
 }
@@ -54,10 +57,25 @@ YAML
     --set-string "commonLabels.motet\.dev/work-tree=$(sha256sum "$MOTET_CLUSTER/motet.tar" | cut -c1-12)"
 }
 
+# The examples read from a claim `models`; here it is a folder of the machine, the same on both nodes.
 apply_examples() {
-  local folder=examples/kubernetes
-  [[ -n $(find "$folder" -name '*.yaml' 2>/dev/null) ]] || { echo "no file in $folder"; return 0; }
-  "$cluster" exec kubectl apply --namespace "$namespace" -f "$folder"
+  local examples=examples/kubernetes folder=$MOTET_CLUSTER/models
+  mkdir -p "$folder"
+  ln -f "$models/$model" "$folder/" 2>/dev/null || cp "$models/$model" "$folder/"
+  cp -r examples/adapters "$folder/"
+  rm -rf "$folder/adapters/sql-v2"
+  cp -r "$folder/adapters/sql" "$folder/adapters/sql-v2"
+  "$cluster" exec kubectl apply -f - <<YAML
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: $namespace-models}
+spec:
+  capacity: {storage: 2Gi}
+  accessModes: [ReadWriteMany]
+  claimRef: {namespace: $namespace, name: models}
+  hostPath: {path: "$folder", type: Directory}
+YAML
+  "$cluster" exec kubectl apply --namespace "$namespace" -f "$examples"
   "$cluster" exec kubectl wait --namespace "$namespace" --for=condition=Ready --timeout=10m basemodels,loraadapters --all
 }
 
@@ -68,7 +86,8 @@ Motet runs in namespace $namespace of a cluster of two nodes. Try:
 
   npm run cluster -- exec kubectl get nodes
   npm run cluster -- exec kubectl -n $namespace get motet,pods
-  npm run cluster -- exec curl -s http://motet-gateway.$namespace.svc.cluster.local/v1/models
+  npm run cluster -- exec curl -s http://motet-gateway.$namespace.svc.cluster.local/v1/models \\
+    -H 'authorization: Bearer $(sed -n 's/^ *key: *//p' examples/kubernetes/tenant.yaml | head -n 1)'
   npm run cluster -- forward 8080      and then, in another terminal, http://127.0.0.1:8080/v1
 
 \`npm run cluster -- down\` removes it.

@@ -18,6 +18,10 @@ if (side === 'inside') {
   // Our end is that of the other side.
   process.stdin.resume().once('end', () => process.exit());
 } else {
+  if (!/^\d{1,5}$/.test(portOrSocket) || Number(portOrSocket) > 65_535) {
+    console.error(`cluster: expected a port, not ${portOrSocket}`);
+    process.exit(2);
+  }
   const folder = mkdtempSync(join(tmpdir(), 'motet-forward-'));
   process.once('exit', () => rmSync(folder, { recursive: true }));
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.once(signal, () => process.exit());
