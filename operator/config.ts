@@ -37,6 +37,7 @@ export const settings = {
     .default(15)
     .describe('a leader not heard of for this long is replaced; it stops by itself after two thirds'),
   'resync-seconds': seconds(300).describe('every object is looked at again after this long'),
+  'engine-check-seconds': seconds(5).describe('engines are asked for their adapters again after this long'),
   concurrency: z.coerce.number().int().min(1).max(64).default(4).describe('reconciles of a kind at a time'),
   host: z.string().min(1).default('0.0.0.0').describe('address of probes and metrics'),
   port: z.coerce
@@ -67,6 +68,7 @@ export interface Config {
   leaseName: string;
   leaseSeconds: number;
   resyncSeconds: number;
+  engineCheckSeconds: number;
   concurrency: number;
   host: string;
   port: number;
@@ -100,6 +102,7 @@ export function parseConfig(args: readonly string[], env: NodeJS.ProcessEnv): Co
     leaseName: values['lease-name'],
     leaseSeconds: values['lease-seconds'],
     resyncSeconds: values['resync-seconds'],
+    engineCheckSeconds: values['engine-check-seconds'],
     concurrency: values.concurrency,
     host: values.host,
     port: values.port,
