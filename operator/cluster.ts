@@ -27,6 +27,7 @@ import {
 import { ObjectWatch } from '../crds/watch.ts';
 import type { Clock } from './clock.ts';
 import type { Config } from './config.ts';
+import type { Engines } from './engines.ts';
 import { Events, type EventType } from './events.ts';
 import type { Metrics } from './metrics.ts';
 import { type Claimant, type NameHolders, nameHolders } from './names.ts';
@@ -44,6 +45,7 @@ export interface ReconcileResult {
 /** What a reconcile works with. `reconcile...(name, parts)` is one pass for one key. */
 export interface Parts {
   cluster: Cluster;
+  engines: Engines;
   config: Config;
   metrics: Metrics;
   log: Logger;

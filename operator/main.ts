@@ -7,11 +7,14 @@ import { type Key, keysOfClaimant, keysOfEverything, keysOfOwned, keysOfPod } fr
 import { type Clock, pause, systemClock } from './clock.ts';
 import { Cluster, type Parts, type ReconcileKind, type ReconcileResult } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
+import { Engines } from './engines.ts';
 import { errorTable, toOperatorError } from './errors.ts';
 import { Leader } from './leader.ts';
 import { countApiCalls, createMetrics, type Metrics, watchState } from './metrics.ts';
 import type { Claimant } from './names.ts';
+import { reconcileAdapters } from './reconcile-adapters.ts';
 import { reconcileBaseModel } from './reconcile-base-model.ts';
+import { reconcileRoute } from './reconcile-route.ts';
 import { serve } from './server.ts';
 import { WorkQueue } from './work-queue.ts';
 
@@ -26,8 +29,10 @@ export interface Operator {
 }
 
 /** One pass for one key of each kind. */
-const reconciles: Partial<Record<ReconcileKind, (name: string, parts: Parts) => Promise<ReconcileResult>>> = {
+const reconciles: Record<ReconcileKind, (name: string, parts: Parts) => Promise<ReconcileResult>> = {
   'base-model': reconcileBaseModel,
+  adapters: reconcileAdapters,
+  route: reconcileRoute,
 };
 
 /** Longest wait for reconciles at the end; after it they cannot write any more. */
@@ -66,7 +71,14 @@ export async function startOperator(config: Config, log: Logger): Promise<Operat
     },
     onReport: (name) => enqueue('base-model', name),
   });
-  const parts: Parts = { cluster, config, metrics, log, clock, enqueue };
+  const engines = new Engines({
+    tokenFile: config.tokenFile,
+    metrics,
+    clock,
+    log,
+    onEnd: (baseModel) => enqueue('adapters', baseModel),
+  });
+  const parts: Parts = { cluster, engines, config, metrics, log, clock, enqueue };
 
   let isSynced = false;
   const server = await serve(config, metrics.registry, () => isSynced);
@@ -106,6 +118,7 @@ export async function startOperator(config: Config, log: Logger): Promise<Operat
     async stop() {
       stopping.abort();
       await drain(queues, clock, log);
+      await engines.close();
       leaving.abort();
       await ended.catch(() => undefined);
       await leader.release();
@@ -118,17 +131,13 @@ export async function startOperator(config: Config, log: Logger): Promise<Operat
 
 function createQueues(parts: Parts, leader: Leader): Map<ReconcileKind, WorkQueue> {
   const { config, clock, metrics, log } = parts;
-  const kinds = Object.entries(reconciles) as [
-    ReconcileKind,
-    NonNullable<(typeof reconciles)['base-model']>,
-  ][];
   return new Map(
-    kinds.map(([kind, reconcile]) => [
+    (Object.keys(reconciles) as ReconcileKind[]).map((kind) => [
       kind,
       new WorkQueue({
         async run(name) {
           leader.assertLeader();
-          return reconcile(name, parts);
+          return reconciles[kind](name, parts);
         },
         concurrency: config.concurrency,
         clock,
