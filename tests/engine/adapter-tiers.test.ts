@@ -1,4 +1,5 @@
 import { describe, expect, test, vi } from 'vitest';
+import type { LocalFolder } from '../../engine/adapters/adapter-tiers.ts';
 import { type EngineParts, start, startEngine } from '../fixtures/fake-engine-parts.ts';
 
 const digestOf = (path: string) => `sha256:${Buffer.from(path).toString('hex')}`;
@@ -75,6 +76,73 @@ describe('loading', () => {
     const loads = ['a', 'b', 'c', 'd'].map((name) => parts.tiers.load(name, `/${name}-r1`, false));
     const outcomes = await Promise.allSettled(loads);
     expect(outcomes.map(({ status }) => status)).toEqual(['fulfilled', 'fulfilled', 'fulfilled', 'rejected']);
+  });
+
+  /** A source that counts how often it was asked, with a folder of that path and digest. */
+  function sourceOf(path: string, digest: string | null, changes: Partial<LocalFolder> = {}) {
+    const folder = { path, seconds: 1.5, release: vi.fn(), discardIfDamaged: async () => false, ...changes };
+    const fetch = vi.fn(async () => folder);
+    return { uri: `https://host${path}`, digest, fetch, folder };
+  }
+
+  test('fetches first, and tells how long it took and from where', async () => {
+    const parts = startEngine();
+    const source = sourceOf('/a-r3', digestOf('/a-r3'));
+    await parts.tiers.load('a', source, false);
+    expect(statusOf(parts, '/a-r3')).toMatchObject({
+      path: 'https://host/a-r3',
+      loadSeconds: { fetch: 1.5 },
+    });
+    expect(source.folder.release).toHaveBeenCalledTimes(1);
+  });
+
+  test('fetches nothing when the digest is resident', async () => {
+    const parts = startEngine();
+    await parts.tiers.load('a', '/a-r3', false);
+    const source = sourceOf('/a-r3', digestOf('/a-r3'));
+    await parts.tiers.load('b', source, false);
+    expect(source.fetch).not.toHaveBeenCalled();
+    expect(statusOf(parts, '/a-r3')?.names).toEqual(['a', 'b']);
+  });
+
+  test('takes no place of the others while it fetches', async () => {
+    const parts = startEngine({ tiers: { maxLoads: 1, maxQueuedLoads: 0 } });
+    const gate = Promise.withResolvers<void>();
+    const slow = sourceOf('/slow-r1', null);
+    slow.fetch.mockImplementation(async () => {
+      await gate.promise;
+      return slow.folder;
+    });
+    const load = parts.tiers.load('slow', slow, false);
+    await parts.tiers.load('quick', '/quick-r1', false);
+    gate.resolve();
+    await load;
+  });
+
+  test('refuses another digest than was named, and lets the folder go', async () => {
+    const parts = startEngine();
+    const source = sourceOf('/a-r3', digestOf('/b-r3'));
+    await expect(parts.tiers.load('a', source, false)).rejects.toMatchObject({
+      code: 'adapter_digest_mismatch',
+      message: `https://host/a-r3: expected digest ${digestOf('/b-r3')}, got ${digestOf('/a-r3')}`,
+    });
+    expect(source.folder.release).toHaveBeenCalledTimes(1);
+    expect(usedPages(parts)).toBe(0);
+  });
+
+  test('fetches once more when the copy on disk was damaged', async () => {
+    const parts = startEngine();
+    const source = sourceOf('/a-r3', digestOf('/a-r3'));
+    const damaged = { ...source.folder, path: '/damaged-r3', discardIfDamaged: async () => true };
+    source.fetch.mockResolvedValueOnce(damaged);
+    await parts.tiers.load('a', source, false);
+    expect(source.fetch).toHaveBeenCalledTimes(2);
+    source.fetch.mockResolvedValue(damaged);
+    parts.tiers.unload('a');
+    await expect(parts.tiers.load('a', source, false)).rejects.toMatchObject({
+      code: 'adapter_digest_mismatch',
+    });
+    expect(source.fetch).toHaveBeenCalledTimes(4);
   });
 
   test('goes on while sequences decode', async () => {

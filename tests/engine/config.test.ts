@@ -21,6 +21,10 @@ describe('engine settings', () => {
       maxSequences: 64,
       adapters: [],
       apiKeys: null,
+      callers: null,
+      modelDigest: null,
+      device: 'cpu',
+      sourceCacheBytes: 10 * 2 ** 30,
     });
   });
 
@@ -74,6 +78,73 @@ describe('engine settings', () => {
     [['--api-key-file', '/does/not/exist'], '--api-key-file: expected a readable file, got ENOENT'],
   ])('refuse %j', (args, message) => {
     expect(() => parse(args)).toThrow(message);
+  });
+
+  const digest = `sha256:${'0123'.repeat(16)}`;
+  test('take a model that is fetched, with its digest', () => {
+    const config = parseConfig(['--model', 'https://host/m.gguf', '--model-digest', digest], {});
+    expect(config).toMatchObject({ model: 'https://host/m.gguf', modelDigest: digest });
+    expect(parseConfig(['--model', 'file:///m.gguf'], {})).toMatchObject({ model: 'file:///m.gguf' });
+  });
+
+  test.each([
+    [
+      ['--model', 'https://host/m.gguf'],
+      '--model-digest: expected the sha256 of the file beside an https model',
+    ],
+    [
+      ['--model', 'https://host/m', '--model-digest', '00'],
+      '--model-digest: expected sha256: and 64 hex digits',
+    ],
+    [['--model', 'm', '--model-digest', digest], '--model-digest: expected only beside an https model'],
+    [
+      ['--model', 's3://bucket/m'],
+      '--model: expected a path or file:///PATH or https://HOST/PATH, got "s3://bucket/m"',
+    ],
+    [['--model', 'm', '--adapter', `a=https://host/a`], '--adapter: expected NAME=PATH or NAME=file:///PATH'],
+    [['--model', 'm', '--device', 'tpu'], '--device: expected one of cpu, nvidia, got "tpu"'],
+  ])('refuse %j', (args, message) => {
+    expect(() => parseConfig(args, {})).toThrow(message);
+  });
+
+  const pod = { KUBERNETES_SERVICE_HOST: '10.96.0.1', KUBERNETES_SERVICE_PORT: '443' };
+  test('know the API server of their pod', () => {
+    const args = ['--trusted-service-accounts', 'motet/gateway, motet/operator'];
+    expect(parse(args, pod).callers).toEqual({
+      trusted: ['motet/gateway', 'motet/operator'],
+      apiUrl: 'https://10.96.0.1:443',
+      serviceAccountDir: '/var/run/secrets/kubernetes.io/serviceaccount',
+    });
+    expect(parse(args, { ...pod, KUBERNETES_SERVICE_HOST: 'fd00::1' }).callers?.apiUrl).toBe(
+      'https://[fd00::1]:443',
+    );
+    const more = ['--kubernetes-api-url', 'https://localhost:6443/', '--service-account-dir', '/sa'];
+    expect(parse([...args, ...more]).callers).toMatchObject({
+      apiUrl: 'https://localhost:6443',
+      serviceAccountDir: '/sa',
+    });
+    expect(parse([], { ...pod, MOTET_TRUSTED_SERVICE_ACCOUNTS: 'a/b' }).callers?.trusted).toEqual(['a/b']);
+  });
+
+  test.each([
+    [['--trusted-service-accounts', 'a/b'], 'expected --kubernetes-api-url beside it outside of a pod'],
+    [['--trusted-service-accounts', 'gateway'], '--trusted-service-accounts: expected NAMESPACE/NAME'],
+    [['--trusted-service-accounts', 'a/b,'], '--trusted-service-accounts: expected NAMESPACE/NAME'],
+    [
+      ['--kubernetes-api-url', 'http://api', '--trusted-service-accounts', 'a/b'],
+      'expected https://HOST:PORT',
+    ],
+  ])('refuse %j', (args, message) => {
+    expect(() => parse(args)).toThrow(message);
+  });
+
+  test('let others reach an engine that knows its callers', () => {
+    const args = ['--host', '0.0.0.0', '--adapter-root', '/adapters'];
+    expect(parse([...args, '--trusted-service-accounts', 'a/b'], pod)).toMatchObject({
+      host: '0.0.0.0',
+      apiKeys: null,
+    });
+    expect(() => parse(args, pod)).toThrow('expected --api-key-file or --trusted-service-accounts');
   });
 
   test('name the variable that was wrong', () => {

@@ -2,7 +2,9 @@ import { connect } from 'node:net';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import OpenAI from 'openai';
 import { describe, expect, test, vi } from 'vitest';
-import { enginePaths } from '../../engine/protocol.ts';
+import { EngineError } from '../../engine/errors.ts';
+import { type AdapterList, enginePaths, modelHeader } from '../../engine/protocol.ts';
+import { readFakeAdapter } from '../fixtures/fake-engine-parts.ts';
 import { eventsOf, type Served, serveFake } from '../fixtures/serve-fake.ts';
 
 const chat = { model: 'base', messages: [{ role: 'user', content: 'hi' }], max_tokens: 4, temperature: 0 };
@@ -283,6 +285,104 @@ describe('adapters over HTTP', () => {
     expect(error).toMatchObject({ ...fields, object: 'error', error: fields });
   });
 
+  const digestOf = (path: string) => `sha256:${Buffer.from(path).toString('hex').padEnd(64, '0')}`;
+  /** Folders whose digests have the length that digests have. */
+  const withDigests = () =>
+    serveFake({
+      tiers: { readFile: async (path) => ({ ...(await readFakeAdapter(path)), digest: digestOf(path) }) },
+    });
+
+  test('are loaded when they have the digest that was named, and refused when not', async () => {
+    const served = await withDigests();
+    const body = { lora_name: 'a', lora_path: '/tmp' };
+    const refused = await load(served, { ...body, digest: digestOf('/usr') });
+    expect(await refused.json()).toMatchObject({
+      code: 'adapter_digest_mismatch',
+      param: 'digest',
+      message: `/tmp: expected digest ${digestOf('/usr')}, got ${digestOf('/tmp')}`,
+    });
+    expect(refused.status).toBe(400);
+    expect((await load(served, { ...body, digest: digestOf('/tmp') })).status).toBe(200);
+    expect(served.tiers.statuses()).toMatchObject([{ names: ['a'], path: '/tmp', digest: digestOf('/tmp') }]);
+  });
+
+  test('may be named by a file URI, which is what the listing shows', async () => {
+    const served = await serveFake();
+    expect((await load(served, { lora_name: 'a', lora_path: 'file:///tmp' })).status).toBe(200);
+    const { data } = (await (await served.get(enginePaths.adapters)).json()) as AdapterList;
+    expect(data).toMatchObject([{ path: 'file:///tmp', loadSeconds: { fetch: 0 } }]);
+  });
+
+  const anyDigest = `sha256:${'0'.repeat(64)}`;
+  test.each([
+    [
+      'https without a digest',
+      { lora_path: 'https://host/a' },
+      'invalid_value',
+      'digest: expected the digest',
+    ],
+    [
+      'a digest of another kind',
+      { lora_path: '/tmp', digest: 'md5:00' },
+      'invalid_value',
+      'digest: expected sha256:',
+    ],
+    [
+      'a digest in capitals',
+      { lora_path: '/tmp', digest: `sha256:${'A'.repeat(64)}` },
+      'invalid_value',
+      'digest',
+    ],
+    [
+      'a scheme that is not known',
+      { lora_path: 's3://b/a', digest: anyDigest },
+      'adapter_path_refused',
+      'got s3://',
+    ],
+    ['http', { lora_path: 'http://host/a', digest: anyDigest }, 'adapter_path_refused', 'got http://'],
+    [
+      'a password',
+      { lora_path: 'https://u:p@host/a', digest: anyDigest },
+      'adapter_path_refused',
+      'no user and password',
+    ],
+    ['no URL', { lora_path: 'https://', digest: anyDigest }, 'adapter_path_refused', 'got something else'],
+    ['a file of another host', { lora_path: 'file://host/tmp' }, 'adapter_path_refused', 'got the host host'],
+    ['a hidden slash', { lora_path: 'file:///tmp%2f..' }, 'adapter_path_refused', 'without encoded slashes'],
+  ])('are refused by %s', async (_name, body, code, message) => {
+    const response = await load(await serveFake(), { lora_name: 'a', ...body });
+    const reply = (await response.json()) as { code: string; message: string };
+    expect([response.status, reply.code]).toEqual([400, code]);
+    expect(reply.message).toContain(message);
+    expect(reply.message).not.toContain('u:p');
+  });
+
+  test('are listed by name while they are loaded', async () => {
+    const gate = Promise.withResolvers<void>();
+    const readFile = async (path: string) => {
+      await gate.promise;
+      return readFakeAdapter(path);
+    };
+    const served = await serveFake({ tiers: { readFile } });
+    const loadingNow = async () =>
+      ((await (await served.get(enginePaths.adapters)).json()) as AdapterList).loading;
+    const loads = ['b', 'a'].map((name) => load(served, { lora_name: name, lora_path: '/tmp' }));
+    await vi.waitFor(async () => expect(await loadingNow()).toEqual(['a', 'b']));
+    gate.resolve();
+    for (const response of await Promise.all(loads)) expect(response.status).toBe(200);
+    expect(await loadingNow()).toEqual([]);
+  });
+
+  test('are not loaded any more while the engine drains', async () => {
+    const served = await serveFake();
+    await served.engine.drain(1);
+    const response = await load(served, { lora_name: 'a', lora_path: '/tmp' });
+    expect([response.status, await response.json()]).toEqual([
+      503,
+      expect.objectContaining({ code: 'draining' }),
+    ]);
+  });
+
   test('are refused a second time under one name, unless in place', async () => {
     const served = await serveFake();
     const body = { lora_name: 'a', lora_path: '/tmp' };
@@ -331,6 +431,77 @@ describe('adapters over HTTP', () => {
       code: 'arena_full',
       message: expect.stringContaining('2048 bytes'),
     });
+  });
+});
+
+describe('x-motet-model', () => {
+  const paths = [
+    ['chat', enginePaths.chat, chat],
+    ['text', enginePaths.completions, completion],
+  ] as const;
+
+  test.each(paths)(
+    'chooses the adapter of a %s request, and the reply says what the body said',
+    async (_name, path, body) => {
+      const served = await serveFake();
+      await served.tiers.load('tuned', '/a-r1', false);
+      const answer = async (model: string, header?: string) => {
+        const headers: Record<string, string> = header === undefined ? {} : { [modelHeader]: header };
+        const reply = await served.post(path, { ...body, model }, { headers });
+        const { model: said, choices } = (await reply.json()) as {
+          model: string;
+          choices: { text?: string; message?: { content: string } }[];
+        };
+        return [said, choices[0]!.text ?? choices[0]!.message?.content];
+      };
+      const [[, base], [, tuned]] = [await answer('base'), await answer('tuned')];
+      expect(base).not.toBe(tuned);
+      expect(await answer('an-alias', 'tuned')).toEqual(['an-alias', tuned]);
+      expect(await answer('tuned', 'base')).toEqual(['tuned', base]);
+    },
+  );
+
+  test('chooses for streams too, in each event', async () => {
+    const served = await serveFake();
+    await served.tiers.load('tuned', '/a-r1', false);
+    const headers = { [modelHeader]: 'tuned' };
+    const body = { ...completion, model: 'an-alias', stream: true };
+    const events = await eventsOf(await served.post(enginePaths.completions, body, { headers }));
+    expect(events.slice(0, -1).map((event) => JSON.parse(event).model)).toEqual(
+      Array.from({ length: events.length - 1 }, () => 'an-alias'),
+    );
+    expect(served.tiers.statuses()).toMatchObject([{ names: ['tuned'], requests: 1 }]);
+  });
+
+  test('that names nothing is 404, also for /tokenize', async () => {
+    const served = await serveFake();
+    const headers = { [modelHeader]: 'none' };
+    for (const [path, body] of [
+      [enginePaths.completions, completion],
+      [enginePaths.tokenize, { model: 'base', prompt: 'x' }],
+    ] as const) {
+      const reply = await served.post(path, body, { headers });
+      expect([reply.status, await reply.json()]).toEqual([
+        404,
+        expect.objectContaining({ code: 'model_not_found', message: expect.stringContaining('`none`') }),
+      ]);
+    }
+  });
+
+  test.each([
+    ['empty', ''],
+    ['too long', 'x'.repeat(257)],
+    ['not printable', 'a\tb'],
+    ['not ASCII', 'caf\u00e9'],
+  ])('that is %s is refused', async (_name, header) => {
+    const served = await serveFake();
+    const reply = await served.post(enginePaths.completions, completion, {
+      headers: { [modelHeader]: header },
+    });
+    expect([reply.status, await reply.json()]).toEqual([
+      400,
+      expect.objectContaining({ code: 'invalid_value', param: modelHeader }),
+    ]);
   });
 });
 
@@ -450,6 +621,39 @@ describe('keys', () => {
   });
 });
 
+describe('callers of the cluster', () => {
+  /** Judges as the real one does; caller-identity.test.ts has the judging itself. */
+  const callers = {
+    async check(token: string) {
+      if (token === 'good.token') return;
+      if (token === 'other.token') throw new EngineError('forbidden', 'not among those');
+      throw new EngineError('unauthorized', 'no such token');
+    },
+  };
+
+  test.each([
+    ['none', '', 401],
+    ['a trusted one', 'Bearer good.token', 200],
+    ['another one', 'Bearer other.token', 403],
+    ['a bad token', 'Bearer bad.token', 401],
+    ['the scheme alone', 'Bearer', 401],
+    ['another scheme', 'Basic good.token', 401],
+    ['a key beside them', 'Bearer one', 200],
+  ])('%s', async (_name, authorization, status) => {
+    const served = await serveFake({ server: { apiKeys: ['one'], callers } });
+    expect((await served.get(enginePaths.adapters, { authorization })).status).toBe(status);
+    for (const path of [enginePaths.livez, enginePaths.readyz, enginePaths.metrics]) {
+      expect((await served.get(path)).status).toBe(200);
+    }
+  });
+
+  test('are asked for where there are no keys', async () => {
+    const served = await serveFake({ server: { callers } });
+    expect((await served.get(enginePaths.models)).status).toBe(401);
+    expect((await served.get(enginePaths.models, { authorization: 'Bearer good.token' })).status).toBe(200);
+  });
+});
+
 describe('x-request-id', () => {
   test('is echoed, or made when absent or odd', async () => {
     const served = await serveFake();
@@ -490,5 +694,19 @@ describe('metrics', () => {
     );
     served.tiers.unload('b');
     expect(await metricsOf(served)).not.toContain('adapter_name="b"');
+  });
+
+  test('count what was asked of sources, and time what was not cached', async () => {
+    const served = await serveFake();
+    const { metrics } = served;
+    metrics.observeFetch({ kind: 'adapter', result: 'fetched', seconds: 2, bytes: 100 });
+    metrics.observeFetch({ kind: 'adapter', result: 'cached', seconds: 0, bytes: 0 });
+    metrics.observeFetch({ kind: 'model', result: 'unavailable', seconds: 3, bytes: 0 });
+    const text = await metricsOf(served);
+    expect(text).toMatch(/motet_source_fetches_total\{kind="adapter",result="fetched",.*\} 1/);
+    expect(text).toMatch(/motet_source_fetches_total\{kind="adapter",result="cached",.*\} 1/);
+    expect(text).toMatch(/motet_source_fetches_total\{kind="model",result="unavailable",.*\} 1/);
+    expect(text).toMatch(/motet_source_fetch_seconds_count\{.*kind="adapter".*\} 1/);
+    expect(text).toMatch(/motet_source_fetch_bytes_total\{kind="adapter",.*\} 100/);
   });
 });
