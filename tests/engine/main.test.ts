@@ -1,12 +1,14 @@
 /** The engine as a process of its own, with the native core and a tiny checkpoint: start, serve, signals, refusals. */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtempSync } from 'node:fs';
+import { mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { describe, expect, onTestFinished, test } from 'vitest';
+import { digestOfFolder } from '../../engine/adapters/adapter-file.ts';
 import { enginePaths } from '../../engine/protocol.ts';
+import { certificates, startHttpsSource } from '../fixtures/https-source.ts';
 
 const root = join(import.meta.dirname, '../..');
 const tiny = join(root, 'tests/goldens/tiny/llama3');
@@ -55,9 +57,16 @@ function spawnEngine(args: string[], env: Record<string, string> = {}): EnginePr
   return { child, line, stderr: () => stderr, exit };
 }
 
-async function ready(args: string[] = []) {
+/** The environment of an engine that trusts the https servers of these tests. */
+function trustingTestCa(): Record<string, string> {
+  const path = join(mkdtempSync(join(tmpdir(), 'motet-')), 'ca.crt');
+  writeFileSync(path, certificates().ca);
+  return { NODE_EXTRA_CA_CERTS: path };
+}
+
+async function ready(args: string[] = [], env: Record<string, string> = {}) {
   const memory = args.includes('--device-memory') ? [] : ['--device-memory', '32MiB'];
-  const engine = spawnEngine(['--model', tiny, '--port', '0', ...memory, ...args]);
+  const engine = spawnEngine(['--model', tiny, '--port', '0', ...memory, ...args], env);
   const { port } = await engine.line('ready');
   const url = `http://127.0.0.1:${port}`;
   const post = (path: string, body: object) =>
@@ -173,6 +182,76 @@ describe('the engine process', () => {
     await response.text().catch(() => 'cut off');
   });
 
+  test('on a signal ends at once, with 0, from its first moment on', async () => {
+    // The signal comes as soon as there is a handler; nothing was done before that.
+    const preload =
+      "process.on('newListener',n=>n==='SIGTERM'&&setImmediate(()=>process.kill(process.pid,n)))";
+    const env = { NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent(preload)}` };
+    const { line, exit } = spawnEngine(['--model', tiny, '--port', '0'], env);
+    await expect(line('preparing')).rejects.toThrow('the engine ended with 0');
+    expect(await exit).toBe(0);
+  });
+
+  test('on a signal ends at once, with 0, while its model is fetched', async () => {
+    const server = await startHttpsSource();
+    const isAsked = new Promise<void>((resolve) => {
+      server.fault = () => {
+        resolve();
+        return true; // and never answers
+      };
+    });
+    const model = ['--model', `${server.url}/m.gguf`, '--model-digest', `sha256:${'0'.repeat(64)}`];
+    const { child, exit } = spawnEngine(model, trustingTestCa());
+    await isAsked;
+    child.kill('SIGTERM');
+    expect(await exit).toBe(0);
+  });
+
+  test('fetches an adapter by digest, and counts that', async () => {
+    const server = await startHttpsSource();
+    for (const name of ['adapter_config.json', 'adapter_model.safetensors']) {
+      server.files.set(`/tuned/${name}`, readFileSync(join(adapter, name)));
+    }
+    const { post, url } = await ready([], trustingTestCa());
+    const body = { lora_name: 'tuned', lora_path: `${server.url}/tuned?key=secret` };
+    const wrong = await post(enginePaths.loadAdapter, { ...body, digest: `sha256:${'0'.repeat(64)}` });
+    expect([wrong.status, ((await wrong.json()) as { code: string }).code]).toEqual([
+      400,
+      'adapter_digest_mismatch',
+    ]);
+    const digest = await digestOfFolder(adapter);
+    expect((await post(enginePaths.loadAdapter, { ...body, digest })).status).toBe(200);
+
+    const listing = await (await fetch(url + enginePaths.adapters)).text();
+    expect(JSON.parse(listing).data).toMatchObject([
+      { names: ['tuned'], digest, path: `${server.url}/tuned` },
+    ]);
+    expect(listing).not.toContain('secret');
+    const metrics = await (await fetch(url + enginePaths.metrics)).text();
+    expect(metrics).toMatch(/motet_source_fetches_total\{kind="adapter",result="fetched",.*\} 1/);
+    expect(metrics).toMatch(/motet_source_fetches_total\{kind="adapter",result="refused",.*\} 1/);
+
+    // As the engine does without network: the copy outlives the source and the adapter.
+    await server.stop();
+    expect((await post(enginePaths.unloadAdapter, { lora_name: 'tuned' })).status).toBe(200);
+    expect((await post(enginePaths.loadAdapter, { ...body, digest })).status).toBe(200);
+    const other = { ...body, lora_name: 'other', digest: `sha256:${'1'.repeat(64)}` };
+    const away = await post(enginePaths.loadAdapter, other);
+    expect([away.status, away.headers.get('retry-after')]).toEqual([503, '5']);
+    expect(await away.json()).toMatchObject({
+      code: 'source_unavailable',
+      message: `${server.url}/tuned/adapter_config.json: ECONNREFUSED`,
+    });
+  });
+
+  test('ends with 1 and one line when its model cannot be had', async () => {
+    const server = await startHttpsSource();
+    const model = ['--model', `${server.url}/m.gguf`, '--model-digest', `sha256:${'0'.repeat(64)}`];
+    const { exit, stderr } = spawnEngine(model, trustingTestCa());
+    expect(await exit).toBe(1);
+    expect(stderr()).toBe(`motet engine: ${server.url}/m.gguf: the server answered 404\n`);
+  });
+
   test('prints its settings on --help', async () => {
     const engine = spawnEngine(['--help']);
     let text = '';
@@ -185,6 +264,11 @@ describe('the engine process', () => {
 
   test.each([
     ['an unknown flag', ['--modle', tiny], '--modle: unknown flag; did you mean --model?'],
+    [
+      'a device that this machine or this build lacks',
+      ['--model', tiny, '--device', 'nvidia'],
+      '--device nvidia: expected',
+    ],
     ['a model that is not there', ['--model', '/none'], 'read model /none'],
     [
       'a context that the model lacks',
