@@ -150,6 +150,8 @@ async function send(
   const explain = (error: unknown) => {
     const isTimeout = signal.aborted && (signal.reason as Error | undefined)?.name === 'TimeoutError';
     if (signal.aborted && !isTimeout) return signal.reason;
+    // What else waits for this server, a handshake for example, would be waited for by the next request.
+    if (isTimeout) forget(kubeConfig, dispatcher);
     const { cause, message } = (isTimeout ? signal.reason : error) as Error;
     const why = (cause as Error | undefined)?.message || message;
     return new Error(`no answer from the API server at ${url.origin} to ${method} ${path}: ${why}`, {
@@ -192,7 +194,7 @@ const connections = new WeakMap<KubeConfig, { identity: string; dispatcher: Disp
 
 /**
  * The headers that say who asks, and the connections to ask on. Those are kept as long as CA and certificate are the
- * same: the library's own requests open one each, with a TLS handshake. HTTP/1.1, since undici's HTTP/2 (8.12) ends the
+ * same and answers come: the library's own requests open one each, with a TLS handshake. HTTP/1.1, since undici's HTTP/2 (8.12) ends the
  * process with an uncaught `socket idle timeout` when an API server comes back.
  */
 async function credentials(
@@ -232,9 +234,12 @@ async function credentials(
       throw new Error(`expected an HTTP proxy in the kubeconfig, got ${how.uri}; SOCKS is not supported`);
   }
   connections.set(kubeConfig, { identity, dispatcher });
-  // Ends when the last request on it has.
-  void kept?.dispatcher.close();
   return { headers, dispatcher };
+}
+
+/** The next request opens a connection of its own. Requests on the others end as they would; idle ones close by themselves. */
+function forget(kubeConfig: KubeConfig, dispatcher: Dispatcher): void {
+  if (connections.get(kubeConfig)?.dispatcher === dispatcher) connections.delete(kubeConfig);
 }
 
 const verbs = { POST: 'create', PUT: 'update', PATCH: 'patch', DELETE: 'delete' };
