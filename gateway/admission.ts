@@ -3,9 +3,8 @@
 
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
-import { modelNotFound, noEngineReady } from './openai.ts';
 import { pickEndpoint } from './pick-endpoint.ts';
-import { resolveModel } from './resolve-model.ts';
+import { notServed, resolveModel, type Target } from './resolve-model.ts';
 
 export type AdmissionLimits = { maxInFlightPerEngine: number; maxQueued: number; queueTimeoutMs: number };
 
@@ -13,7 +12,7 @@ export type AdmissionLimits = { maxInFlightPerEngine: number; maxQueued: number;
 export type Slot = { endpoint: Endpoint; release(): void };
 
 type Waiter = {
-  model: string;
+  target: Target;
   tried: ReadonlySet<Endpoint>;
   resolve(slot: Slot): void;
   reject(error: GatewayError): void;
@@ -35,29 +34,29 @@ export class Admission {
   }
 
   /**
-   * Waits for room in an engine that has the model, leaving out those already tried.
+   * Waits for room in an engine that holds the target, leaving out those already tried.
    *
    * @throws model_not_found, model_unavailable, no_engine_ready at once or when that becomes so while waiting
    * @throws queue_full, queue_timeout, and the signal's reason when it is aborted
    */
-  async enter(model: string, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
+  async enter(target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
     signal.throwIfAborted();
-    const slot = this.#tryEnter(model, tried);
+    const slot = this.#tryEnter(target, tried);
     if (slot !== null) return slot;
     const { maxQueued, queueTimeoutMs } = this.#limits;
     if (this.#queue.size >= maxQueued) {
       throw new GatewayError('queue_full', `every engine is busy and ${maxQueued} requests wait already`);
     }
-    return this.#wait(model, tried, signal, queueTimeoutMs);
+    return this.#wait(target, tried, signal, queueTimeoutMs);
   }
 
   /** True when another engine than those tried could take the request, now or later. */
-  hasOther(model: string, tried: ReadonlySet<Endpoint>): boolean {
-    const resolution = resolveModel(model, this.#endpoints.all, Date.now());
+  hasOther(target: Target, tried: ReadonlySet<Endpoint>): boolean {
+    const resolution = resolveModel(target, this.#endpoints.all, Date.now());
     return resolution.kind === 'served' && resolution.endpoints.some((endpoint) => !tried.has(endpoint));
   }
 
-  #wait(model: string, tried: ReadonlySet<Endpoint>, signal: AbortSignal, timeoutMs: number): Promise<Slot> {
+  #wait(target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal, timeoutMs: number): Promise<Slot> {
     const { promise, resolve, reject } = Promise.withResolvers<Slot>();
     // Leaves the queue before anything else can run: a waiter that is admitted after it gave up would keep its
     // slot for ever.
@@ -65,7 +64,7 @@ export class Admission {
       this.#queue.delete(waiter);
       reject(error);
     };
-    const waiter: Waiter = { model, tried, resolve, reject: giveUp };
+    const waiter: Waiter = { target, tried, resolve, reject: giveUp };
     const onAbort = () => giveUp(signal.reason as GatewayError);
     const timer = setTimeout(() => {
       giveUp(new GatewayError('queue_timeout', `no engine had room within ${timeoutMs} ms`));
@@ -82,7 +81,7 @@ export class Admission {
   #admitWaiting(): void {
     for (const waiter of this.#queue) {
       try {
-        const slot = this.#tryEnter(waiter.model, waiter.tried);
+        const slot = this.#tryEnter(waiter.target, waiter.tried);
         if (slot === null) continue;
         this.#queue.delete(waiter);
         waiter.resolve(slot);
@@ -92,19 +91,13 @@ export class Admission {
     }
   }
 
-  /** A slot, or null when every engine with the model is full. Throws when none has it. */
-  #tryEnter(model: string, tried: ReadonlySet<Endpoint>): Slot | null {
-    const resolution = resolveModel(model, this.#endpoints.all, Date.now());
-    if (resolution.kind === 'unknown') throw modelNotFound(model);
-    if (resolution.kind === 'no_engine') throw noEngineReady();
-    const untried =
-      resolution.kind === 'served' ? resolution.endpoints.filter((endpoint) => !tried.has(endpoint)) : [];
-    if (untried.length === 0) {
-      throw new GatewayError('model_unavailable', 'the engines that have this model are away', {
-        param: 'model',
-      });
-    }
-    const endpoint = pickEndpoint(model, untried, this.#limits.maxInFlightPerEngine);
+  /** A slot, or null when every engine with the target is full. Throws when none has it. */
+  #tryEnter(target: Target, tried: ReadonlySet<Endpoint>): Slot | null {
+    const resolution = resolveModel(target, this.#endpoints.all, Date.now());
+    if (resolution.kind !== 'served') throw notServed(target.name, target, resolution.kind);
+    const untried = resolution.endpoints.filter((endpoint) => !tried.has(endpoint));
+    if (untried.length === 0) throw notServed(target.name, target, 'away');
+    const endpoint = pickEndpoint(target.name, untried, this.#limits.maxInFlightPerEngine);
     return endpoint === undefined ? null : this.#take(endpoint);
   }
 

@@ -3,17 +3,18 @@
 import { randomUUID } from 'node:crypto';
 import express, { type Express, type NextFunction, type Request, type Response } from 'express';
 import type { Logger } from 'pino';
-import { enginePaths } from '../engine/protocol.ts';
-import type { Authenticate } from './auth.ts';
+import { enginePaths, modelHeader } from '../engine/protocol.ts';
+import { chooseTarget, type WeightedTarget } from './choose-target.ts';
+import type { Directory } from './directory.ts';
 import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } from './errors.ts';
 import { type Forward, forward, type Outcome } from './forward.ts';
 import type { Metrics } from './metrics.ts';
-import { modelNotFound, noEngineReady, parseContentType, parseModelName } from './openai.ts';
-import { resolveModel } from './resolve-model.ts';
+import { modelNotFound, parseContentType, parseModelName } from './openai.ts';
+import { notServed, resolveModel, type Target } from './resolve-model.ts';
 import { endRequestSpan, startRequestSpan } from './tracing.ts';
 
 export type AppParts = {
-  authenticate: Authenticate;
+  directory: Directory;
   forward: Forward;
   maxBodyBytes: number;
   metrics: Metrics;
@@ -28,8 +29,12 @@ export type AppParts = {
 type Facts = Outcome & {
   requestId: string;
   route: string;
-  key?: string;
+  /** Whose key it was. */
+  tenant?: string;
+  /** As the client named it. */
   model?: string;
+  /** Who answers to that name: another one for a route. */
+  target?: string;
   errorCode?: ErrorCode;
 };
 
@@ -44,11 +49,11 @@ const knownRoutes = new Set<string>([...forwardedPaths, '/livez', '/readyz', '/m
 /** Asked every few seconds by machines; in the log they would bury what matters. */
 const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics']);
 
-/** Of the client's headers an engine needs these. It never sees keys or cookies. */
+/** Of the client's headers an engine needs these. It never sees keys or cookies, nor a client's word on who answers. */
 const headersPassedOn = ['accept', 'content-type', 'traceparent', 'tracestate'] as const;
 
 export function createApp(parts: AppParts): Express {
-  const { endpoints } = parts.forward;
+  const { directory } = parts;
   const app = express();
   app.disable('x-powered-by');
   app.disable('etag');
@@ -57,9 +62,8 @@ export function createApp(parts: AppParts): Express {
   app.get('/livez', (_req, res) => void res.json({ status: 'ok' }));
   app.get('/readyz', (_req, res) => {
     if (parts.draining.aborted) throw new GatewayError('shutting_down', 'the gateway is shutting down');
-    if (!endpoints.all.some(({ isReady }) => isReady)) {
-      throw new GatewayError('no_engine_ready', 'no engine is ready');
-    }
+    const failure = directory.notReady();
+    if (failure !== null) throw failure;
     res.json({ status: 'ok' });
   });
   app.get('/metrics', async (_req, res) => {
@@ -67,13 +71,13 @@ export function createApp(parts: AppParts): Express {
   });
   app.all(['/livez', '/readyz', '/metrics'], onlyMethod('GET'));
 
-  app.use(admitByKey(parts.authenticate));
+  app.use(admitByKey(parts));
 
   app.get('/v1/models', (_req, res) => {
-    res.json({ object: 'list', data: endpoints.cards() });
+    res.json({ object: 'list', data: directory.cards(callerOf(res)) });
   });
   app.get('/v1/models/:id', (req, res) => {
-    const card = endpoints.cards().find(({ id }) => id === req.params.id);
+    const card = directory.cards(callerOf(res)).find(({ id }) => id === req.params.id);
     if (card === undefined) throw modelNotFound(req.params.id);
     res.json(card);
   });
@@ -82,7 +86,7 @@ export function createApp(parts: AppParts): Express {
   for (const path of forwardedPaths) {
     // The body's type is checked by parseContentType, with a better message than silence.
     const readBody = express.raw({ limit: parts.maxBodyBytes, inflate: false, type: () => true });
-    app.post(path, refuseWhenDraining(parts.draining), readBody, passOn(path, parts));
+    app.post(path, readBody, passOn(path, parts));
     app.all(path, onlyMethod('POST'));
   }
 
@@ -112,7 +116,8 @@ function observe({ metrics, log }: AppParts) {
       const ttfbMs = facts.firstByteMs === undefined ? undefined : facts.firstByteMs - startMs;
 
       const labels = { route: facts.route, model: facts.model ?? '' };
-      metrics.requests.inc({ ...labels, status });
+      const { tenant = '', target = '' } = facts;
+      metrics.requests.inc({ ...labels, target, tenant, status });
       metrics.durationSeconds.observe(labels, durationMs / 1000);
       if (ttfbMs !== undefined) metrics.firstByteSeconds.observe(labels, ttfbMs / 1000);
 
@@ -126,17 +131,17 @@ function observe({ metrics, log }: AppParts) {
   };
 }
 
-function admitByKey(authenticate: Authenticate) {
+function admitByKey({ directory, metrics }: AppParts) {
   return function admitRequestByKey(req: Request, res: Response, next: NextFunction): void {
-    const key = authenticate(req.get('authorization'));
-    if (key !== null) factsOf(res).key = key;
-    next();
-  };
-}
-
-function refuseWhenDraining(draining: AbortSignal) {
-  return function refuseRequestWhenDraining(_req: Request, _res: Response, next: NextFunction): void {
-    if (draining.aborted) throw new GatewayError('shutting_down', 'the gateway is shutting down');
+    try {
+      const tenant = directory.authenticate(req.get('authorization'));
+      if (tenant !== null) factsOf(res).tenant = tenant;
+    } catch (error) {
+      const { code } = error as GatewayError;
+      if (code === 'missing_api_key' || code === 'invalid_api_key')
+        metrics.authFailures.inc({ reason: code });
+      throw error;
+    }
     next();
   };
 }
@@ -147,33 +152,58 @@ function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
     parseContentType(req.get('content-type'));
     const body: Buffer = Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0);
     const model = parseModelName(body);
-    await findModel(model, parts);
-    facts.model = model;
+    const target = await findTarget(model, facts, parts);
 
     const headers: Record<string, string> = { 'x-request-id': facts.requestId };
     for (const name of headersPassedOn) {
       const value = req.get(name);
       if (value !== undefined) headers[name] = value;
     }
+    if (target.name !== model) headers[modelHeader] = target.name;
     const span = startRequestSpan(path, model, headers);
     res.once('close', () => endRequestSpan(span, res.statusCode, facts.errorCode));
 
     const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
-    const failure = await forward(parts.forward, { path, model, headers, body, signal }, res, facts);
+    const failure = await forward(parts.forward, { path, target, headers, body, signal }, res, facts);
     if (failure !== null) noteError(parts.log, facts, failure);
   };
 }
 
 /**
- * An unknown name may be an adapter that was loaded a moment ago: look once more before saying so. What passes is a
- * name that an engine said, so it may become a metric's label.
+ * Who answers to this name. What no engine is known to hold may have been loaded a moment ago: look once more before
+ * saying so. `facts` get names that a resource or an engine said, never what a client typed, so they may become labels of
+ * metrics.
  */
-async function findModel(model: string, { forward: { endpoints } }: AppParts): Promise<void> {
-  const { kind } = resolveModel(model, endpoints.all, Date.now());
-  if (kind !== 'served') await endpoints.refresh();
-  const resolution = resolveModel(model, endpoints.all, Date.now());
-  if (resolution.kind === 'unknown') throw modelNotFound(model);
-  if (resolution.kind === 'no_engine') throw noEngineReady();
+async function findTarget(model: string, facts: Facts, { directory, forward }: AppParts): Promise<Target> {
+  const targets = directory.targetsOf(model, facts.tenant ?? null);
+  if (targets === null) throw modelNotFound(model);
+  const [first] = targets;
+  if (first === undefined || first.baseModel !== null) facts.model = model;
+  if (first === undefined) {
+    throw new GatewayError('model_unavailable', 'none of the targets of this route exists', {
+      param: 'model',
+    });
+  }
+
+  const { endpoints } = forward;
+  const resolve = (target: Target) => resolveModel(target, endpoints.all, Date.now());
+  const choose = () => chooseTarget(targets, (target) => resolve(target).kind === 'served', Math.random());
+  let target: WeightedTarget | null = choose();
+  if (target === null) {
+    await endpoints.refresh(baseModelsOf(targets));
+    target = choose();
+  }
+  const { kind } = resolve(target ?? first);
+  if (kind !== 'unknown' && kind !== 'no_engine') facts.model = model;
+  if (target === null) throw notServed(model, first, kind === 'served' ? 'unknown' : kind);
+  facts.target = target.name;
+  return target;
+}
+
+/** Null when there are no BaseModels to tell engines apart. */
+function baseModelsOf(targets: readonly Target[]): Set<string | null> | null {
+  const names = new Set(targets.map(({ baseModel }) => baseModel));
+  return names.has(null) ? null : names;
 }
 
 /** Aborted when the client goes away before it has the whole answer. */
@@ -194,7 +224,7 @@ function onlyMethod(method: 'GET' | 'POST') {
   };
 }
 
-function answerError({ maxBodyBytes, log, draining }: AppParts) {
+function answerError({ maxBodyBytes, log }: AppParts) {
   // Express knows an error handler by its four parameters.
   return function answerRequestError(
     error: unknown,
@@ -205,7 +235,7 @@ function answerError({ maxBodyBytes, log, draining }: AppParts) {
     const failure = asGatewayError(error, maxBodyBytes);
     noteError(log, factsOf(res), failure);
     // What is left of a body that was refused is not read: the connection cannot carry another request.
-    if (failure.code === 'body_too_large' || draining.aborted) res.set('Connection', 'close');
+    if (failure.code === 'body_too_large') res.set('Connection', 'close');
     sendError(res, failure);
   };
 }
@@ -234,4 +264,8 @@ function routeOf(path: string): string {
 
 function factsOf(res: Response): Facts {
   return res.locals.facts as Facts;
+}
+
+function callerOf(res: Response): string | null {
+  return factsOf(res).tenant ?? null;
 }

@@ -2,7 +2,7 @@
 // variable (`MOTET_MAX_BODY_BYTES=1000`); the flag wins. A wrong value ends the start with one line that says
 // which setting, what was expected and what came.
 
-import { readFileSync } from 'node:fs';
+import { existsSync, readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { parseArgs } from 'node:util';
 import { z } from 'zod';
@@ -14,8 +14,17 @@ const count = (defaultCount: number) => z.coerce.number().int().min(1).max(1_000
 export const settings = {
   engine: z
     .array(z.url({ protocol: /^https?$/ }))
-    .min(1)
+    .default([])
     .describe('base URL of an engine; repeat it, or give a comma list in MOTET_ENGINES'),
+  kubernetes: z
+    .stringbool()
+    .default(false)
+    .describe('find engines, models and tenants in a Kubernetes namespace, in place of --engine'),
+  namespace: z.string().min(1).optional().describe('the namespace; default, the one of this pod'),
+  kubeconfig: z
+    .string()
+    .optional()
+    .describe('file that says how to reach the API server; default, the ServiceAccount of this pod'),
   host: z.string().min(1).default('127.0.0.1').describe('address to listen on'),
   port: z.coerce
     .number()
@@ -28,11 +37,17 @@ export const settings = {
     .string()
     .optional()
     .describe('file with the bearer key that the gateway shows the engines'),
+  'engine-token-file': z
+    .string()
+    .optional()
+    .describe('the same for a token that is replaced in its file, as the kubelet does'),
   'api-keys-file': z.string().optional().describe('file of bearer keys, one `NAME KEY` a line'),
   insecure: z
     .stringbool()
     .default(false)
-    .describe('listen on more than loopback although no API keys are configured'),
+    .describe(
+      'let everybody in: listen on more than loopback without API keys, or take no notice of Tenants',
+    ),
   'max-body-bytes': z.coerce
     .number()
     .int()
@@ -56,12 +71,18 @@ export const settings = {
 
 export type Config = {
   engineUrls: string[];
+  /** Where to find engines, models and tenants. Null: engines are those of `engineUrls`, keys those of `apiKeys`. */
+  cluster: { namespace: string; kubeconfig: string | null } | null;
   /** Bearer key for the engines; null when they want none. */
   engineKey: string | null;
+  /** File with a bearer token for the engines that is read again and again; null for `engineKey`. */
+  engineTokenFile: string | null;
   host: string;
   port: number;
   /** Name of a key -> the key. Null: no keys are configured, everybody may enter. */
   apiKeys: Map<string, string> | null;
+  /** Everybody may enter, and that is meant. */
+  isInsecure: boolean;
   maxBodyBytes: number;
   maxInFlightPerEngine: number;
   maxQueued: number;
@@ -90,7 +111,17 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
   const apiKeys =
     keysFile === undefined ? null : parseApiKeys(readSetting('api-keys-file', keysFile), keysFile);
   const engineKey = engineKeyFile === undefined ? null : readSetting('engine-key-file', engineKeyFile).trim();
-  if (apiKeys === null && !values.insecure && !isLoopback(values.host)) {
+  const engineTokenFile = values['engine-token-file'] ?? null;
+  if (engineTokenFile !== null) {
+    if (engineKey !== null)
+      throw new ConfigError('expected --engine-key-file or --engine-token-file, got both');
+    readSetting('engine-token-file', engineTokenFile);
+  }
+  const cluster = values.kubernetes ? parseCluster(values) : null;
+  if (cluster === null && values.engine.length === 0) {
+    throw new ConfigError('--engine (MOTET_ENGINES): expected at least one URL, or --kubernetes');
+  }
+  if (cluster === null && apiKeys === null && !values.insecure && !isLoopback(values.host)) {
     throw new ConfigError(
       `no API keys are configured, so anyone who reaches ${values.host} could use every model. ` +
         'Give --api-keys-file, or listen on 127.0.0.1, or say --insecure if that is meant.',
@@ -98,10 +129,13 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
   }
   return {
     engineUrls: [...new Set(values.engine.map(parseEngineUrl))],
+    cluster,
     engineKey,
+    engineTokenFile,
     host: values.host,
     port: values.port,
     apiKeys,
+    isInsecure: values.insecure,
     maxBodyBytes: values['max-body-bytes'],
     maxInFlightPerEngine: values['max-in-flight-per-engine'],
     maxQueued: values['max-queued'],
@@ -113,6 +147,30 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     drainTimeoutMs: values['drain-timeout-ms'],
     logLevel: values['log-level'],
   };
+}
+
+type Values = z.infer<z.ZodObject<typeof settings>>;
+
+/** Where the kubelet says in which namespace a pod is. */
+const namespaceFile = '/var/run/secrets/kubernetes.io/serviceaccount/namespace';
+
+function parseCluster(values: Values): Config['cluster'] {
+  for (const other of ['engine', 'api-keys-file'] as const) {
+    if (values[other] === undefined || values[other].length === 0) continue;
+    throw new ConfigError(
+      `--${other}: expected nothing beside --kubernetes; engines are pods, keys are Tenants`,
+    );
+  }
+  const kubeconfig = values.kubeconfig ?? null;
+  if (kubeconfig !== null) readSetting('kubeconfig', kubeconfig);
+  const namespace =
+    values.namespace ?? (existsSync(namespaceFile) ? readFileSync(namespaceFile, 'utf8').trim() : '');
+  if (namespace === '') {
+    throw new ConfigError(
+      '--namespace (MOTET_NAMESPACE): expected a name, since this is not a pod that has one',
+    );
+  }
+  return { namespace, kubeconfig };
 }
 
 /** In one form, so that an engine given twice counts once. */
@@ -133,7 +191,11 @@ export function helpText(): string {
   const lines = Object.entries(settings).map(
     ([name, schema]) => `  --${name.padEnd(26)} ${schema.description} [${environmentName(name)}]`,
   );
-  return ['Usage: node gateway/main.ts --engine URL [--engine URL] [setting ...]', '', ...lines].join('\n');
+  return [
+    'Usage: node gateway/main.ts (--engine URL [--engine URL] | --kubernetes) [setting ...]',
+    '',
+    ...lines,
+  ].join('\n');
 }
 
 /** One key a line: a name for the logs, white space, the key. Empty lines and lines from # on are left out. */
@@ -164,14 +226,14 @@ function fromFlags(args: string[]): Record<string, unknown> {
   const options = Object.fromEntries(
     Object.keys(settings).map((name) => [
       name,
-      name === 'insecure'
-        ? { type: 'boolean' as const }
-        : { type: 'string' as const, multiple: name === 'engine' },
+      isFlag(name) ? { type: 'boolean' as const } : { type: 'string' as const, multiple: name === 'engine' },
     ]),
   );
   try {
     const { values } = parseArgs({ args, options });
-    return { ...values, ...(values.insecure === true ? { insecure: 'true' } : {}) };
+    return Object.fromEntries(
+      Object.entries(values).map(([name, value]) => [name, isFlag(name) ? String(value) : value]),
+    );
   } catch (cause) {
     throw new ConfigError((cause as Error).message, { cause });
   }
@@ -185,6 +247,11 @@ function fromEnvironment(env: NodeJS.ProcessEnv): Record<string, unknown> {
     found[name] = name === 'engine' ? value.split(',').map((url) => url.trim()) : value;
   }
   return found;
+}
+
+/** It is said without a value. */
+function isFlag(setting: string): boolean {
+  return setting === 'insecure' || setting === 'kubernetes';
 }
 
 function environmentName(setting: string): string {

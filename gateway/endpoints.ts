@@ -1,15 +1,29 @@
-// The engines and what is where: looks at each engine every half second, and at once when somebody asks for a
-// model that no engine is known to have. What an engine said last is kept while it is away (resolve-model.ts).
+// The engines and what is where: a set that grows and shrinks. Looks at each engine every half second, at once when it
+// is new, and at once when somebody asks for a model that no engine is known to have. What an engine said last is kept
+// while it is away (resolve-model.ts). Who is in the set is said from outside: the list of the settings, or discovery.ts.
 
-import { EventEmitter } from 'node:events';
+import { EventEmitter, setMaxListeners } from 'node:events';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Agent, request } from 'undici';
 import { type AdapterList, enginePaths, type ModelCard, type ModelList } from '../engine/protocol.ts';
+import type { EngineHeaders } from './engine-headers.ts';
+
+/** Where an engine is and whose it is. */
+export type EndpointSpec = {
+  /** What it is as long as it lives: the uid of a pod, since addresses and names come back; otherwise its URL. */
+  readonly id: string;
+  /** What logs and metrics call it: the name of the pod, or the URL. */
+  readonly name: string;
+  readonly url: string;
+  /** Name of the BaseModel that it is an engine of; null outside of a cluster. */
+  readonly baseModel: string | null;
+};
 
 /** One engine as the gateway sees it. */
-export type Endpoint = {
-  readonly url: string;
-  /** It said so when it was last looked at. */
+export type Endpoint = EndpointSpec & {
+  /** The cluster wants it to get requests. */
+  isOffered: boolean;
+  /** It is offered, and said when it was last looked at that it takes requests. */
   isReady: boolean;
   /** When it last answered that it is ready; null: never. */
   lastSeenMs: number | null;
@@ -21,9 +35,14 @@ export type Endpoint = {
   inFlight: number;
   /** Requests sent to it, ever. */
   numSent: number;
+  /** Aborted when it is known to be gone for good: nobody waits for a connection to it that is silent. */
+  readonly gone: AbortSignal;
 };
 
 type Log = { info(fields: object, message: string): void; warn(fields: object, message: string): void };
+
+/** What is kept of one engine to look at it and to let it go. */
+type Watched = { endpoint: Endpoint; look: () => Promise<void>; goes: AbortController; loop: Promise<void> };
 
 /** A look that takes longer counts as failed. Generous: an engine may share its cores with its own arithmetic. */
 const lookTimeoutMs = 5_000;
@@ -34,33 +53,76 @@ const lookGapMs = 100;
 /** A request for an unknown name waits this long for the looks; one engine that hangs must not hold it up. */
 const refreshTimeoutMs = 1_000;
 
-/** Emits `change` after every look, and when an engine is found gone. */
-export class Endpoints extends EventEmitter<{ change: [] }> {
-  readonly all: readonly Endpoint[];
+/** Emits `change` after every look and when an engine is found gone, `removed` when one has left the set. */
+export class Endpoints extends EventEmitter<{ change: []; removed: [Endpoint] }> {
   readonly #log: Log;
-  readonly #headers: Record<string, string>;
+  readonly #headers: EngineHeaders;
+  readonly #pollIntervalMs: number;
   readonly #closing = new AbortController();
   readonly #agent = new Agent({ connections: 2, maxResponseSize: maxLookBytes });
-  readonly #looks: Map<Endpoint, () => Promise<void>>;
-  readonly #loops: Promise<void>[];
+  readonly #watched = new Map<string, Watched>();
+  #all: readonly Endpoint[] = [];
 
-  /** @param headers sent with every look: the engines' key */
-  constructor(urls: string[], headers: Record<string, string>, pollIntervalMs: number, log: Log) {
+  /** @param headers sent with every look: who the gateway is */
+  constructor(headers: EngineHeaders, pollIntervalMs: number, log: Log) {
     super();
+    setMaxListeners(0, this.#closing.signal);
     this.#log = log;
     this.#headers = headers;
-    this.all = urls.map(newEndpoint);
-    this.#looks = new Map(
-      this.all.map((endpoint) => [endpoint, singleFlight(() => this.#look(endpoint), lookGapMs)]),
-    );
-    this.#loops = this.all.map((endpoint) => this.#watch(endpoint, pollIntervalMs));
+    this.#pollIntervalMs = pollIntervalMs;
   }
 
-  /** Looks at every engine; all who ask while a look is pending share it. Never fails, never takes long. */
-  async refresh(): Promise<void> {
-    const looks = Promise.all(this.all.map((endpoint) => this.#looks.get(endpoint)!()));
+  get all(): readonly Endpoint[] {
+    return this.#all;
+  }
+
+  /** It may get requests: looks at it at once, and again and again. One that is offered already stays as it is. */
+  offer(spec: EndpointSpec): void {
+    const known = this.#watched.get(spec.id)?.endpoint;
+    // A pod that got another address is the same pod and another engine.
+    if (known !== undefined && (known.url !== spec.url || known.baseModel !== spec.baseModel)) {
+      this.remove(spec.id);
+    }
+    const watched = this.#watched.get(spec.id) ?? this.#add(spec);
+    if (watched.endpoint.isOffered) return;
+    watched.endpoint.isOffered = true;
+    void watched.look();
+  }
+
+  /** It gets no new requests. Those that it has go on. */
+  withdraw(id: string, reason: string): void {
+    const endpoint = this.#watched.get(id)?.endpoint;
+    if (!endpoint?.isOffered) return;
+    endpoint.isOffered = false;
+    this.#setReady(endpoint, false, reason);
+    this.emit('change');
+  }
+
+  /** It is gone. What still comes from it is passed on; silence is not waited for. */
+  remove(id: string): void {
+    const watched = this.#watched.get(id);
+    if (watched === undefined) return;
+    this.withdraw(id, 'it is gone');
+    this.#watched.delete(id);
+    this.#all = this.#all.filter((endpoint) => endpoint.id !== id);
+    watched.goes.abort();
+    this.emit('removed', watched.endpoint);
+    this.emit('change');
+  }
+
+  /**
+   * Looks at every engine, or at those of some BaseModels; all who ask while a look is pending share it. Never fails,
+   * never takes long.
+   */
+  async refresh(baseModels: ReadonlySet<string | null> | null = null): Promise<void> {
+    const asked = [...this.#watched.values()].filter(
+      ({ endpoint }) => endpoint.isOffered && (baseModels === null || baseModels.has(endpoint.baseModel)),
+    );
     const timeout = new AbortController();
-    await Promise.race([looks, pause(refreshTimeoutMs, timeout.signal)]);
+    await Promise.race([
+      Promise.all(asked.map(({ look }) => look())),
+      pause(refreshTimeoutMs, timeout.signal),
+    ]);
     timeout.abort();
   }
 
@@ -68,47 +130,54 @@ export class Endpoints extends EventEmitter<{ change: [] }> {
   markUnreachable(endpoint: Endpoint): void {
     this.#setReady(endpoint, false, 'it refused a connection');
     this.emit('change');
-    void this.#looks.get(endpoint)!();
-  }
-
-  /** Every model of the engines that are ready, each once, bases before adapters. */
-  cards(): ModelCard[] {
-    const ready = this.all.filter(({ isReady }) => isReady);
-    const byId = new Map(ready.flatMap(({ cards }) => [...cards]).reverse());
-    return [...byId.values()].sort(
-      (a, b) => Number(a.parent !== null) - Number(b.parent !== null) || (a.id < b.id ? -1 : 1),
-    );
+    void this.#watched.get(endpoint.id)?.look();
   }
 
   async close(): Promise<void> {
     this.#closing.abort();
-    await Promise.all(this.#loops);
+    await Promise.all([...this.#watched.values()].map(({ loop }) => loop));
     await this.#agent.destroy();
   }
 
-  async #watch(endpoint: Endpoint, intervalMs: number): Promise<void> {
-    while (!this.#closing.signal.aborted) {
-      await this.#looks.get(endpoint)!();
-      await pause(intervalMs, this.#closing.signal);
+  #add(spec: EndpointSpec): Watched {
+    const goes = new AbortController();
+    const endpoint = newEndpoint(spec, goes.signal);
+    const look = singleFlight(() => this.#look(endpoint), lookGapMs);
+    const watched = { endpoint, look, goes, loop: this.#watch(endpoint, look) };
+    this.#watched.set(spec.id, watched);
+    this.#all = [...this.#all, endpoint];
+    return watched;
+  }
+
+  async #watch(endpoint: Endpoint, look: () => Promise<void>): Promise<void> {
+    const ends = AbortSignal.any([this.#closing.signal, endpoint.gone]);
+    // The first look is the one of `offer`.
+    await pause(this.#pollIntervalMs, ends);
+    while (!ends.aborted) {
+      if (endpoint.isOffered) await look();
+      await pause(this.#pollIntervalMs, ends);
     }
   }
 
   async #look(endpoint: Endpoint): Promise<void> {
-    if (this.#closing.signal.aborted) return;
+    const ends = AbortSignal.any([this.#closing.signal, endpoint.gone]);
+    if (ends.aborted) return;
     try {
-      const signal = AbortSignal.any([this.#closing.signal, AbortSignal.timeout(lookTimeoutMs)]);
+      const signal = AbortSignal.any([ends, AbortSignal.timeout(lookTimeoutMs)]);
       const [, models, adapters] = await Promise.all([
         this.#get(endpoint, enginePaths.readyz, signal),
         this.#get(endpoint, enginePaths.models, signal),
         // Only our own engine has this; without it no adapter is known to be on the device, which is no error.
         this.#get(endpoint, enginePaths.adapters, signal).catch(() => '{"data":[]}'),
       ]);
+      // It may have been withdrawn while it was asked.
+      if (ends.aborted || !endpoint.isOffered) return;
       endpoint.cards = parseCards(models);
       endpoint.namesOnDevice = parseNamesOnDevice(adapters);
       endpoint.lastSeenMs = Date.now();
       this.#setReady(endpoint, true, 'it answered');
     } catch (error) {
-      if (this.#closing.signal.aborted) return;
+      if (ends.aborted) return;
       this.#setReady(endpoint, false, (error as Error).message);
     }
     this.emit('change');
@@ -116,7 +185,7 @@ export class Endpoints extends EventEmitter<{ change: [] }> {
 
   async #get(endpoint: Endpoint, path: string, signal: AbortSignal): Promise<string> {
     const { statusCode, body } = await request(endpoint.url + path, {
-      headers: this.#headers,
+      headers: this.#headers(),
       dispatcher: this.#agent,
       signal,
     });
@@ -128,21 +197,30 @@ export class Endpoints extends EventEmitter<{ change: [] }> {
   #setReady(endpoint: Endpoint, isReady: boolean, reason: string): void {
     if (endpoint.isReady === isReady) return;
     endpoint.isReady = isReady;
-    const fields = { engine: endpoint.url, models: endpoint.cards.size, reason };
-    if (isReady) this.#log.info(fields, 'engine is ready');
-    else this.#log.warn(fields, 'engine is away');
+    const { name: engine, cards } = endpoint;
+    if (isReady) this.#log.info({ engine, models: cards.size, reason }, 'engine is ready');
+    else this.#log.warn({ engine, models: cards.size, reason }, 'engine is away');
   }
 }
 
-export function newEndpoint(url: string): Endpoint {
+/** An engine from the list of the settings. */
+export function listedEngine(url: string): EndpointSpec {
+  return { id: url, name: url, url, baseModel: null };
+}
+
+export function newEndpoint(spec: EndpointSpec, gone = new AbortController().signal): Endpoint {
+  // Every request in flight listens.
+  setMaxListeners(0, gone);
   return {
-    url,
+    ...spec,
+    isOffered: false,
     isReady: false,
     lastSeenMs: null,
     cards: new Map(),
     namesOnDevice: new Set(),
     inFlight: 0,
     numSent: 0,
+    gone,
   };
 }
 

@@ -37,6 +37,7 @@ export const errorTable = {
   engine_unreachable: { status: 503, type: 'server_error', retryAfterS: 2 },
   engine_failed: { status: 502, type: 'server_error' },
   engine_timeout: { status: 504, type: 'server_error' },
+  starting: { status: 503, type: 'server_error', retryAfterS: 1 },
   shutting_down: { status: 503, type: 'server_error', retryAfterS: 1 },
   // Nobody reads this one: the client is gone. The status is for logs and metrics.
   client_closed_request: { status: 499, type: invalid },

@@ -8,9 +8,12 @@ import { once } from 'node:events';
 import type { IncomingHttpHeaders } from 'node:http';
 import type { Response } from 'express';
 import { type Dispatcher, request } from 'undici';
+import { modelHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
+import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
+import type { Target } from './resolve-model.ts';
 import { errorEvent, WholeEvents } from './sse.ts';
 
 export type ForwardLimits = { firstByteTimeoutMs: number; idleTimeoutMs: number };
@@ -19,8 +22,8 @@ export type Forward = {
   admission: Admission;
   endpoints: Endpoints;
   dispatcher: Dispatcher;
-  /** Sent with every request: the engines' key. */
-  engineHeaders: Record<string, string>;
+  /** Sent with every request: who the gateway is. */
+  engineHeaders: EngineHeaders;
   limits: ForwardLimits;
   /** Called for each engine that failed a request, with the reason's code. */
   onEngineError(engine: string, code: string): void;
@@ -28,7 +31,7 @@ export type Forward = {
 
 export type ForwardRequest = {
   path: string;
-  model: string;
+  target: Target;
   headers: Record<string, string>;
   body: Buffer;
   /** Aborted with a GatewayError: the client hung up, or the gateway's time to drain is over. */
@@ -52,16 +55,18 @@ type Answer = { status: number; headers: IncomingHttpHeaders } & (
 
 /** A whole answer is held until its end, so that an engine that breaks off can be replaced by another. */
 const maxWholeAnswerBytes = 64 << 20;
+/** How long a connection may be silent when its engine is known to be gone: what is under way arrives within it. */
+const goneGraceMs = 2_000;
 /** "No room" and "I am going": another engine may well have room. 404: the adapter has left since the last look. */
 const statusesToAskAnother = new Set([404, 429, 503]);
 
 const headersNotPassedOn = new Set([
   ...['connection', 'keep-alive', 'proxy-authenticate', 'te', 'trailer', 'transfer-encoding', 'upgrade'],
-  ...['content-length', 'date', 'x-request-id'],
+  ...['content-length', 'date', 'x-request-id', modelHeader],
 ]);
 
 /**
- * Sends the request to an engine that has its model and the engine's answer to `res`.
+ * Sends the request to an engine that holds its target and the engine's answer to `res`.
  *
  * @throws GatewayError when no byte of an answer was sent; afterwards a failure is told inside the stream, and the
  *   error is returned.
@@ -81,14 +86,15 @@ export async function forward(
     return failure;
   };
   for (;;) {
-    const slot = await admission.enter(req.model, tried, req.signal);
+    const slot = await admission.enter(req.target, tried, req.signal);
     tried.add(slot.endpoint);
-    outcome.engine = slot.endpoint.url;
+    outcome.engine = slot.endpoint.name;
     outcome.attempts += 1;
-    const attempt = new Attempt(req.signal, limits);
+    const attempt = new Attempt(req.signal, slot.endpoint.gone, limits);
     try {
       const answer = await ask(parts, slot, req, attempt);
-      if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.model, tried)) continue;
+      if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.target, tried)) continue;
+      res.setHeader(modelHeader, req.target.name);
       const failure = await relay(answer, res, attempt, outcome);
       // What the client has not read yet is held for it, and not for ever.
       res.setTimeout(limits.idleTimeoutMs);
@@ -96,7 +102,7 @@ export async function forward(
     } catch (error) {
       const failure = asEngineError(error);
       report(failure);
-      if (!mayAskAnother(failure) || !admission.hasOther(req.model, tried)) throw failure;
+      if (!mayAskAnother(failure) || !admission.hasOther(req.target, tried)) throw failure;
     } finally {
       attempt.end();
       slot.release();
@@ -117,7 +123,7 @@ async function ask(
     const send = () =>
       request(endpoint.url + path, {
         method: 'POST',
-        headers: { ...headers, ...engineHeaders },
+        headers: { ...headers, ...engineHeaders() },
         body,
         dispatcher,
         signal: attempt.signal,
@@ -186,11 +192,11 @@ async function relayStream(
     outcome.responseBytes += bytes.length;
     // A client that does not read holds the engine back, and for no longer than a silent engine may hold us.
     if (res.write(bytes)) return;
+    attempt.allowClient();
     await once(res, 'drain', { signal: attempt.signal }).catch(() => {
-      const reason = attempt.signal.reason as GatewayError;
-      if (reason.code !== 'engine_timeout') throw reason;
-      throw new GatewayError('client_closed_request', 'the client stopped reading');
+      throw attempt.signal.reason;
     });
+    attempt.allowIdle();
   };
 
   res.flushHeaders();
@@ -213,25 +219,47 @@ async function relayStream(
   }
 }
 
-/** One try at one engine: a signal that is aborted with the client's hang-up, or when a wait has lasted too long. */
+/**
+ * One try at one engine: a signal that is aborted with the client's hang-up, or when a wait has lasted too long. What is
+ * too long changes when the engine goes.
+ */
 class Attempt {
   readonly signal: AbortSignal;
+  readonly #gone: AbortSignal;
   readonly #timeout = new AbortController();
   readonly #idleTimeoutMs: number;
   #timer: NodeJS.Timeout | undefined;
   #isIdleTimer = false;
+  #waitsForEngine = true;
 
-  constructor(signal: AbortSignal, { idleTimeoutMs }: ForwardLimits) {
+  constructor(signal: AbortSignal, gone: AbortSignal, { idleTimeoutMs }: ForwardLimits) {
     this.signal = AbortSignal.any([signal, this.#timeout.signal]);
+    this.#gone = gone;
     this.#idleTimeoutMs = idleTimeoutMs;
+    const shorten = () => {
+      if (this.#waitsForEngine) this.allow(this.#idleTimeoutMs);
+    };
+    gone.addEventListener('abort', shorten, { signal: this.#timeout.signal });
   }
 
-  /** From now on the attempt may wait this long until the next call. */
+  /** From now on the attempt may wait this long for the engine until the next call. */
   allow(ms: number): void {
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => {
-      this.#timeout.abort(new GatewayError('engine_timeout', `the engine sent nothing for ${ms} ms`));
-    }, ms);
+    const isGone = this.#gone.aborted;
+    const allowedMs = isGone ? Math.min(ms, goneGraceMs) : ms;
+    this.#wait(
+      allowedMs,
+      isGone
+        ? new GatewayError('engine_failed', 'the engine is gone')
+        : new GatewayError('engine_timeout', `the engine sent nothing for ${ms} ms`),
+    );
+    this.#waitsForEngine = true;
+  }
+
+  /** The same for the client, whom it does not concern that the engine is gone. */
+  allowClient(): void {
+    const ms = this.#idleTimeoutMs;
+    this.#wait(ms, new GatewayError('client_closed_request', `the client read nothing for ${ms} ms`));
+    this.#waitsForEngine = false;
   }
 
   /** The same with the idle timeout; called for every piece of a stream, so it reuses its timer. */
@@ -245,6 +273,12 @@ class Attempt {
   end(): void {
     clearTimeout(this.#timer);
     this.#timeout.abort(new GatewayError('internal_error', 'the attempt is over'));
+  }
+
+  #wait(ms: number, failure: GatewayError): void {
+    clearTimeout(this.#timer);
+    this.#isIdleTimer = false;
+    this.#timer = setTimeout(() => this.#timeout.abort(failure), ms);
   }
 }
 
@@ -266,7 +300,11 @@ function isClosedWhileIdle(error: unknown): boolean {
   return code === 'EPIPE' || (code === 'UND_ERR_SOCKET' && (socket?.bytesRead ?? 0) > 0);
 }
 
-const engineFailures = new Set<ErrorCode>(['engine_unreachable', 'engine_failed', 'engine_timeout']);
+export const engineFailures: ReadonlySet<ErrorCode> = new Set<ErrorCode>([
+  'engine_unreachable',
+  'engine_failed',
+  'engine_timeout',
+]);
 
 function asEngineError(error: unknown): GatewayError {
   if (error instanceof GatewayError) return error;

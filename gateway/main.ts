@@ -1,23 +1,23 @@
 // Reads the configuration, starts the gateway, drains it on SIGTERM or SIGINT. Wiring only.
 
 import { once } from 'node:events';
-import { createServer } from 'node:http';
-import type { AddressInfo, Socket } from 'node:net';
-import { setTimeout as sleep } from 'node:timers/promises';
 import { type Logger, pino } from 'pino';
 import { Agent } from 'undici';
 import { Admission } from './admission.ts';
 import { createApp } from './app.ts';
-import { createAuthenticate } from './auth.ts';
+import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
-import { Endpoints } from './endpoints.ts';
+import { listedDirectory } from './directory.ts';
+import { Endpoints, listedEngine } from './endpoints.ts';
+import { keyHeaders, tokenFileHeaders } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import { createMetrics, watchState } from './metrics.ts';
+import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
 
 export type Gateway = {
   port: number;
-  /** Takes no more requests, lets those in flight end within the configured bound, then stops. */
+  /** Takes no more connections, lets requests in flight end within the configured bound, then stops. */
   drain(): Promise<void>;
 };
 
@@ -25,9 +25,22 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   const draining = new AbortController();
   const cutOff = new AbortController();
   const metrics = createMetrics();
-  const engineHeaders: Record<string, string> =
-    config.engineKey === null ? {} : { authorization: `Bearer ${config.engineKey}` };
-  const endpoints = new Endpoints(config.engineUrls, engineHeaders, config.pollIntervalMs, log);
+  const engineHeaders =
+    config.engineTokenFile === null ? keyHeaders(config.engineKey) : tokenFileHeaders(config.engineTokenFile);
+  const endpoints = new Endpoints(engineHeaders, config.pollIntervalMs, log);
+  for (const url of config.engineUrls) endpoints.offer(listedEngine(url));
+  const directory =
+    config.cluster === null
+      ? listedDirectory(endpoints, config.apiKeys)
+      : new Cluster(
+          {
+            kubeConfig: loadKubeConfig(config.cluster.kubeconfig),
+            namespace: config.cluster.namespace,
+            isOpen: config.isInsecure,
+          },
+          endpoints,
+          log,
+        );
   const admission = new Admission(endpoints, config);
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
   const dispatcher = new Agent({
@@ -35,10 +48,10 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     headersTimeout: 0,
     bodyTimeout: 0,
   });
-  watchState(metrics.registry, endpoints.all, () => admission.numQueued);
+  watchState(metrics, { endpoints, directory, numQueued: () => admission.numQueued });
 
   const app = createApp({
-    authenticate: createAuthenticate(config.apiKeys),
+    directory,
     forward: {
       admission,
       endpoints,
@@ -53,42 +66,18 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     draining: draining.signal,
     cutOff: cutOff.signal,
   });
-  const server = createServer(app);
-  // Connections on which nothing was asked yet, as clients open them ahead of need. Node does not count them as idle.
-  const unused = new Set<Socket>();
-  server.on('connection', (socket) => {
-    unused.add(socket);
-    socket.once('close', () => unused.delete(socket));
-  });
-  server.on('request', (req) => unused.delete(req.socket));
   await endpoints.refresh();
-  server.listen(config.port, config.host);
-  await once(server, 'listening');
+  const serving = await serve(app, config.port, config.host);
 
   return {
-    port: (server.address() as AddressInfo).port,
+    port: serving.port,
     async drain() {
       draining.abort();
-      const closed = once(server, 'close');
-      server.close();
-      for (const socket of unused) socket.destroy();
-      // A connection that is kept alive for a next request has none coming; it is closed after its answer.
-      const sweep = setInterval(() => server.closeIdleConnections(), 50);
-      const timeLeft = new AbortController();
-      const inTime = await Promise.race([
-        closed.then(() => true),
-        sleep(config.drainTimeoutMs, false, { signal: timeLeft.signal }).catch(() => false),
-      ]);
-      timeLeft.abort();
-      if (!inTime) {
+      await serving.drain(config.drainTimeoutMs, () => {
         log.warn({ timeoutMs: config.drainTimeoutMs }, 'requests in flight are cut off');
         cutOff.abort(new GatewayError('shutting_down', 'the gateway is shutting down'));
-        // Time for the error events to leave.
-        await Promise.race([closed, sleep(500, undefined, { ref: false })]);
-        server.closeAllConnections();
-        await closed;
-      }
-      clearInterval(sweep);
+      });
+      await directory.close();
       await endpoints.close();
       await dispatcher.destroy();
     },
@@ -106,7 +95,11 @@ async function main(): Promise<void> {
   const stopSignal = Promise.race(['SIGTERM', 'SIGINT'].map((name) => once(process, name).then(() => name)));
   const stopTracing = await startTracing('motet-gateway');
   const gateway = await startGateway(config, log);
-  log.info({ host: config.host, port: gateway.port, engines: config.engineUrls }, 'ready');
+  const { host, engineUrls: engines, cluster } = config;
+  log.info(
+    { host, port: gateway.port, ...(cluster ? { namespace: cluster.namespace } : { engines }) },
+    'ready',
+  );
 
   const signal = await stopSignal;
   log.info({ signal }, 'draining');

@@ -1,12 +1,14 @@
-// Every metric of the gateway, with its unit and what it means. The `model` label is only ever a name that an engine
-// serves, never what a client typed, so the number of series is bounded by what is deployed.
+// Every metric of the gateway, with its unit and what it means. The labels `model` and `target` are only ever names that a
+// resource or an engine said, never what a client typed, so the number of series is bounded by what is deployed.
+// README.md has them as a table, and a test holds the two together.
 
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
-import type { Endpoint } from './endpoints.ts';
+import type { Directory } from './directory.ts';
+import type { Endpoint, Endpoints } from './endpoints.ts';
+import { engineFailures } from './forward.ts';
 
 export type Metrics = ReturnType<typeof createMetrics>;
 
-const requestLabels = ['route', 'model', 'status'] as const;
 const secondsBuckets = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300];
 
 export function createMetrics() {
@@ -14,12 +16,21 @@ export function createMetrics() {
   const registers = [registry];
   collectDefaultMetrics({ register: registry });
 
+  const authFailures = new Counter({
+    name: 'motet_gateway_auth_failures_total',
+    help: 'Requests without a key that is accepted, by reason: a code of the error table.',
+    labelNames: ['reason'],
+    registers,
+  });
+  for (const reason of ['missing_api_key', 'invalid_api_key']) authFailures.inc({ reason }, 0);
+
   return {
     registry,
+    authFailures,
     requests: new Counter({
       name: 'motet_gateway_requests_total',
-      help: 'Requests that ended. status: HTTP status, or for a stream that failed after it had begun, the status it would have had; 499 when the client hung up.',
-      labelNames: requestLabels,
+      help: 'Requests that ended. model: the name asked for; target: the base model or adapter that answered to it; tenant: whose key it was; status: HTTP status, or for a stream that failed after it had begun, the status it would have had; 499 when the client hung up.',
+      labelNames: ['route', 'model', 'target', 'tenant', 'status'],
       registers,
     }),
     durationSeconds: new Histogram({
@@ -50,12 +61,11 @@ export function createMetrics() {
   };
 }
 
-/** Adds the gauges that are read off the gateway's state whenever somebody looks. */
-export function watchState(
-  registry: Registry,
-  endpoints: readonly Endpoint[],
-  numQueued: () => number,
-): void {
+type State = { endpoints: Endpoints; directory: Directory; numQueued: () => number };
+
+/** Adds the gauges that are read off the gateway's state whenever somebody looks. What has left has no series. */
+export function watchState({ registry, engineErrors }: Metrics, state: State): void {
+  const { endpoints, directory, numQueued } = state;
   const registers = [registry];
   const perEngine = (name: string, help: string, read: (endpoint: Endpoint) => number) =>
     new Gauge({
@@ -64,7 +74,8 @@ export function watchState(
       labelNames: ['engine'],
       registers,
       collect() {
-        for (const endpoint of endpoints) this.set({ engine: endpoint.url }, read(endpoint));
+        this.reset();
+        for (const endpoint of endpoints.all) this.set({ engine: endpoint.name }, read(endpoint));
       },
     });
 
@@ -76,12 +87,48 @@ export function watchState(
     'Requests that the engine was sent and has not ended.',
     (endpoint) => endpoint.inFlight,
   );
+  endpoints.on('removed', ({ name: engine }) => {
+    for (const reason of engineFailures) engineErrors.remove({ engine, reason });
+  });
+  new Gauge({
+    name: 'motet_gateway_engines',
+    help: 'Engines, by BaseModel (empty outside of a cluster) and by whether they get requests: ready or away.',
+    labelNames: ['base_model', 'state'],
+    registers,
+    collect() {
+      this.reset();
+      for (const base_model of directory.baseModelNames()) {
+        for (const state of ['ready', 'away']) this.set({ base_model, state }, 0);
+      }
+      for (const { baseModel, isReady } of endpoints.all) {
+        this.inc({ base_model: baseModel ?? '', state: isReady ? 'ready' : 'away' });
+      }
+    },
+  });
   new Gauge({
     name: 'motet_gateway_queued_requests',
     help: 'Requests that wait for an engine with room.',
     registers,
     collect() {
       this.set(numQueued());
+    },
+  });
+  new Gauge({
+    name: 'motet_gateway_tenants',
+    help: 'Tenants that have a key that is accepted.',
+    registers,
+    collect() {
+      this.set(directory.numTenants());
+    },
+  });
+  new Gauge({
+    name: 'motet_gateway_watch_stale_seconds',
+    help: 'Seconds since the API server was last heard about a resource; 0 while it is. What was known then holds.',
+    labelNames: ['resource'],
+    registers,
+    collect() {
+      for (const [resource, seconds] of Object.entries(directory.staleSeconds()))
+        this.set({ resource }, seconds);
     },
   });
 }

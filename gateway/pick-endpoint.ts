@@ -3,15 +3,19 @@
 
 import type { Endpoint } from './endpoints.ts';
 
-/** The engine to use, or undefined when all of them are full. */
+/**
+ * The engine to use, or undefined when all of them are full.
+ *
+ * @param name  by which engines know the model
+ */
 export function pickEndpoint(
-  model: string,
+  name: string,
   endpoints: readonly Endpoint[],
   maxInFlight: number,
 ): Endpoint | undefined {
   const byPreference = (a: Endpoint, b: Endpoint) =>
     a.inFlight - b.inFlight ||
-    Number(b.namesOnDevice.has(model)) - Number(a.namesOnDevice.has(model)) ||
+    Number(b.namesOnDevice.has(name)) - Number(a.namesOnDevice.has(name)) ||
     a.numSent - b.numSent;
   return endpoints.filter(({ inFlight }) => inFlight < maxInFlight).sort(byPreference)[0];
 }

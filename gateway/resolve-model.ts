@@ -1,7 +1,17 @@
-// What a requested model name stands for, as a pure function of what the engines last said of themselves.
+// Which engines can answer as a target, as a pure function of what the engines last said of themselves.
 // An engine that left is remembered for a while: its models are then "away" (503, come back), not "unknown" (404).
 
 import type { Endpoint } from './endpoints.ts';
+import { GatewayError } from './errors.ts';
+import { modelNotFound, noEngineReady } from './openai.ts';
+
+/** Who answers: a base model or an adapter, as engines know it. */
+export type Target = {
+  /** The name by which engines know it. */
+  name: string;
+  /** The BaseModel whose engines may be asked. Null: there are no resources, and a name is what engines say it is. */
+  baseModel: string | null;
+};
 
 export type Resolution =
   /** These engines have the model and are ready. At least one. */
@@ -15,12 +25,34 @@ export type Resolution =
 /** For how long an engine that is away keeps its models from being called unknown. */
 export const rememberMs = 10 * 60_000;
 
-export function resolveModel(name: string, endpoints: readonly Endpoint[], nowMs: number): Resolution {
-  const seen = endpoints.filter(({ lastSeenMs }) => lastSeenMs !== null && nowMs - lastSeenMs <= rememberMs);
+export function resolveModel(target: Target, endpoints: readonly Endpoint[], nowMs: number): Resolution {
+  const { name, baseModel } = target;
+  const candidates =
+    baseModel === null ? endpoints : endpoints.filter((endpoint) => endpoint.baseModel === baseModel);
+  const seen = candidates.filter(({ lastSeenMs }) => lastSeenMs !== null && nowMs - lastSeenMs <= rememberMs);
   const having = seen.filter(({ cards }) => cards.has(name));
   const ready = having.filter(({ isReady }) => isReady);
 
   if (ready.length > 0) return { kind: 'served', endpoints: ready };
   if (having.length > 0) return { kind: 'away' };
   return seen.length === 0 ? { kind: 'no_engine' } : { kind: 'unknown' };
+}
+
+/**
+ * What the client is told when no engine can answer.
+ *
+ * @param name  as the client asked for it
+ */
+export function notServed(name: string, { baseModel }: Target, kind: Exclude<Resolution['kind'], 'served'>) {
+  if (kind === 'no_engine') return noEngineReady();
+  if (kind === 'away') {
+    return new GatewayError('model_unavailable', 'the engines that have this model are away', {
+      param: 'model',
+    });
+  }
+  // What a resource declares exists; it is on its way to an engine, or its status says why not.
+  if (baseModel === null) return modelNotFound(name);
+  return new GatewayError('model_unavailable', 'this model is not loaded on any engine yet', {
+    param: 'model',
+  });
 }

@@ -12,7 +12,10 @@ const bearer = (value: string) => ({ headers: { authorization: `Bearer ${value}`
 test('lets the holder of a key in, and logs the name of the key and not the key', async () => {
   const gateway = await gatewayFor([await startFakeEngine()], { apiKeys });
   expect((await gateway.chat(chatBody(), bearer(key))).status).toBe(200);
-  expect(gateway.logLines.find(({ msg }) => msg === 'request')).toMatchObject({ key: 'team-a', status: 200 });
+  expect(gateway.logLines.find(({ msg }) => msg === 'request')).toMatchObject({
+    tenant: 'team-a',
+    status: 200,
+  });
   expect(JSON.stringify(gateway.logLines)).not.toContain(key);
 });
 

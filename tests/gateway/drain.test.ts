@@ -1,12 +1,12 @@
 import { once } from 'node:events';
 import { createConnection } from 'node:net';
 import { expect, test } from 'vitest';
-import { answerForever, chunkEvent, startFakeEngine } from '../fixtures/fake-engine.ts';
+import { answer, answerForever, chunkEvent, startFakeEngine } from '../fixtures/fake-engine.ts';
 import { chatBody, errorOf, gatewayFor } from './start-gateway.ts';
 
 const streaming = chatBody({ stream: true });
 
-test('takes no more requests, fails readyz, and lets a stream in flight end', async () => {
+test('takes no more connections and lets a stream in flight end', async () => {
   const engine = await startFakeEngine({ script: answerForever });
   const gateway = await gatewayFor([engine], { drainTimeoutMs: 20_000 });
   const received = engine.nextReceived();
@@ -21,23 +21,54 @@ test('takes no more requests, fails readyz, and lets a stream in flight end', as
   await drained;
 });
 
-test('refuses what comes in on a connection that is still in use', async () => {
+const head = 'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json';
+const asBytes = (body: string) => `${head}\r\nContent-Length: ${body.length}\r\n\r\n${body}`;
+
+test('loses no request on a connection that is kept open: it is answered, and the client told to close', async () => {
+  const engine = await startFakeEngine();
+  const gateway = await gatewayFor([engine], { drainTimeoutMs: 20_000 });
+  const socket = createConnection(gateway.port, '127.0.0.1').setEncoding('utf8');
+  const answered = once(socket, 'data');
+  socket.write(asBytes(JSON.stringify(chatBody())));
+  expect((await answered)[0]).toMatch(/^HTTP\/1.1 200 .*Connection: keep-alive/s);
+
+  const drained = gateway.drain();
+  await expect(fetch(`${gateway.url}/livez`)).rejects.toThrow('fetch failed');
+  socket.write(asBytes(JSON.stringify(chatBody())));
+  const text = (await socket.toArray()).join('');
+  expect(text).toMatch(/HTTP\/1.1 200 .*Connection: close.*"fake words"/s);
+  expect(engine.received).toHaveLength(2);
+  await drained;
+});
+
+test('an answer that began before the drain tells its client to close', async () => {
+  const engine = await startFakeEngine({ script: () => {} });
+  const gateway = await gatewayFor([engine], { drainTimeoutMs: 20_000 });
+  const received = engine.nextReceived();
+  const socket = createConnection(gateway.port, '127.0.0.1').setEncoding('utf8');
+  socket.write(asBytes(JSON.stringify(chatBody())));
+  const request = await received;
+  const drained = gateway.drain();
+  answer(request);
+  expect((await socket.toArray()).join('')).toMatch(/^HTTP\/1.1 200 .*Connection: close/s);
+  await drained;
+});
+
+test('is not ready while it drains', async () => {
   const engine = await startFakeEngine({ script: answerForever });
   const gateway = await gatewayFor([engine], { drainTimeoutMs: 20_000 });
   const received = engine.nextReceived();
   const socket = createConnection(gateway.port, '127.0.0.1').setEncoding('utf8');
-  const body = JSON.stringify(streaming);
-  const head = 'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json';
-  const chat = `${head}\r\nContent-Length: ${body.length}\r\n\r\n${body}`;
-  socket.write(chat);
+  const begun = once(socket, 'data');
+  socket.write(asBytes(JSON.stringify(streaming)));
   const { res } = await received;
+  await begun;
   const drained = gateway.drain();
-  socket.write(`${chat}GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n`, () => res.end('data: [DONE]\n\n'));
+  socket.write('GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n', () => res.end('data: [DONE]\n\n'));
 
   const text = (await socket.toArray()).join('');
   expect(text).toContain('data: [DONE]');
   expect(text).toMatch(/HTTP\/1.1 503 .*Retry-After: 1\r\n.*"code":"shutting_down"/s);
-  expect(engine.received).toHaveLength(1);
   await drained;
 });
 

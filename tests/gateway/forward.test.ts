@@ -300,7 +300,7 @@ test('refuses a path that is not well-formed', async () => {
   });
 });
 
-test('counts requests by route, model and status, and never by a name a client made up', async () => {
+test('counts requests by route, model, tenant and status, and never by a name a client made up', async () => {
   const engine = await startFakeEngine({ adapters: ['a'] });
   const gateway = await gatewayFor([engine]);
   await gateway.chat(chatBody({ model: 'a' }));
@@ -311,9 +311,16 @@ test('counts requests by route, model and status, and never by a name a client m
 
   const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
   const route = 'route="/v1/chat/completions"';
-  expect(metrics).toContain(`motet_gateway_requests_total{${route},model="a",status="200"} 1`);
-  expect(metrics).toContain(`motet_gateway_requests_total{${route},model="",status="404"} 1`);
-  expect(metrics).toContain(`motet_gateway_requests_total{${route},model="base",status="502"} 1`);
+  const nobody = 'tenant=""';
+  expect(metrics).toContain(
+    `motet_gateway_requests_total{${route},model="a",target="a",${nobody},status="200"} 1`,
+  );
+  expect(metrics).toContain(
+    `motet_gateway_requests_total{${route},model="",target="",${nobody},status="404"} 1`,
+  );
+  expect(metrics).toContain(
+    `motet_gateway_requests_total{${route},model="base",target="base",${nobody},status="502"} 1`,
+  );
   expect(metrics).toContain(
     `motet_gateway_engine_errors_total{engine="${engine.url}",reason="engine_failed"} 1`,
   );

@@ -1,9 +1,9 @@
 import { expect, test } from 'vitest';
-import { type Endpoint, newEndpoint } from '../../gateway/endpoints.ts';
+import { type Endpoint, listedEngine, newEndpoint } from '../../gateway/endpoints.ts';
 import { pickEndpoint } from '../../gateway/pick-endpoint.ts';
 
 const endpoint = (url: string, fields: Partial<Endpoint> = {}): Endpoint => ({
-  ...newEndpoint(url),
+  ...newEndpoint(listedEngine(url)),
   ...fields,
 });
 const picked = (endpoints: Endpoint[], maxInFlight = 4) => pickEndpoint('x', endpoints, maxInFlight)?.url;

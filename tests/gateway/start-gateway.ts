@@ -70,10 +70,13 @@ export async function until<T>(ask: () => T | Promise<T>, holds: (value: T) => b
 
 const defaults: Config = {
   engineUrls: [],
+  cluster: null,
   engineKey: null,
+  engineTokenFile: null,
   host: '127.0.0.1',
   port: 0,
   apiKeys: null,
+  isInsecure: false,
   maxBodyBytes: 1 << 20,
   maxInFlightPerEngine: 8,
   maxQueued: 8,

@@ -1,0 +1,350 @@
+// The directory of a gateway in a cluster: engines are the pods of the namespace, names are its BaseModels, LoraAdapters
+// and AdapterRoutes, callers are its Tenants. All of it is a copy that watches keep fresh. While the API server is away
+// the copy is what it was; engines are still looked at, so those that die leave.
+
+import { KubeConfig, type KubernetesObject, type V1Pod, type V1Secret } from '@kubernetes/client-node';
+import { ApiError, callApi, motetPath } from '../crds/api.ts';
+import { labels } from '../crds/names.ts';
+import { type AdapterRoute, type BaseModel, type LoraAdapter, plurals, type Tenant } from '../crds/types.ts';
+import { ObjectWatch } from '../crds/watch.ts';
+import type { ModelCard } from '../engine/protocol.ts';
+import { createAuthenticate, type Holder } from './auth.ts';
+import type { WeightedTarget } from './choose-target.ts';
+import { ConfigError } from './config.ts';
+import { basesFirst, type Directory } from './directory.ts';
+import { followPod, trimPod } from './discovery.ts';
+import type { Endpoints } from './endpoints.ts';
+import { GatewayError } from './errors.ts';
+import { buildModels, type Model, mayUse } from './models.ts';
+import { resolveModel } from './resolve-model.ts';
+import { SecretKeys } from './secret-keys.ts';
+import { applyTenantStatus, TenantStatusWriter } from './tenant-status.ts';
+import { judgeTenants, statusOf, type Verdict } from './tenants.ts';
+
+export type ClusterOptions = {
+  kubeConfig: KubeConfig;
+  namespace: string;
+  /** Everybody may enter and use every model; Tenants are not looked at. */
+  isOpen: boolean;
+};
+
+type Log = { info(fields: object, message: string): void; warn(fields: object, message: string): void };
+
+/** crds/tenants.yaml promises that a changed Secret is seen within this time. */
+const secretIntervalMs = 15_000;
+const secretTimeoutMs = 5_000;
+
+export class Cluster implements Directory {
+  readonly authenticate: Directory['authenticate'];
+  readonly #endpoints: Endpoints;
+  readonly #log: Log;
+  readonly #pods: ObjectWatch<V1Pod>;
+  readonly #baseModels: ObjectWatch<BaseModel>;
+  readonly #loraAdapters: ObjectWatch<LoraAdapter>;
+  readonly #adapterRoutes: ObjectWatch<AdapterRoute>;
+  /** Null when everybody may enter. */
+  readonly #tenancy: Tenancy | null;
+  readonly #watches: Map<string, ObjectWatch<never>>;
+  readonly #synced = new Set<string>();
+  readonly #recovery: NodeJS.Timeout;
+  /** Made anew when it is asked for after a change. */
+  #models: Map<string, Model> | null = null;
+  /** Stays so: what was known once is gone on with. */
+  #isReady = false;
+  #isAway = false;
+
+  constructor(options: ClusterOptions, endpoints: Endpoints, log: Log) {
+    this.#endpoints = endpoints;
+    this.#log = log;
+    const { kubeConfig, namespace, isOpen } = options;
+    const common = (resource: string) => ({
+      kubeConfig,
+      onError: (error: Error) => this.#noteAway(resource, error),
+    });
+    const ours = <T extends KubernetesObject>(kind: 'BaseModel' | 'LoraAdapter' | 'AdapterRoute') =>
+      new ObjectWatch<T>({
+        ...common(plurals[kind]),
+        path: motetPath(kind, namespace),
+        trim: withoutStatus,
+        onChange: (now, before) => this.#onModelChange(now, before),
+      });
+    this.#pods = new ObjectWatch<V1Pod>({
+      ...common('pods'),
+      path: `/api/v1/namespaces/${namespace}/pods`,
+      labelSelector: labels.baseModel,
+      trim: trimPod,
+      onChange: (now, before) => followPod(endpoints, now, before),
+    });
+    this.#baseModels = ours<BaseModel>('BaseModel');
+    this.#loraAdapters = ours<LoraAdapter>('LoraAdapter');
+    this.#adapterRoutes = ours<AdapterRoute>('AdapterRoute');
+    this.#tenancy = isOpen
+      ? null
+      : new Tenancy({
+          ...options,
+          ...common('tenants'),
+          log,
+          countModels: (tenant) => this.#countModels(tenant),
+        });
+    this.#watches = new Map<string, ObjectWatch<never>>(
+      Object.entries({
+        pods: this.#pods,
+        basemodels: this.#baseModels,
+        loraadapters: this.#loraAdapters,
+        adapterroutes: this.#adapterRoutes,
+        ...(this.#tenancy && { tenants: this.#tenancy.watch }),
+      }) as unknown as [string, ObjectWatch<never>][],
+    );
+    for (const [resource, { synced }] of this.#watches) void synced.then(() => this.#synced.add(resource));
+    this.#recovery = setInterval(() => this.#noteRecovery(), 1_000);
+
+    const authenticate = createAuthenticate(() => this.#tenancy!.holders);
+    this.authenticate = (authorization) => {
+      const failure = this.notReady();
+      if (failure !== null) throw failure;
+      return this.#tenancy === null ? null : authenticate(authorization);
+    };
+  }
+
+  targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null {
+    const model = this.#modelsByName.get(name);
+    return model !== undefined && this.#mayUse(caller, model) ? model.targets : null;
+  }
+
+  cards(caller: string | null): ModelCard[] {
+    return [...this.#modelsByName.values()]
+      .filter((model) => this.#mayUse(caller, model))
+      .flatMap((model) => this.#cardOf(model))
+      .sort(basesFirst);
+  }
+
+  notReady(): GatewayError | null {
+    if (this.#isReady) return null;
+    const missing = [...this.#watches.keys()].filter((resource) => !this.#synced.has(resource));
+    if (this.#tenancy !== null && !this.#tenancy.isComplete) missing.push('secrets');
+    this.#isReady = missing.length === 0;
+    if (this.#isReady) return null;
+    return new GatewayError('starting', `the API server has not told about ${missing.join(', ')} yet`);
+  }
+
+  numTenants(): number {
+    return new Set(this.#tenancy?.holders.map(({ name }) => name)).size;
+  }
+
+  baseModelNames(): string[] {
+    return this.#baseModels.list().map(({ metadata }) => metadata.name!);
+  }
+
+  staleSeconds(): Record<string, number> {
+    const nowMs = Date.now();
+    return Object.fromEntries(
+      [...this.#watches].map(([resource, { staleSinceMs }]) => [
+        resource,
+        staleSinceMs === null ? 0 : (nowMs - staleSinceMs) / 1000,
+      ]),
+    );
+  }
+
+  async close(): Promise<void> {
+    clearInterval(this.#recovery);
+    await Promise.all([...[...this.#watches.values()].map((watch) => watch.close()), this.#tenancy?.close()]);
+  }
+
+  get #modelsByName(): Map<string, Model> {
+    this.#models ??= buildModels({
+      baseModels: this.#baseModels.list(),
+      loraAdapters: this.#loraAdapters.list(),
+      adapterRoutes: this.#adapterRoutes.list(),
+    });
+    return this.#models;
+  }
+
+  #mayUse(caller: string | null, model: Model): boolean {
+    if (caller === null) return this.#tenancy === null;
+    const tenant = this.#tenancy?.watch.get(caller);
+    return tenant !== undefined && mayUse(tenant.spec.access, model);
+  }
+
+  #countModels({ spec }: Tenant): number {
+    return [...this.#modelsByName.values()].filter((model) => mayUse(spec.access, model)).length;
+  }
+
+  /** The card of an engine that holds the model; for a route one that is made of its targets'. Empty: none holds it. */
+  #cardOf({ name, kind, created, parent, targets }: Model): ModelCard[] {
+    const cards = targets
+      .filter(({ weight }) => weight > 0)
+      .flatMap((target) => {
+        const resolution = resolveModel(target, this.#endpoints.all, Date.now());
+        return resolution.kind === 'served' ? [resolution.endpoints[0]!.cards.get(target.name)!] : [];
+      });
+    if (kind !== 'route' || cards.length === 0) return cards;
+    const maxModelLen = Math.min(...cards.map(({ max_model_len }) => max_model_len));
+    return [
+      {
+        id: name,
+        object: 'model',
+        created,
+        owned_by: 'motet',
+        root: name,
+        parent,
+        max_model_len: maxModelLen,
+        permission: [],
+      },
+    ];
+  }
+
+  #onModelChange(now: KubernetesObject | undefined, before: KubernetesObject | undefined): void {
+    // Labels give rights; anything else that matters here is in the spec.
+    const isSame =
+      now?.metadata?.uid === before?.metadata?.uid &&
+      now?.metadata?.generation === before?.metadata?.generation &&
+      JSON.stringify(now?.metadata?.labels) === JSON.stringify(before?.metadata?.labels);
+    if (isSame) return;
+    this.#models = null;
+    this.#tenancy?.modelsChanged();
+  }
+
+  /** One line, however many watches fail however often. */
+  #noteAway(resource: string, error: Error): void {
+    if (this.#watches.get(resource)?.staleSinceMs === null) {
+      this.#log.warn({ resource, cause: error.stack }, 'a change could not be taken over');
+      return;
+    }
+    if (this.#isAway) return;
+    this.#isAway = true;
+    const cause = (error.cause as Error | undefined)?.message ?? error.message;
+    this.#log.warn({ resource, cause }, 'the API server cannot be heard; going on with what is known');
+  }
+
+  #noteRecovery(): void {
+    if (!this.#isAway || Object.values(this.staleSeconds()).some((seconds) => seconds > 0)) return;
+    this.#isAway = false;
+    this.#log.info({}, 'the API server is heard again');
+  }
+}
+
+type TenancyOptions = {
+  kubeConfig: KubeConfig;
+  namespace: string;
+  /** A watch failed. */
+  onError: (error: Error) => void;
+  log: Log;
+  /** Served names that the tenant may use. */
+  countModels: (tenant: Tenant) => number;
+};
+
+/** What the API server refuses again and again is logged this often. */
+const refusalLogMs = 60_000;
+
+/** The Tenants, what came of their keys, and their statuses. */
+class Tenancy {
+  readonly watch: ObjectWatch<Tenant>;
+  readonly #secrets: SecretKeys;
+  readonly #writer: TenantStatusWriter;
+  readonly #log: Log;
+  readonly #loggedMs = new Map<string, number>();
+  #found: { verdicts: Verdict[]; holders: Holder[] } | null = null;
+
+  constructor({ kubeConfig, namespace, onError, log, countModels }: TenancyOptions) {
+    this.#log = log;
+    this.#secrets = new SecretKeys({
+      read: (name, signal) =>
+        callApi<V1Secret>(kubeConfig, {
+          path: `/api/v1/namespaces/${namespace}/secrets/${name}`,
+          signal,
+          timeoutMs: secretTimeoutMs,
+        }),
+      onChange: () => this.#keysChanged(),
+      onError: (secret, error) => this.#noteRefusal(`secret ${secret}`, error),
+      intervalMs: secretIntervalMs,
+    });
+    this.#writer = new TenantStatusWriter({
+      write: (tenant, status) => applyTenantStatus(kubeConfig, namespace, tenant, status),
+      wanted: () =>
+        this.#known.verdicts
+          .filter(({ isUnread }) => !isUnread)
+          .map((verdict) => ({
+            tenant: verdict.tenant,
+            status: statusOf(verdict, countModels(verdict.tenant), new Date()),
+          })),
+      onError: (error) => this.#noteRefusal('status of tenants', error),
+    });
+    this.watch = new ObjectWatch<Tenant>({
+      kubeConfig,
+      path: motetPath('Tenant', namespace),
+      onError,
+      onChange: (now, before) => this.#onTenantChange(now, before),
+    });
+  }
+
+  get holders(): readonly Holder[] {
+    return this.#known.holders;
+  }
+
+  /** Every Secret that a Tenant names was read once. */
+  get isComplete(): boolean {
+    return this.#secrets.isComplete;
+  }
+
+  modelsChanged(): void {
+    this.#writer.changed();
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([this.#secrets.close(), this.#writer.close()]);
+  }
+
+  /** Made anew when it is asked for after a change. */
+  get #known() {
+    if (this.#found === null) {
+      const stateOf = (secret: string, entry: string) => this.#secrets.stateOf(secret, entry);
+      const verdicts = judgeTenants(this.watch.list(), stateOf);
+      this.#found = { verdicts, holders: verdicts.flatMap(({ holders }) => holders) };
+    }
+    return this.#found;
+  }
+
+  #keysChanged(): void {
+    this.#found = null;
+    this.#writer.changed();
+  }
+
+  #onTenantChange(now: Tenant | undefined, before: Tenant | undefined): void {
+    const isOwnStatus =
+      now?.metadata.uid === before?.metadata.uid && now?.metadata.generation === before?.metadata.generation;
+    if (!isOwnStatus) {
+      const wanted = new Map<string, Set<string>>();
+      for (const { spec } of this.watch.list()) {
+        for (const { secretRef } of spec.keys) {
+          const entries = wanted.get(secretRef.name) ?? new Set();
+          wanted.set(secretRef.name, entries.add(secretRef.key));
+        }
+      }
+      this.#secrets.name(wanted);
+      this.#secrets.readAgain(now?.spec.keys.map(({ secretRef }) => secretRef.name) ?? []);
+    }
+    this.#keysChanged();
+  }
+
+  /** That the API server is away is said by the watches. */
+  #noteRefusal(what: string, error: Error): void {
+    if (!(error instanceof ApiError) || Date.now() - (this.#loggedMs.get(what) ?? 0) < refusalLogMs) return;
+    this.#loggedMs.set(what, Date.now());
+    this.#log.warn({ what, cause: error.message }, 'the API server refuses');
+  }
+}
+
+function withoutStatus<T extends KubernetesObject>(object: T): T {
+  delete (object as { status?: unknown }).status;
+  return object;
+}
+
+/** @param path  of a kubeconfig; null: the pod's ServiceAccount */
+export function loadKubeConfig(path: string | null): KubeConfig {
+  const kubeConfig = new KubeConfig();
+  if (path !== null) kubeConfig.loadFromFile(path);
+  else if (process.env.KUBERNETES_SERVICE_HOST === undefined) {
+    throw new ConfigError('--kubernetes: this is not a pod of a cluster; say --kubeconfig FILE');
+  } else kubeConfig.loadFromCluster();
+  return kubeConfig;
+}

@@ -1,0 +1,57 @@
+// Who may enter, and what a name means to whom. There are two: the settings' (below), where a name is whatever an engine
+// of the list says it is, and the cluster's (cluster.ts), where resources say it.
+
+import type { ModelCard } from '../engine/protocol.ts';
+import { type Authenticate, createAuthenticate, digestOfKey } from './auth.ts';
+import type { WeightedTarget } from './choose-target.ts';
+import type { Endpoints } from './endpoints.ts';
+import { GatewayError } from './errors.ts';
+
+export interface Directory {
+  authenticate: Authenticate;
+  /**
+   * Who may answer to this name for this caller (as `authenticate` named it), by weight; perhaps nobody yet. Null: the
+   * name means nothing to the caller.
+   */
+  targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null;
+  /** The models that the caller may use and that an engine holds now, bases first. */
+  cards(caller: string | null): ModelCard[];
+  /** Why requests cannot be taken; null when they can. */
+  notReady(): GatewayError | null;
+  /** Callers that have a key. */
+  numTenants(): number;
+  /** BaseModels that exist, with engines or without. */
+  baseModelNames(): string[];
+  /** For how many seconds the API server has not been heard, by resource; 0 while it is. */
+  staleSeconds(): Record<string, number>;
+  close(): Promise<void>;
+}
+
+/** Every holder of a key may use every model of the listed engines; without keys everybody. */
+export function listedDirectory(endpoints: Endpoints, apiKeys: Map<string, string> | null): Directory {
+  const holders = [...(apiKeys ?? [])].map(([name, key]) => ({ name, digest: digestOfKey(key) }));
+  return {
+    authenticate: apiKeys === null ? () => null : createAuthenticate(() => holders),
+    targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
+    cards: () => listCards(endpoints),
+    notReady: () =>
+      endpoints.all.some(({ isReady }) => isReady)
+        ? null
+        : new GatewayError('no_engine_ready', 'no engine is ready'),
+    numTenants: () => holders.length,
+    baseModelNames: () => [],
+    staleSeconds: () => ({}),
+    close: async () => {},
+  };
+}
+
+/** Every model of the engines that are ready, each once. */
+function listCards(endpoints: Endpoints): ModelCard[] {
+  const ready = endpoints.all.filter(({ isReady }) => isReady);
+  const byId = new Map(ready.flatMap(({ cards }) => [...cards]).reverse());
+  return [...byId.values()].sort(basesFirst);
+}
+
+export function basesFirst(a: ModelCard, b: ModelCard): number {
+  return Number(a.parent !== null) - Number(b.parent !== null) || (a.id < b.id ? -1 : 1);
+}

@@ -1,0 +1,112 @@
+// What names clients may use and what they stand for, as pure functions of the resources: BaseModels, LoraAdapters and
+// AdapterRoutes share one space of names. Of two resources with one name the older has it; the operator keeps the same
+// rule. What a tenant may not use does not exist for it.
+
+import { servedNameOf, servedNamesOf } from '../crds/names.ts';
+import type { AdapterRoute, BaseModel, LoraAdapter, TenantSpec } from '../crds/types.ts';
+import type { WeightedTarget } from './choose-target.ts';
+import { selects } from './label-selector.ts';
+
+export type Resources = {
+  baseModels: readonly BaseModel[];
+  loraAdapters: readonly LoraAdapter[];
+  adapterRoutes: readonly AdapterRoute[];
+};
+
+/** What a name stands for. */
+export type Model = {
+  /** The name that clients use. */
+  name: string;
+  kind: 'baseModel' | 'adapter' | 'route';
+  /** Of its resource. */
+  labels: Readonly<Record<string, string>>;
+  /** Unix seconds. */
+  created: number;
+  /** Served name of the base that all its targets share; null for a base, and for a route over several. */
+  parent: string | null;
+  /** Who may answer: one for a base and an adapter; for a route those that exist, perhaps none. */
+  targets: WeightedTarget[];
+};
+
+type Named = BaseModel | LoraAdapter | AdapterRoute;
+
+/** Served name -> what it stands for. */
+export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resources): Map<string, Model> {
+  const owners = ownersOfNames([
+    ...baseModels.map((resource) => ({ resource, names: [servedNameOf(resource)] })),
+    ...loraAdapters.map((resource) => ({ resource, names: servedNamesOf(resource) })),
+    ...adapterRoutes.map((resource) => ({ resource, names: [servedNameOf(resource)] })),
+  ]);
+  const ownedBy = (resource: Named, names: string[]) => names.filter((name) => owners.get(name) === resource);
+
+  const models = new Map<string, Model>();
+  const targetOfBase = new Map<string, WeightedTarget>();
+  const targetOfAdapter = new Map<string, WeightedTarget>();
+  for (const resource of baseModels) {
+    const baseModel = resource.metadata.name!;
+    for (const name of ownedBy(resource, [servedNameOf(resource)])) {
+      const target = { name, baseModel, weight: 1 };
+      targetOfBase.set(baseModel, target);
+      models.set(name, { ...common(resource, name), kind: 'baseModel', parent: null, targets: [target] });
+    }
+  }
+  const parentOf = (baseModel: string | null) => targetOfBase.get(baseModel ?? '')?.name ?? null;
+  for (const resource of loraAdapters) {
+    const { baseModel } = resource.spec;
+    for (const name of ownedBy(resource, servedNamesOf(resource))) {
+      const target = { name, baseModel, weight: 1 };
+      // The first of its names is as good as any: engines know the adapter by each.
+      if (!targetOfAdapter.has(resource.metadata.name!)) targetOfAdapter.set(resource.metadata.name!, target);
+      const parent = parentOf(baseModel);
+      models.set(name, { ...common(resource, name), kind: 'adapter', parent, targets: [target] });
+    }
+  }
+  for (const resource of adapterRoutes) {
+    for (const name of ownedBy(resource, [servedNameOf(resource)])) {
+      const targets = resource.spec.targets.flatMap(({ adapter, baseModel, weight }) => {
+        const target =
+          adapter === undefined ? targetOfBase.get(baseModel ?? '') : targetOfAdapter.get(adapter);
+        return target === undefined ? [] : [{ ...target, weight }];
+      });
+      const bases = new Set(targets.map(({ baseModel }) => baseModel));
+      const parent = bases.size === 1 ? parentOf([...bases][0]!) : null;
+      models.set(name, { ...common(resource, name), kind: 'route', parent, targets });
+    }
+  }
+  return models;
+}
+
+/** Whether a tenant with this access sees, lists and calls the model. */
+export function mayUse(access: TenantSpec['access'], { kind, labels }: Model): boolean {
+  switch (kind) {
+    case 'baseModel':
+      return selects(access.baseModels, labels);
+    case 'adapter':
+      return selects(access.adapters, labels);
+    case 'route':
+      return selects(access.routes, labels);
+  }
+}
+
+function ownersOfNames(claims: { resource: Named; names: string[] }[]): Map<string, Named> {
+  const owners = new Map<string, Named>();
+  for (const { resource, names } of claims.sort((a, b) => byAge(a.resource, b.resource))) {
+    for (const name of names) if (!owners.has(name)) owners.set(name, resource);
+  }
+  return owners;
+}
+
+/** Oldest first; of those made in one second, the one with the lesser uid. */
+export function byAge(a: Pick<Named, 'metadata'>, b: Pick<Named, 'metadata'>): number {
+  const [left, right] = [a.metadata, b.metadata];
+  return createdMs(a) - createdMs(b) || (left.uid! < right.uid! ? -1 : Number(left.uid! > right.uid!));
+}
+
+function common({ metadata }: Named, name: string): Pick<Model, 'name' | 'labels' | 'created'> {
+  return { name, labels: metadata.labels ?? {}, created: Math.floor(createdMs({ metadata }) / 1000) };
+}
+
+/** The type says Date; JSON from the API server has RFC 3339 text. */
+function createdMs({ metadata }: Pick<Named, 'metadata'>): number {
+  return new Date(metadata.creationTimestamp ?? 0).getTime();
+}

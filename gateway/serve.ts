@@ -1,0 +1,71 @@
+// The HTTP server, and how it ends without losing a request. On drain the port is closed, and what comes in on
+// connections that are open is still answered, with `Connection: close`. A connection that is idle is not cut: its client
+// was told for how long it may use it, and a request may be on its way. It ends by that time.
+
+import { once } from 'node:events';
+import { createServer, type RequestListener, type ServerResponse } from 'node:http';
+import { type AddressInfo, Server, type Socket } from 'node:net';
+import { setTimeout as sleep } from 'node:timers/promises';
+
+export type Serving = {
+  port: number;
+  /**
+   * Takes no more connections; resolves when the last one has ended. `cutOff` is called when requests in flight have had
+   * `timeoutMs`: they get a moment to say so to their clients and are then ended.
+   */
+  drain(timeoutMs: number, cutOff: () => void): Promise<void>;
+};
+
+/** A client may have opened a connection ahead of need; what it sends on it at once is still answered. */
+const unusedGraceMs = 500;
+/** For error events to leave. */
+const farewellMs = 500;
+
+export async function serve(listener: RequestListener, port: number, host: string): Promise<Serving> {
+  const server = createServer(listener);
+  // Connections on which nothing was asked yet. Node puts no bound on them.
+  const unused = new Set<Socket>();
+  const unanswered = new Set<ServerResponse>();
+  let isDraining = false;
+  server.on('connection', (socket) => {
+    unused.add(socket);
+    socket.once('close', () => unused.delete(socket));
+  });
+  server.prependListener('request', (req, res) => {
+    unused.delete(req.socket);
+    if (isDraining) res.shouldKeepAlive = false;
+    unanswered.add(res);
+    res.once('close', () => unanswered.delete(res));
+  });
+  server.listen(port, host);
+  await once(server, 'listening');
+
+  return {
+    port: (server.address() as AddressInfo).port,
+    async drain(timeoutMs, cutOff) {
+      isDraining = true;
+      for (const res of unanswered) if (!res.headersSent) res.shouldKeepAlive = false;
+      const closed = once(server, 'close');
+      // Not the HTTP server's own `close`: it would cut idle connections.
+      Server.prototype.close.call(server);
+      const unusedTimer = setTimeout(() => {
+        for (const socket of unused) socket.destroy();
+      }, unusedGraceMs);
+      const timeLeft = new AbortController();
+      const inTime = await Promise.race([
+        closed.then(() => true),
+        sleep(timeoutMs, false, { signal: timeLeft.signal }).catch(() => false),
+      ]);
+      timeLeft.abort();
+      clearTimeout(unusedTimer);
+      if (!inTime) {
+        cutOff();
+        await Promise.race([closed, sleep(farewellMs, undefined, { ref: false })]);
+        server.closeAllConnections();
+        await closed;
+      }
+      // Ends its own timers.
+      server.close();
+    },
+  };
+}

@@ -1,0 +1,127 @@
+// Which keys of which tenants are accepted, as pure functions of the Tenants and of what their Secrets hold. A key is
+// only ever kept as its digest.
+
+import { type Condition, conditionTypes, tenantReasons } from '../crds/names.ts';
+import type { Tenant, TenantStatus } from '../crds/types.ts';
+import { digestOfKey, type Holder } from './auth.ts';
+import { byAge } from './models.ts';
+
+/** What is known of one entry of one Secret. */
+export type KeyState =
+  /** Nothing yet: the Secret could not be read so far. */
+  | { kind: 'unread' }
+  | { kind: 'no_secret' }
+  | { kind: 'no_entry' }
+  /** The API server does not let the gateway read the Secret. */
+  | { kind: 'forbidden' }
+  /** `problem` says what is wrong with the value, and shows nothing of it. */
+  | { kind: 'invalid'; problem: string }
+  | { kind: 'key'; digest: Buffer };
+
+export type Problem = { reason: string; message: string };
+
+/** What came of the keys that one tenant names. */
+export type Verdict = {
+  tenant: Tenant;
+  holders: Holder[];
+  problems: Problem[];
+  /** Some Secret could not be read so far, so that this is not the last word. */
+  isUnread: boolean;
+};
+
+/** @param value  of the Secret's entry, decoded */
+export function readKey(value: Buffer | undefined): KeyState {
+  if (value === undefined) return { kind: 'no_entry' };
+  const key = value.toString('utf8').trim();
+  const invalid = (problem: string): KeyState => ({ kind: 'invalid', problem });
+  if (key.length < 16) return invalid(`expected at least 16 characters, got ${key.length}`);
+  if (key.length > 512) return invalid(`expected at most 512 characters, got ${key.length}`);
+  if (/\s/.test(key)) return invalid('expected no white space inside the key');
+  // A header could not carry it as it is.
+  if (!/^[\x21-\x7e]+$/.test(key)) return invalid('expected printable ASCII characters');
+  return { kind: 'key', digest: digestOfKey(key) };
+}
+
+/** One verdict for each tenant, the oldest first: it keeps a key that two have. */
+export function judgeTenants(
+  tenants: readonly Tenant[],
+  stateOf: (secret: string, entry: string) => KeyState,
+): Verdict[] {
+  const ownerOfKey = new Map<string, Tenant>();
+  return [...tenants].sort(byAge).map((tenant) => {
+    const verdict: Verdict = { tenant, holders: [], problems: [], isUnread: false };
+    for (const { secretRef } of tenant.spec.keys) {
+      const state = stateOf(secretRef.name, secretRef.key);
+      if (state.kind === 'unread') verdict.isUnread = true;
+      else if (state.kind !== 'key') verdict.problems.push(problemOf(state, secretRef));
+      else {
+        const id = state.digest.toString('hex');
+        const owner = ownerOfKey.get(id) ?? tenant;
+        ownerOfKey.set(id, owner);
+        if (owner === tenant) verdict.holders.push({ name: tenant.metadata.name!, digest: state.digest });
+        else verdict.problems.push(taken(secretRef, owner));
+      }
+    }
+    return verdict;
+  });
+}
+
+/**
+ * What the tenant's status should say. The time of the last transition is kept while the condition holds.
+ *
+ * @param numModels  served names that the tenant may use
+ */
+export function statusOf({ tenant, holders, problems }: Verdict, numModels: number, now: Date): TenantStatus {
+  const { spec, metadata, status: before } = tenant;
+  const [first] = problems;
+  const ready: Omit<Condition, 'lastTransitionTime'> = {
+    type: conditionTypes.ready,
+    status: first === undefined ? 'True' : 'False',
+    reason: first?.reason ?? tenantReasons.keysAccepted,
+    message:
+      first === undefined
+        ? 'every key that is named is accepted'
+        : problems.map(({ message }) => message).join('; '),
+    observedGeneration: metadata.generation!,
+  };
+  const last = before?.conditions?.find(({ type }) => type === ready.type);
+  const lastTransitionTime =
+    last?.status === ready.status ? last.lastTransitionTime : now.toISOString().replace(/\.\d+Z$/, 'Z');
+  return {
+    observedGeneration: metadata.generation!,
+    keys: `${holders.length}/${spec.keys.length}`,
+    models: numModels,
+    conditions: [{ ...ready, lastTransitionTime }],
+  };
+}
+
+type SecretRef = Tenant['spec']['keys'][number]['secretRef'];
+
+function problemOf(state: Exclude<KeyState, { kind: 'unread' | 'key' }>, { name, key }: SecretRef): Problem {
+  switch (state.kind) {
+    case 'no_secret':
+      return { reason: tenantReasons.secretNotFound, message: `there is no Secret ${name}; create it` };
+    case 'no_entry':
+      return {
+        reason: tenantReasons.secretNotFound,
+        message: `the Secret ${name} has no entry ${key}; add it, or name another in secretRef.key`,
+      };
+    case 'forbidden':
+      return {
+        reason: tenantReasons.secretNotFound,
+        message: `the gateway may not read the Secret ${name}; let its ServiceAccount get it`,
+      };
+    case 'invalid':
+      return {
+        reason: tenantReasons.keyInvalid,
+        message: `the entry ${key} of the Secret ${name}: ${state.problem}`,
+      };
+  }
+}
+
+function taken({ name, key }: SecretRef, owner: Tenant): Problem {
+  return {
+    reason: tenantReasons.keyTaken,
+    message: `the entry ${key} of the Secret ${name} is also a key of the older Tenant ${owner.metadata.name}, which keeps it`,
+  };
+}
