@@ -90,8 +90,8 @@ start_etcd() {
     --initial-cluster default=unix://etcd-peer:0
 }
 
-# start_apiserver BIND_ADDRESS ADVERTISE_ADDRESS PORT [FLAG...]  with Node and RBAC authorization. Every write is a line
-# in $state/log/audit.jsonl.
+# start_apiserver BIND_ADDRESS ADVERTISE_ADDRESS PORT [FLAG...]  with Node and RBAC authorization. Every write, and
+# every read by a ServiceAccount outside of kube-system, is a line in $state/log/audit.jsonl.
 start_apiserver() {
   local pki=$state/pki bind=$1 advertise=$2 port=$3
   shift 3
@@ -102,6 +102,12 @@ omitStages: [RequestReceived]
 rules:
   - level: Metadata
     verbs: [create, update, patch, delete, deletecollection]
+  # Kubernetes' own controllers read all the time.
+  - level: None
+    userGroups: [system:serviceaccounts:kube-system]
+  - level: Metadata
+    verbs: [get, list, watch]
+    userGroups: [system:serviceaccounts]
   - level: None
 YAML
   start kube-apiserver kube-apiserver \

@@ -13,7 +13,7 @@
 #                     are in 127.64.0.0/16, so that a test can serve at them.
 #   --remove          remove FOLDER at the end
 #
-# FOLDER holds the state: admin.kubeconfig, log/ (log/audit.jsonl has a line for each write), pid/.
+# FOLDER holds the state: admin.kubeconfig, log/ (log/audit.jsonl has the writes, and what ServiceAccounts read), pid/.
 # `run` prints `ready FOLDER-OF-KUBECTL-AND-HELM`, then reads lines `stop PROCESS` and `start PROCESS` and answers `stopped` and `started`.
 # However it ends, by `kill -9` too, its processes end with it.
 set -euo pipefail
