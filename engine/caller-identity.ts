@@ -157,7 +157,7 @@ export class CallerIdentity {
     const get = async (path: string) => {
       const { statusCode, body } = await request(new URL(path, apiUrl), {
         dispatcher: agent,
-        headers: { authorization: `Bearer ${token}`, accept: 'application/json' },
+        headers: { authorization: `Bearer ${token}`, accept: 'application/json, application/jwk-set+json' },
         headersTimeout: requestMs,
         bodyTimeout: requestMs,
         signal: AbortSignal.timeout(2 * requestMs),

@@ -4,6 +4,7 @@ import { exportJWK, generateKeyPair, type JWTPayload, SignJWT } from 'jose';
 import { pino } from 'pino';
 import { describe, expect, test } from 'vitest';
 import { CallerIdentity, type CallerIdentityOptions } from '../../engine/caller-identity.ts';
+import { createNamespace, kubectl, sharedControlPlane } from '../fixtures/control-plane.ts';
 import { certificates, type HttpsSource, startHttpsSource } from '../fixtures/https-source.ts';
 import { temporaryFolder } from '../fixtures/source-files.ts';
 
@@ -255,3 +256,31 @@ async function signedByHmac(key: Key): Promise<string> {
     .setProtectedHeader({ alg: 'HS256', kid: key.kid })
     .sign(secret);
 }
+
+test('takes the keys of a real API server, and the tokens that it makes', { timeout: 60_000 }, async () => {
+  const plane = await sharedControlPlane();
+  const namespace = await createNamespace(plane);
+  const makeToken = async (account: string, ...options: string[]) => {
+    await kubectl(plane, ['create', 'serviceaccount', '-n', namespace, account]);
+    return (await kubectl(plane, ['create', 'token', '-n', namespace, account, ...options])).trim();
+  };
+  const { clusters } = JSON.parse(await kubectl(plane, ['config', 'view', '--raw', '-o', 'json']));
+  const { server, 'certificate-authority-data': ca } = clusters[0].cluster;
+  const serviceAccountDir = await temporaryFolder();
+  await mkdir(serviceAccountDir, { recursive: true });
+  await writeFile(join(serviceAccountDir, 'token'), await makeToken('engine'));
+  await writeFile(join(serviceAccountDir, 'ca.crt'), Buffer.from(ca, 'base64'));
+  const identity = new CallerIdentity({
+    trusted: [`${namespace}/gateway`],
+    apiUrl: server,
+    serviceAccountDir,
+    log: pino({ level: 'silent' }),
+    wallClock: Date.now,
+  });
+
+  await identity.check(await makeToken('gateway', '--audience=motet-engine'));
+  const stranger = await makeToken('stranger', '--audience=motet-engine');
+  await expect(identity.check(stranger)).rejects.toMatchObject({ code: 'forbidden' });
+  const forTheApiServer = (await kubectl(plane, ['create', 'token', '-n', namespace, 'gateway'])).trim();
+  await expect(identity.check(forTheApiServer)).rejects.toMatchObject({ code: 'unauthorized' });
+});
