@@ -35,7 +35,9 @@ up() {
   # shellcheck source=scripts/step.sh
   source scripts/step.sh
 
-  step 'image of the work tree' tests/cluster/image.sh "$MOTET_CLUSTER/motet.tar"
+  # A tag of its own each time, so that all pods are replaced, those of the operator's making too.
+  tag=$(date +%Y%m%d-%H%M%S)
+  step 'image of the work tree' tests/cluster/image.sh "$MOTET_CLUSTER/motet.tar" "$tag"
   if flock -n "$MOTET_CLUSTER/lock" true; then
     step 'cluster of two nodes' "$cluster" up "$MOTET_CLUSTER/motet.tar"
   else
@@ -53,8 +55,7 @@ kind: Namespace
 metadata: {name: $namespace, labels: {pod-security.kubernetes.io/enforce: restricted}}
 YAML
   "$cluster" exec helm upgrade --install motet helm/motet --namespace "$namespace" --wait --timeout 3m \
-    --set image.repository=registry.local/motet,image.tag=test,weightCache.hostPath=/var/lib/motet,weightCache.size=1Gi \
-    --set-string "commonLabels.motet\.dev/work-tree=$(sha256sum "$MOTET_CLUSTER/motet.tar" | cut -c1-12)"
+    --set "image.repository=registry.local/motet,image.tag=$tag,weightCache.hostPath=/var/lib/motet,weightCache.size=1Gi"
 }
 
 # The examples read from a claim `models`; here it is a folder of the machine, the same on both nodes.
@@ -76,7 +77,7 @@ spec:
   hostPath: {path: "$folder", type: Directory}
 YAML
   "$cluster" exec kubectl apply --namespace "$namespace" -f "$examples"
-  "$cluster" exec kubectl wait --namespace "$namespace" --for=condition=Ready --timeout=10m basemodels,loraadapters --all
+  "$cluster" exec kubectl wait --namespace "$namespace" --for=condition=Ready --timeout=5m basemodels,loraadapters --all
 }
 
 print_summary() {
