@@ -124,6 +124,37 @@ test('engine pods of every kind are accepted where pod security is restricted', 
   }
 });
 
+test('the schema knows every field of the parts of Kubernetes objects that values may hold', async () => {
+  type Openapi = { components: { schemas: Record<string, { properties: object }> } };
+  const fields: Record<string, string[]> = {};
+  for (const path of ['/openapi/v3/api/v1', '/openapi/v3/apis/networking.k8s.io/v1']) {
+    const { components } = JSON.parse(await kubectl(plane, ['get', '--raw', path])) as Openapi;
+    for (const [name, { properties = {} }] of Object.entries(components.schemas))
+      fields[name.split('.').at(-1)!] = Object.keys(properties).sort();
+  }
+  const { definitions } = JSON.parse(readFileSync(join(chartFolder, 'values.schema.json'), 'utf8'));
+  const properties = (part: { properties: object }) => Object.keys(part.properties).sort();
+  const known: [string, { properties: object }][] = [
+    ['ResourceRequirements', definitions.resources],
+    ['EnvVar', definitions.envVar],
+    ['EnvVarSource', definitions.envVar.properties.valueFrom],
+    ['SecretKeySelector', definitions.envVar.properties.valueFrom.properties.secretKeyRef],
+    ['Toleration', definitions.toleration],
+    ['Affinity', definitions.affinity],
+    ['NodeAffinity', definitions.affinity.properties.nodeAffinity],
+    ['NodeSelectorTerm', definitions.nodeSelectorTerm],
+    ['PodAffinity', definitions.podAffinity],
+    ['PodAffinityTerm', definitions.podAffinityTerm],
+    ['LabelSelector', definitions.labelSelector],
+    ['NetworkPolicyPeer', definitions.networkPolicyPeer],
+    ['IPBlock', definitions.networkPolicyPeer.properties.ipBlock],
+  ];
+  for (const [kind, part] of known) expect(properties(part), kind).toEqual(fields[kind]);
+  // The chart adds these two.
+  const spread = [...properties(definitions.topologySpreadConstraint), 'labelSelector', 'matchLabelKeys'];
+  expect(spread.sort()).toEqual(fields.TopologySpreadConstraint);
+});
+
 test('an upgrade upgrades the definitions, and keeps what people made of them', options, async () => {
   const folder = mkdtempSync(join(tmpdir(), 'motet-chart-'));
   onTestFinished(() => rmSync(folder, { recursive: true }));
