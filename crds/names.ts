@@ -30,7 +30,7 @@ export const conditionTypes = { ready: 'Ready', progressing: 'Progressing' } as 
 export const baseModelReasons = {
   /** Ready: every wanted engine takes requests. */
   enginesReady: 'EnginesReady',
-  /** Ready is True or False: some engines are not there yet; the message says which and why. */
+  /** Not ready: some engines are not there yet; the message says which and why. */
   enginesStarting: 'EnginesStarting',
   /** Not ready: engines end soon after their start; the message has the engine's last words. */
   engineFailing: 'EngineFailing',
@@ -77,6 +77,7 @@ export const adapterRouteReasons = {
   targetsReady: 'TargetsReady',
   /** A target that exists is not resident. */
   targetNotReady: 'TargetNotReady',
+  /** There is no such LoraAdapter or BaseModel. */
   targetNotFound: 'TargetNotFound',
   nameConflict: 'NameConflict',
 } as const;
@@ -84,8 +85,9 @@ export const adapterRouteReasons = {
 /** Reasons of Tenant's condition Ready. */
 export const tenantReasons = {
   keysAccepted: 'KeysAccepted',
+  /** There is no such Secret, it has no such entry, or the gateway may not read it. */
   secretNotFound: 'SecretNotFound',
-  /** A key is shorter than 16 or longer than 512 characters, or has white space in it. */
+  /** A key is shorter than 16 or longer than 512 characters, or has others than printable ASCII in it. */
   keyInvalid: 'KeyInvalid',
   /** Another, older tenant has the same key. */
   keyTaken: 'KeyTaken',

@@ -276,10 +276,7 @@ export interface BaseModelStatus {
     /** Why it is not ready, in the words of the kubelet or of the engine. */
     message?: string;
   }[];
-  /**
-   * `Ready`: at least one engine takes requests and none is wanted beyond those. `Progressing`: pods are
-   * being made or replaced.
-   */
+  /** `Ready`: every wanted engine takes requests. `Progressing`: pods are being made or replaced. */
   conditions?: {
     /** What it is about. */
     type: string;
@@ -406,8 +403,8 @@ export interface TenantSpec {
       /** Name of the Secret. */
       name: string;
       /**
-       * Entry of the Secret. Its value, without white space around it, is the key, of 16 to 512 characters.
-       * Default key.
+       * Entry of the Secret. Its value, without white space around it, is the key, of 16 to 512 printable
+       * ASCII characters. Default key.
        */
       key: string;
     };
