@@ -105,11 +105,11 @@ const withoutAges = (table: string) =>
 
 test('kubectl shows what README.md says it shows', async () => {
   const shown = await poll(
-    async () => withoutAges(await motet.kubectl(['get', 'basemodel,lora,ar,tenant'])),
-    (table) => table === withoutAges(shownInReadme('kubectl -n motet get basemodel,lora,ar,tenant')),
+    async () => withoutAges(await motet.kubectl(['get', 'basemodel,lora,ar'])),
+    (table) => table === withoutAges(shownInReadme('kubectl -n motet get basemodel,lora,ar')),
     { timeoutMs: 20_000 },
   );
-  expect(shown).toBe(withoutAges(shownInReadme('kubectl -n motet get basemodel,lora,ar,tenant')));
+  expect(shown).toBe(withoutAges(shownInReadme('kubectl -n motet get basemodel,lora,ar')));
 }, 60_000);
 
 test('helm upgrade under load replaces gateways, operator and engines, and loses no request', async () => {
