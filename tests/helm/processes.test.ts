@@ -61,28 +61,31 @@ test('the address that `helm test` asks is that of the gateway', async () => {
 });
 
 test.each([
-  { status: 200, key: 'a-key-of-a-tenant\n', paths: ['/readyz', '/v1/models'], exitCode: 0 },
-  { status: 200, key: '', paths: ['/readyz'], exitCode: 0 },
-  { status: 503, key: '', paths: ['/readyz'], exitCode: 1 },
-])(
-  '`helm test` with key "$key" and status $status ends with $exitCode',
-  async ({ status, key, paths, exitCode }) => {
-    const asked: string[] = [];
-    const server = createServer((req, res) => {
-      asked.push(req.url!);
-      if (req.url === '/v1/models') expect(req.headers.authorization).toBe(`Bearer ${key.trim()}`);
-      res.writeHead(status).end('{}');
-    }).listen(0, '127.0.0.1');
-    onTestFinished(() => void server.close());
-    await once(server, 'listening');
-    const [command, ...args] = find(await renderObjects(), 'Pod', 'motet-test').spec.containers[0].command;
-    expect(command).toBe('node');
-    const gateway = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
-    const child = spawn(process.execPath, args, { env: { GATEWAY: gateway, KEY: key } });
-    expect((await once(child, 'close'))[0]).toBe(exitCode);
-    expect(asked).toEqual(paths);
+  {
+    what: 'is there, with a key,',
+    status: 200,
+    key: 'a-key-of-a-tenant\n',
+    paths: ['/readyz', '/v1/models'],
+    exitCode: 0,
   },
-);
+  { what: 'is there', status: 200, key: '', paths: ['/readyz'], exitCode: 0 },
+  { what: 'is not ready', status: 503, key: '', paths: ['/readyz'], exitCode: 1 },
+])('`helm test` where the gateway $what ends with $exitCode', async ({ status, key, paths, exitCode }) => {
+  const asked: string[] = [];
+  const server = createServer((req, res) => {
+    asked.push(req.url!);
+    if (req.url === '/v1/models') expect(req.headers.authorization).toBe(`Bearer ${key.trim()}`);
+    res.writeHead(status).end('{}');
+  }).listen(0, '127.0.0.1');
+  onTestFinished(() => void server.close());
+  await once(server, 'listening');
+  const [command, ...args] = find(await renderObjects(), 'Pod', 'motet-test').spec.containers[0].command;
+  expect(command).toBe('node');
+  const gateway = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  const child = spawn(process.execPath, args, { env: { GATEWAY: gateway, KEY: key } });
+  expect((await once(child, 'close'))[0]).toBe(exitCode);
+  expect(asked).toEqual(paths);
+});
 
 /** Environment of the only container of a pod or of a Deployment's pods, with a token in the file that it names. */
 function envOf({ kind, spec }: Manifest): Record<string, string> {
