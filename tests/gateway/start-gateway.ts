@@ -59,13 +59,20 @@ export async function errorOf(response: Response) {
 }
 
 /** Asks again and again until the check holds; for what becomes true in its own time. */
-export async function until<T>(ask: () => T | Promise<T>, holds: (value: T) => boolean): Promise<T> {
-  for (let tries = 0; tries < 500; tries += 1) {
+export async function until<T>(
+  ask: () => T | Promise<T>,
+  holds: (value: T) => boolean,
+  timeoutMs = 10_000,
+): Promise<T> {
+  const endMs = performance.now() + timeoutMs;
+  for (;;) {
     const value = await ask();
     if (holds(value)) return value;
+    if (performance.now() > endMs) {
+      throw new Error(`it did not become so within ${timeoutMs} ms; it was ${JSON.stringify(value)}`);
+    }
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
-  throw new Error('it did not become so within five seconds');
 }
 
 const defaults: Config = {

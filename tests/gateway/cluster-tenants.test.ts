@@ -1,0 +1,306 @@
+// Tenants before a real API server: whose key enters, what it sees, and what their statuses say.
+
+import { readFileSync } from 'node:fs';
+import { beforeAll, describe, expect, onTestFinished, test } from 'vitest';
+import { type ApiCall, apiChannel } from '../../crds/api.ts';
+import type { Tenant } from '../../crds/types.ts';
+import { installCrds } from '../crds/install-crds.ts';
+import { type ControlPlane, sharedControlPlane, startControlPlane } from '../fixtures/control-plane.ts';
+import { adapterRoute, baseModel, loraAdapter, tenant } from './resources.ts';
+import { bearer, type Cluster, type Engine, metricOf, modelIds, startCluster } from './start-cluster.ts';
+import { chatBody, errorOf, type TestGateway, until } from './start-gateway.ts';
+
+const longer = { timeout: 120_000 };
+/** A changed Secret is seen within 15 s; the rest is for a busy machine. */
+const secretMs = 40_000;
+const keyOf = (name: string, version = 1) => `key-of-${name}-version-${version}`;
+
+let plane: ControlPlane;
+beforeAll(async () => {
+  plane = await sharedControlPlane();
+  await installCrds(plane);
+});
+
+/** A tenant whose key is keyOf(name). */
+async function addTenant(
+  cluster: Cluster,
+  name: string,
+  access: Tenant['spec']['access'] = {},
+): Promise<void> {
+  await cluster.setSecret(name, { key: keyOf(name) });
+  await cluster.create(tenant(name, { access }));
+}
+
+const ready = (gateway: TestGateway) =>
+  until(
+    () => fetch(`${gateway.url}/readyz`),
+    ({ status }) => status === 200,
+  );
+
+const ask = (gateway: TestGateway, model: string, key: string) =>
+  gateway.chat(chatBody({ model }), bearer(key));
+const statusOf = async (gateway: TestGateway, model: string, key: string) =>
+  (await ask(gateway, model, key)).status;
+
+const served = (gateway: TestGateway, model: string, key: string, timeoutMs?: number) =>
+  until(
+    () => statusOf(gateway, model, key),
+    (status) => status === 200,
+    timeoutMs,
+  );
+
+const readyCondition = async (cluster: Cluster, name: string, reason: string) => {
+  const found = await until(
+    () => cluster.tenant(name),
+    ({ status }) => status?.conditions?.[0]?.reason === reason,
+    secretMs,
+  );
+  return found.status!;
+};
+
+/** Two teams with an adapter each, on one engine that holds both. */
+async function twoTeams(): Promise<{ cluster: Cluster; gateway: TestGateway; engine: Engine }> {
+  const cluster = await startCluster(plane);
+  await cluster.create(baseModel('base'));
+  for (const team of ['red', 'blue']) {
+    await cluster.create(loraAdapter(`${team}-sql`, { labels: { team } }));
+    await addTenant(cluster, team, { adapters: { matchLabels: { team } } });
+  }
+  const engine = await cluster.engine({ adapters: ['red-sql', 'blue-sql'] });
+  const gateway = await cluster.gateway();
+  await ready(gateway);
+  await served(gateway, 'red-sql', keyOf('red'));
+  return { cluster, gateway, engine };
+}
+
+describe('rights', () => {
+  test('a tenant sees and calls its own models, and of others it is told what it is told of made-up names', async () => {
+    const { gateway, engine } = await twoTeams();
+    expect(await modelIds(gateway, keyOf('red'))).toEqual(['red-sql']);
+    expect(await modelIds(gateway, keyOf('blue'))).toEqual(['blue-sql']);
+    expect(await statusOf(gateway, 'blue-sql', keyOf('blue'))).toBe(200);
+
+    const asked = engine.fake.received.length;
+    const said = async (model: string) => {
+      const answers = [
+        await ask(gateway, model, keyOf('red')),
+        await fetch(`${gateway.url}/v1/models/${model}`, bearer(keyOf('red'))),
+      ];
+      return Promise.all(
+        answers.map(async (answer) => {
+          const names = [...answer.headers.keys()].filter((name) => name !== 'x-request-id');
+          return { status: answer.status, names, text: (await answer.text()).replaceAll(model, 'NAME') };
+        }),
+      );
+    };
+    const ofMadeUp = await said('made-up');
+    expect(ofMadeUp.map(({ status }) => status)).toEqual([404, 404]);
+    for (const model of ['blue-sql', 'base']) expect(await said(model)).toEqual(ofMadeUp);
+    expect(engine.fake.received).toHaveLength(asked);
+    const text = await (await fetch(`${gateway.url}/metrics`)).text();
+    expect(text).toContain('model="red-sql",target="red-sql",tenant="red",status="200"');
+    expect(text).not.toContain('model="blue-sql",target="blue-sql",tenant="red"');
+  });
+
+  test('a tenant that is given nothing sees nothing', async () => {
+    const { cluster, gateway } = await twoTeams();
+    await addTenant(cluster, 'poor');
+    await until(
+      () => modelIds(gateway, keyOf('poor')),
+      (ids) => !ids.includes('status 401'),
+    );
+    expect(await modelIds(gateway, keyOf('poor'))).toEqual([]);
+    expect(await statusOf(gateway, 'base', keyOf('poor'))).toBe(404);
+  });
+
+  test('a label that changes gives and takes the right', async () => {
+    const { cluster, gateway } = await twoTeams();
+    await cluster.change('LoraAdapter', 'blue-sql', { metadata: { labels: { team: 'red' } } });
+    await served(gateway, 'blue-sql', keyOf('red'));
+    expect(await statusOf(gateway, 'blue-sql', keyOf('blue'))).toBe(404);
+  });
+
+  test('a route grants its targets through its own name alone', async () => {
+    const { cluster, gateway } = await twoTeams();
+    await cluster.create(adapterRoute('sql', [{ adapter: 'blue-sql' }], { labels: { for: 'all' } }));
+    await cluster.change('Tenant', 'red', { spec: { access: { routes: { matchLabels: { for: 'all' } } } } });
+    await served(gateway, 'sql', keyOf('red'));
+    expect(await modelIds(gateway, keyOf('red'))).toEqual(['red-sql', 'sql']);
+    expect(await statusOf(gateway, 'blue-sql', keyOf('red'))).toBe(404);
+  });
+});
+
+describe('keys', () => {
+  test('without a key that is accepted nobody enters, and failures are counted', async () => {
+    const { gateway } = await twoTeams();
+    expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({ code: 'missing_api_key' });
+    const wrong = await ask(gateway, 'red-sql', keyOf('red', 2));
+    expect(await errorOf(wrong)).toMatchObject({ status: 401, code: 'invalid_api_key' });
+    expect(await modelIds(gateway, keyOf('green'))).toEqual(['status 401']);
+    const failures = (reason: string) =>
+      metricOf(gateway, `motet_gateway_auth_failures_total{reason="${reason}"}`);
+    expect([await failures('missing_api_key'), await failures('invalid_api_key')]).toEqual([1, 2]);
+    expect(await metricOf(gateway, 'motet_gateway_tenants')).toBe(2);
+  });
+
+  test('a key is rotated by its Secret, and the old one enters no more', longer, async () => {
+    const { cluster, gateway } = await twoTeams();
+    await cluster.setSecret('red', { key: `${keyOf('red', 2)}\n` });
+    await served(gateway, 'red-sql', keyOf('red', 2), secretMs);
+    expect(await statusOf(gateway, 'red-sql', keyOf('red'))).toBe(401);
+    expect(await statusOf(gateway, 'blue-sql', keyOf('blue'))).toBe(200);
+  });
+
+  test('two keys let clients change over', async () => {
+    const { cluster, gateway } = await twoTeams();
+    await cluster.setSecret('red-next', { another: keyOf('red', 2) });
+    const keys = [{ secretRef: { name: 'red' } }, { secretRef: { name: 'red-next', key: 'another' } }];
+    await cluster.change('Tenant', 'red', { spec: { keys } });
+    await served(gateway, 'red-sql', keyOf('red', 2));
+    expect(await statusOf(gateway, 'red-sql', keyOf('red'))).toBe(200);
+    expect(await readyCondition(cluster, 'red', 'KeysAccepted')).toMatchObject({ keys: '2/2' });
+    await cluster.change('Tenant', 'red', { spec: { keys: keys.slice(1) } });
+    await until(
+      () => statusOf(gateway, 'red-sql', keyOf('red')),
+      (status) => status === 401,
+    );
+  });
+
+  test('a tenant that is deleted enters no more', async () => {
+    const { cluster, gateway } = await twoTeams();
+    await cluster.remove('Tenant', 'red');
+    await until(
+      () => statusOf(gateway, 'red-sql', keyOf('red')),
+      (status) => status === 401,
+    );
+    expect(await metricOf(gateway, 'motet_gateway_tenants')).toBe(1);
+  });
+
+  test(
+    'a Secret that is deleted takes its key with it, and one that comes back brings it',
+    longer,
+    async () => {
+      const { cluster, gateway } = await twoTeams();
+      await cluster.core('/secrets/red', { method: 'DELETE' });
+      await until(
+        () => statusOf(gateway, 'red-sql', keyOf('red')),
+        (status) => status === 401,
+        secretMs,
+      );
+      expect(await readyCondition(cluster, 'red', 'SecretNotFound')).toMatchObject({ keys: '0/1' });
+      await cluster.setSecret('red', { key: keyOf('red') });
+      await served(gateway, 'red-sql', keyOf('red'), secretMs);
+      expect(await readyCondition(cluster, 'red', 'KeysAccepted')).toMatchObject({ keys: '1/1' });
+    },
+  );
+
+  test('the older tenant keeps a key that two have', longer, async () => {
+    const { cluster, gateway } = await twoTeams();
+    // Ages are whole seconds.
+    await new Promise((resolve) => setTimeout(resolve, 1_100));
+    await cluster.setSecret('thief', { key: keyOf('red') });
+    await cluster.create(tenant('thief', { access: { baseModels: {} } }));
+    expect(await readyCondition(cluster, 'thief', 'KeyTaken')).toMatchObject({ keys: '0/1' });
+    expect(await statusOf(gateway, 'red-sql', keyOf('red'))).toBe(200);
+    expect(await modelIds(gateway, keyOf('red'))).toEqual(['red-sql']);
+    await cluster.remove('Tenant', 'red');
+    await until(
+      () => modelIds(gateway, keyOf('red')),
+      (ids) => ids.includes('base'),
+    );
+  });
+
+  test('no key is ever logged or shown', async () => {
+    const { cluster, gateway } = await twoTeams();
+    await cluster.setSecret('short', { key: 'short-key' });
+    await cluster.create(tenant('short'));
+    const { conditions } = await readyCondition(cluster, 'short', 'KeyInvalid');
+    const text =
+      JSON.stringify([conditions, gateway.logLines]) + (await (await fetch(`${gateway.url}/metrics`)).text());
+    for (const key of [keyOf('red'), keyOf('blue'), 'short-key']) expect(text).not.toContain(key);
+    expect(gateway.logLines.find(({ route }) => route === '/v1/chat/completions')).toMatchObject({
+      tenant: 'red',
+    });
+  });
+});
+
+describe('status', () => {
+  test('says what was accepted and how many names there are, and follows both', longer, async () => {
+    const { cluster } = await twoTeams();
+    const status = await readyCondition(cluster, 'red', 'KeysAccepted');
+    expect(status).toMatchObject({ observedGeneration: 1, keys: '1/1', models: 1 });
+    await cluster.create(loraAdapter('red-docs', { labels: { team: 'red' } }));
+    const models = async () => (await cluster.tenant('red')).status?.models;
+    await until(models, (count) => count === 2);
+    await cluster.change('Tenant', 'red', { spec: { access: { adapters: { matchLabels: null } } } });
+    await until(models, (count) => count === 3);
+    const last = (await cluster.tenant('red')).status;
+    expect(last?.observedGeneration).toBe(2);
+    expect(last?.conditions?.[0]?.lastTransitionTime).toBe(status.conditions?.[0]?.lastTransitionTime);
+  });
+
+  test('is written when it changes and not otherwise, by several gateways together', longer, async () => {
+    const { cluster, gateway } = await twoTeams();
+    const second = await cluster.gateway();
+    await ready(second);
+    for (const name of ['red', 'blue']) await readyCondition(cluster, name, 'KeysAccepted');
+    const writes = () =>
+      readFileSync(plane.auditLog, 'utf8')
+        .split('\n')
+        .filter((line) => line.includes(`"namespace":"${cluster.namespace}"`) && line.includes('"tenants"'))
+        .map(
+          (line) => JSON.parse(line) as { verb: string; objectRef: { subresource?: string; name: string } },
+        )
+        .filter(({ verb, objectRef }) => verb === 'patch' && objectRef.subresource === 'status');
+    // Each of the two may write a status once, when both see the change in the same moment.
+    const before = writes().length;
+    expect(before).toBeLessThanOrEqual(4);
+    // Deploys, requests and looks at Secrets change nothing that a status says.
+    await cluster.engine({ adapters: ['red-sql'] });
+    for (let i = 0; i < 5; i += 1) await ask(gateway, 'red-sql', keyOf('red'));
+    const reads = countSecretReads();
+    await until(reads, (count) => count >= 8, secretMs);
+    expect(writes().length).toBe(before);
+  });
+});
+
+/** How often a gateway of this process has read a Secret since. */
+function countSecretReads(): () => number {
+  let count = 0;
+  const onCall = (message: unknown) => {
+    const { verb, resource } = message as ApiCall;
+    if (verb === 'get' && resource === 'secrets') count += 1;
+  };
+  apiChannel.subscribe(onCall);
+  onTestFinished(() => void apiChannel.unsubscribe(onCall));
+  return () => count;
+}
+
+describe('the API server', () => {
+  test('is away: keys go on to be accepted, and a rotation is seen when it is back', longer, async () => {
+    const own = await startControlPlane({ controllers: false });
+    onTestFinished(() => own.stop());
+    await installCrds(own);
+    const cluster = await startCluster(own);
+    await cluster.create(baseModel('base'));
+    await addTenant(cluster, 'red', { baseModels: {} });
+    await cluster.engine();
+    const gateway = await cluster.gateway();
+    await ready(gateway);
+    await served(gateway, 'base', keyOf('red'));
+    await cluster.setSecret('red', { key: keyOf('red', 2) });
+    await own.stopApiserver();
+    await until(
+      () => metricOf(gateway, 'motet_gateway_watch_stale_seconds{resource="tenants"}'),
+      (seconds) => seconds! > 16,
+      60_000,
+    );
+    // Its Secret was due within 15 s, and could not be read.
+    expect(await statusOf(gateway, 'base', keyOf('red'))).toBe(200);
+    expect(await statusOf(gateway, 'base', keyOf('green'))).toBe(401);
+    expect((await fetch(`${gateway.url}/readyz`)).status).toBe(200);
+    await own.startApiserver();
+    await served(gateway, 'base', keyOf('red', 2), secretMs);
+    expect(await statusOf(gateway, 'base', keyOf('red'))).toBe(401);
+  });
+});
