@@ -1,12 +1,19 @@
 // When a request may go to an engine: each engine has a bound on requests in flight, and the requests that wait
-// for room stand in one bounded queue, first come first served among those whose engines have room.
+// for room stand in one bounded queue, first come first served among those whose engines have room. A declared model that
+// no engine holds is waited for in the same queue, since it may be on its way from an engine that went to another.
 
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import { pickEndpoint } from './pick-endpoint.ts';
-import { notServed, resolveModel, type Target } from './resolve-model.ts';
+import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 
-export type AdmissionLimits = { maxInFlightPerEngine: number; maxQueued: number; queueTimeoutMs: number };
+export type AdmissionLimits = {
+  maxInFlightPerEngine: number;
+  maxQueued: number;
+  queueTimeoutMs: number;
+  /** Longest wait for a declared model that no engine holds. */
+  modelWaitMs: number;
+};
 
 /** A request's place in an engine. It is given back exactly once. */
 export type Slot = { endpoint: Endpoint; release(): void };
@@ -36,27 +43,30 @@ export class Admission {
   /**
    * Waits for room in an engine that holds the target, leaving out those already tried.
    *
-   * @throws model_not_found, model_unavailable, no_engine_ready at once or when that becomes so while waiting
+   * @throws model_not_found, model_unavailable, no_engine_ready at once or when that becomes so while waiting; for a
+   *   model that may appear, when it did not within `modelWaitMs`
    * @throws queue_full, queue_timeout, and the signal's reason when it is aborted
    */
   async enter(target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
     signal.throwIfAborted();
     const slot = this.#tryEnter(target, tried);
     if (slot !== null) return slot;
-    const { maxQueued, queueTimeoutMs } = this.#limits;
+    const { maxQueued } = this.#limits;
     if (this.#queue.size >= maxQueued) {
       throw new GatewayError('queue_full', `every engine is busy and ${maxQueued} requests wait already`);
     }
-    return this.#wait(target, tried, signal, queueTimeoutMs);
+    return this.#wait(target, tried, signal);
   }
 
   /** True when another engine than those tried could take the request, now or later. */
   hasOther(target: Target, tried: ReadonlySet<Endpoint>): boolean {
-    const resolution = resolveModel(target, this.#endpoints.all, Date.now());
-    return resolution.kind === 'served' && resolution.endpoints.some((endpoint) => !tried.has(endpoint));
+    return this.#whyNone(target, tried) === null;
   }
 
-  #wait(target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal, timeoutMs: number): Promise<Slot> {
+  #wait(target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
+    const { queueTimeoutMs, modelWaitMs } = this.#limits;
+    const timeoutMs =
+      this.#whyNone(target, tried) === null ? queueTimeoutMs : Math.min(queueTimeoutMs, modelWaitMs);
     const { promise, resolve, reject } = Promise.withResolvers<Slot>();
     // Leaves the queue before anything else can run: a waiter that is admitted after it gave up would keep its
     // slot for ever.
@@ -67,7 +77,8 @@ export class Admission {
     const waiter: Waiter = { target, tried, resolve, reject: giveUp };
     const onAbort = () => giveUp(signal.reason as GatewayError);
     const timer = setTimeout(() => {
-      giveUp(new GatewayError('queue_timeout', `no engine had room within ${timeoutMs} ms`));
+      const reason = this.#whyNone(target, tried);
+      giveUp(reason ?? new GatewayError('queue_timeout', `no engine had room within ${timeoutMs} ms`));
     }, timeoutMs);
 
     signal.addEventListener('abort', onAbort);
@@ -91,14 +102,30 @@ export class Admission {
     }
   }
 
-  /** A slot, or null when every engine with the target is full. Throws when none has it. */
+  /** A slot, or null when it has to be waited for. Throws when there is nothing to wait for. */
   #tryEnter(target: Target, tried: ReadonlySet<Endpoint>): Slot | null {
-    const resolution = resolveModel(target, this.#endpoints.all, Date.now());
-    if (resolution.kind !== 'served') throw notServed(target.name, target, resolution.kind);
-    const untried = resolution.endpoints.filter((endpoint) => !tried.has(endpoint));
-    if (untried.length === 0) throw notServed(target.name, target, 'away');
+    const untried = this.#untried(target, tried);
+    if (untried.length === 0) {
+      if (mayAppear(target)) return null;
+      throw this.#whyNone(target, tried)!;
+    }
     const endpoint = pickEndpoint(target.name, untried, this.#limits.maxInFlightPerEngine);
     return endpoint === undefined ? null : this.#take(endpoint);
+  }
+
+  /** Engines that hold the target and were not tried. */
+  #untried(target: Target, tried: ReadonlySet<Endpoint>): Endpoint[] {
+    const resolution = resolveModel(target, this.#endpoints.all, Date.now());
+    return resolution.kind === 'served'
+      ? resolution.endpoints.filter((endpoint) => !tried.has(endpoint))
+      : [];
+  }
+
+  /** Why no engine can be asked; null when one can. */
+  #whyNone(target: Target, tried: ReadonlySet<Endpoint>): GatewayError | null {
+    if (this.#untried(target, tried).length > 0) return null;
+    const { kind } = resolveModel(target, this.#endpoints.all, Date.now());
+    return notServed(target.name, target, kind === 'served' ? 'away' : kind);
   }
 
   #take(endpoint: Endpoint): Slot {

@@ -10,7 +10,7 @@ import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } f
 import { type Forward, forward, type Outcome } from './forward.ts';
 import type { Metrics } from './metrics.ts';
 import { modelNotFound, parseContentType, parseModelName } from './openai.ts';
-import { notServed, resolveModel, type Target } from './resolve-model.ts';
+import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 import { endRequestSpan, startRequestSpan } from './tracing.ts';
 
 export type AppParts = {
@@ -195,6 +195,8 @@ async function findTarget(model: string, facts: Facts, { directory, forward }: A
   }
   const { kind } = resolve(target ?? first);
   if (kind !== 'unknown' && kind !== 'no_engine') facts.model = model;
+  // Nobody holds it; if it may appear, admission waits for it.
+  target ??= chooseTarget(targets, mayAppear, Math.random());
   if (target === null) throw notServed(model, first, kind === 'served' ? 'unknown' : kind);
   facts.target = target.name;
   return target;

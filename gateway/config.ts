@@ -58,6 +58,9 @@ export const settings = {
   'max-in-flight-per-engine': count(256).describe('requests that one engine is sent at a time'),
   'max-queued': count(1024).describe('requests that wait for an engine with room; more are refused with 429'),
   'queue-timeout-ms': milliseconds(30_000).describe('longest wait for an engine with room'),
+  'model-wait-ms': milliseconds(10_000).describe(
+    'longest wait for a declared model that no engine holds, as while pods are replaced',
+  ),
   'connect-timeout-ms': milliseconds(2_000).describe('longest wait for a connection to an engine'),
   'first-byte-timeout-ms': milliseconds(300_000).describe("longest wait for an engine's first byte"),
   'idle-timeout-ms': milliseconds(60_000).describe('longest pause within an answer, of engine or client'),
@@ -87,6 +90,7 @@ export type Config = {
   maxInFlightPerEngine: number;
   maxQueued: number;
   queueTimeoutMs: number;
+  modelWaitMs: number;
   connectTimeoutMs: number;
   firstByteTimeoutMs: number;
   idleTimeoutMs: number;
@@ -140,6 +144,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     maxInFlightPerEngine: values['max-in-flight-per-engine'],
     maxQueued: values['max-queued'],
     queueTimeoutMs: values['queue-timeout-ms'],
+    modelWaitMs: values['model-wait-ms'],
     connectTimeoutMs: values['connect-timeout-ms'],
     firstByteTimeoutMs: values['first-byte-timeout-ms'],
     idleTimeoutMs: values['idle-timeout-ms'],

@@ -13,7 +13,7 @@ import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
-import type { Target } from './resolve-model.ts';
+import { mayAppear, type Target } from './resolve-model.ts';
 import { errorEvent, WholeEvents } from './sse.ts';
 
 export type ForwardLimits = { firstByteTimeoutMs: number; idleTimeoutMs: number };
@@ -57,8 +57,15 @@ type Answer = { status: number; headers: IncomingHttpHeaders } & (
 const maxWholeAnswerBytes = 64 << 20;
 /** How long a connection may be silent when its engine is known to be gone: what is under way arrives within it. */
 const goneGraceMs = 2_000;
-/** "No room" and "I am going": another engine may well have room. 404: the adapter has left since the last look. */
-const statusesToAskAnother = new Set([404, 429, 503]);
+/**
+ * "No room" and "I am going": another engine may well have room. 404: the adapter has left since the last look. 401 and
+ * 403: it does not accept this gateway, which is not the client's to know.
+ */
+const statusesToAskAnother = new Set([401, 403, 404, 429, 503]);
+
+const statusesOfLeaving = new Set([404, 503]);
+/** A request that waits for its model to appear asks this many engines at most. */
+const maxEnginesTried = 4;
 
 const headersNotPassedOn = new Set([
   ...['connection', 'keep-alive', 'proxy-authenticate', 'te', 'trailer', 'transfer-encoding', 'upgrade'],
@@ -94,6 +101,10 @@ export async function forward(
     try {
       const answer = await ask(parts, slot, req, attempt);
       if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.target, tried)) continue;
+      // The engine was on its way out, or has let go of the model: it is waited for elsewhere.
+      if (statusesOfLeaving.has(answer.status) && mayAppear(req.target) && tried.size < maxEnginesTried)
+        continue;
+      assertPassable(answer, req.target);
       res.setHeader(modelHeader, req.target.name);
       const failure = await relay(answer, res, attempt, outcome);
       // What the client has not read yet is held for it, and not for ever.
@@ -102,7 +113,9 @@ export async function forward(
     } catch (error) {
       const failure = asEngineError(error);
       report(failure);
-      if (!mayAskAnother(failure) || !admission.hasOther(req.target, tried)) throw failure;
+      if (!mayAskAnother(failure)) throw failure;
+      const mayWait = mayAppear(req.target) && tried.size < maxEnginesTried;
+      if (!mayWait && !admission.hasOther(req.target, tried)) throw failure;
     } finally {
       attempt.end();
       slot.release();
@@ -145,6 +158,19 @@ async function ask(
   const first = await chunks.next();
   if (first.done) throw new Error('the stream ended before its first event');
   return { ...head, kind: 'stream', chunks, first: first.value };
+}
+
+/** An answer that is about engines and not about the request is not the client's. */
+function assertPassable({ status }: Answer, { baseModel }: Target): void {
+  if (status === 401 || status === 403) {
+    throw new GatewayError('engine_failed', `the engine does not accept this gateway: it answered ${status}`);
+  }
+  // A resource says that it exists.
+  if (status === 404 && baseModel !== null) {
+    throw new GatewayError('model_unavailable', 'the engine does not hold this model any more', {
+      param: 'model',
+    });
+  }
 }
 
 async function readAll(chunks: AsyncIterator<Buffer>): Promise<Buffer> {

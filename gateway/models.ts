@@ -2,7 +2,7 @@
 // AdapterRoutes share one space of names. Of two resources with one name the older has it; the operator keeps the same
 // rule. What a tenant may not use does not exist for it.
 
-import { servedNameOf, servedNamesOf } from '../crds/names.ts';
+import { conditionTypes, loraAdapterReasons, servedNameOf, servedNamesOf } from '../crds/names.ts';
 import type { AdapterRoute, BaseModel, LoraAdapter, TenantSpec } from '../crds/types.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import { selects } from './label-selector.ts';
@@ -54,7 +54,7 @@ export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resourc
   for (const resource of loraAdapters) {
     const { baseModel } = resource.spec;
     for (const name of ownedBy(resource, servedNamesOf(resource))) {
-      const target = { name, baseModel, weight: 1 };
+      const target = { name, baseModel, weight: 1, ...(isHopeless(resource) ? { isHopeless: true } : {}) };
       // The first of its names is as good as any: engines know the adapter by each.
       if (!targetOfAdapter.has(resource.metadata.name!)) targetOfAdapter.set(resource.metadata.name!, target);
       const parent = parentOf(baseModel);
@@ -74,6 +74,17 @@ export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resourc
     }
   }
   return models;
+}
+
+const hopelessReasons: ReadonlySet<string | undefined> = new Set([
+  loraAdapterReasons.refused,
+  loraAdapterReasons.digestMismatch,
+  loraAdapterReasons.claimNotMounted,
+  loraAdapterReasons.baseModelNotFound,
+]);
+
+function isHopeless({ status }: LoraAdapter): boolean {
+  return hopelessReasons.has(status?.conditions?.find(({ type }) => type === conditionTypes.ready)?.reason);
 }
 
 /** Whether a tenant with this access sees, lists and calls the model. */

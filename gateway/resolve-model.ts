@@ -11,6 +11,8 @@ export type Target = {
   name: string;
   /** The BaseModel whose engines may be asked. Null: there are no resources, and a name is what engines say it is. */
   baseModel: string | null;
+  /** The operator says that no engine will have it before somebody changes something. Default false. */
+  isHopeless?: boolean;
 };
 
 export type Resolution =
@@ -36,6 +38,14 @@ export function resolveModel(target: Target, endpoints: readonly Endpoint[], now
   if (ready.length > 0) return { kind: 'served', endpoints: ready };
   if (having.length > 0) return { kind: 'away' };
   return seen.length === 0 ? { kind: 'no_engine' } : { kind: 'unknown' };
+}
+
+/**
+ * Whether an engine may have it in a moment although none has it now: it is declared, and on its way from a pod that went
+ * to one that comes. Without resources nobody can say so.
+ */
+export function mayAppear({ baseModel, isHopeless = false }: Target): boolean {
+  return baseModel !== null && !isHopeless;
 }
 
 /**

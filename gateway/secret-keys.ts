@@ -25,6 +25,8 @@ type Known = {
 
 /** Secrets that are read at a time. */
 const maxReads = 4;
+/** A Secret of which nothing is known yet is asked for again after this. */
+const retryMs = 1_000;
 
 export class SecretKeys {
   readonly #options: SecretKeysOptions;
@@ -102,7 +104,9 @@ export class SecretKeys {
     const known = this.#secrets.get(name);
     if (known === undefined) return;
     // Spread, so that the API server is not asked for all of them at once.
-    known.dueMs = Math.min(known.dueMs, Date.now() + this.#options.intervalMs * (0.6 + 0.3 * Math.random()));
+    const isUnread = stateOf === null && known.states.size === 0;
+    const intervalMs = isUnread ? retryMs : this.#options.intervalMs;
+    known.dueMs = Math.min(known.dueMs, Date.now() + intervalMs * (0.6 + 0.3 * Math.random()));
     if (stateOf === null) return;
     const states = new Map([...known.entries].map((entry) => [entry, stateOf(entry)]));
     const isSame = [...states].every(([entry, state]) => isEqual(state, known.states.get(entry)));

@@ -1,6 +1,6 @@
 // The HTTP server, and how it ends without losing a request. On drain the port is closed, and what comes in on
-// connections that are open is still answered, with `Connection: close`. A connection that is idle is not cut: its client
-// was told for how long it may use it, and a request may be on its way. It ends by that time.
+// connections that are open is still answered, with `Connection: close`. A connection that is idle is not cut at once: a
+// request may be on its way.
 
 import { once } from 'node:events';
 import { createServer, type RequestListener, type ServerResponse } from 'node:http';
@@ -16,13 +16,20 @@ export type Serving = {
   drain(timeoutMs: number, cutOff: () => void): Promise<void>;
 };
 
+/**
+ * How long a connection may be idle, as its client is told; the server waits a second longer. Longer than the 60 s of most
+ * load balancers: whoever closes first must be the side that knows whether it is about to send.
+ */
+const keepAliveMs = 75_000;
+/** The same on drain. What is idle for so long then is not about to be used. */
+const drainKeepAliveMs = 5_000;
 /** A client may have opened a connection ahead of need; what it sends on it at once is still answered. */
 const unusedGraceMs = 500;
 /** For error events to leave. */
 const farewellMs = 500;
 
 export async function serve(listener: RequestListener, port: number, host: string): Promise<Serving> {
-  const server = createServer(listener);
+  const server = createServer({ keepAliveTimeout: keepAliveMs }, listener);
   // Connections on which nothing was asked yet. Node puts no bound on them.
   const unused = new Set<Socket>();
   const unanswered = new Set<ServerResponse>();
@@ -44,6 +51,7 @@ export async function serve(listener: RequestListener, port: number, host: strin
     port: (server.address() as AddressInfo).port,
     async drain(timeoutMs, cutOff) {
       isDraining = true;
+      server.keepAliveTimeout = drainKeepAliveMs;
       for (const res of unanswered) if (!res.headersSent) res.shouldKeepAlive = false;
       const closed = once(server, 'close');
       // Not the HTTP server's own `close`: it would cut idle connections.
@@ -51,6 +59,7 @@ export async function serve(listener: RequestListener, port: number, host: strin
       const unusedTimer = setTimeout(() => {
         for (const socket of unused) socket.destroy();
       }, unusedGraceMs);
+      const idleTimer = setTimeout(() => server.closeIdleConnections(), drainKeepAliveMs);
       const timeLeft = new AbortController();
       const inTime = await Promise.race([
         closed.then(() => true),
@@ -58,9 +67,12 @@ export async function serve(listener: RequestListener, port: number, host: strin
       ]);
       timeLeft.abort();
       clearTimeout(unusedTimer);
+      clearTimeout(idleTimer);
       if (!inTime) {
         cutOff();
+        const sweep = setInterval(() => server.closeIdleConnections(), 10);
         await Promise.race([closed, sleep(farewellMs, undefined, { ref: false })]);
+        clearInterval(sweep);
         server.closeAllConnections();
         await closed;
       }

@@ -62,6 +62,7 @@ export class TenantStatusWriter {
 
   async #writeAll(): Promise<void> {
     const uids = new Set<string>();
+    let hasFailed = false;
     for (const { tenant, status } of this.#options.wanted()) {
       const uid = tenant.metadata.uid!;
       uids.add(uid);
@@ -82,9 +83,14 @@ export class TenantStatusWriter {
         if (error instanceof ApiError && (error.status === 404 || error.status === 409)) continue;
         if (this.#closing.signal.aborted) return;
         this.#options.onError(error as Error);
-        this.#isDirty = true;
-        return this.#pause(retryMs * (0.75 + Math.random() / 2));
+        hasFailed = true;
+        // What is refused of one may be accepted of another; who does not answer is not asked again and again.
+        if (!(error instanceof ApiError)) break;
       }
+    }
+    if (hasFailed) {
+      this.#isDirty = true;
+      return this.#pause(retryMs * (0.75 + Math.random() / 2));
     }
     for (const uid of [...this.#written.keys()]) if (!uids.has(uid)) this.#written.delete(uid);
   }

@@ -3,7 +3,7 @@
 import { beforeAll, describe, expect, onTestFinished, test } from 'vitest';
 import { installCrds } from '../crds/install-crds.ts';
 import { type ControlPlane, sharedControlPlane, startControlPlane } from '../fixtures/control-plane.ts';
-import { answerForever, beginStream, chunkEvent, startFakeEngine } from '../fixtures/fake-engine.ts';
+import { answerForever, beginStream, chunkEvent, refuse, startFakeEngine } from '../fixtures/fake-engine.ts';
 import { adapterRoute, baseModel, loraAdapter } from './resources.ts';
 import { type Cluster, metricOf, modelIds, startCluster } from './start-cluster.ts';
 import { chatBody, errorOf, type TestGateway, until } from './start-gateway.ts';
@@ -235,6 +235,18 @@ describe('names', () => {
       () => statusOf(gateway, 'sql'),
       (status) => status === 404,
     );
+  });
+
+  test('an adapter that its engine just unloaded is unavailable, and not unknown', async () => {
+    const { cluster, gateway } = await openCluster();
+    await cluster.create(loraAdapter('sql'));
+    const engine = await cluster.engine({ adapters: ['sql'] });
+    await served(gateway, 'sql');
+    engine.fake.script = refuse(404, 'model_not_found');
+    expect(await errorOf(await gateway.chat(chatBody({ model: 'sql' })))).toMatchObject({
+      status: 503,
+      code: 'model_unavailable',
+    });
   });
 
   test('only engines of its own base model are asked for an adapter', async () => {

@@ -367,3 +367,20 @@ test('neither prompts nor answers are logged', async () => {
   );
   expect(log).not.toMatch(/secret question|fake words/);
 });
+
+test.each([401, 403])(
+  'does not pass on that an engine refuses the gateway itself with %i',
+  async (status) => {
+    const [refusing, other] = [
+      await startFakeEngine({ script: refuse(status, 'unauthorized') }),
+      await startFakeEngine({ script: refuse(status, 'unauthorized') }),
+    ];
+    const gateway = await gatewayFor([refusing, other]);
+    expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({
+      status: 502,
+      code: 'engine_failed',
+    });
+    other.script = answer;
+    for (let i = 0; i < 2; i += 1) expect((await gateway.chat(chatBody())).status).toBe(200);
+  },
+);

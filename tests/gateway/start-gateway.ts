@@ -88,11 +88,12 @@ const defaults: Config = {
   maxInFlightPerEngine: 8,
   maxQueued: 8,
   queueTimeoutMs: 10_000,
+  modelWaitMs: 300,
   connectTimeoutMs: 2_000,
   firstByteTimeoutMs: 10_000,
   idleTimeoutMs: 10_000,
   pollIntervalMs: 50,
-  // Short, since a test that fails may leave a stream open; tests of draining set their own.
-  drainTimeoutMs: 500,
+  // Short, since the pool of `fetch` keeps connections open; tests of draining set their own.
+  drainTimeoutMs: 20,
   logLevel: 'debug',
 };
