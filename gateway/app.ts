@@ -29,6 +29,8 @@ export type AppParts = {
 type Facts = Outcome & {
   requestId: string;
   route: string;
+  /** Address that it came from: the client's, or that of a proxy before us. */
+  client?: string;
   /** Whose key it was. */
   tenant?: string;
   /** As the client named it. */
@@ -104,6 +106,7 @@ function observe({ metrics, log }: AppParts) {
     const asked = req.get('x-request-id');
     const requestId = asked !== undefined && /^[\w.:-]{1,128}$/.test(asked) ? asked : randomUUID();
     const facts: Facts = { requestId, route: routeOf(req.path), attempts: 0, responseBytes: 0 };
+    if (req.socket.remoteAddress !== undefined) facts.client = req.socket.remoteAddress;
     res.locals.facts = facts;
     res.set('X-Request-Id', requestId);
     metrics.inFlight.inc();

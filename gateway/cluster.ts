@@ -4,7 +4,7 @@
 
 import { KubeConfig, type KubernetesObject, type V1Pod, type V1Secret } from '@kubernetes/client-node';
 import { ApiError, callApi, motetPath } from '../crds/api.ts';
-import { labels } from '../crds/names.ts';
+import { conditionTypes, labels } from '../crds/names.ts';
 import { type AdapterRoute, type BaseModel, type LoraAdapter, plurals, type Tenant } from '../crds/types.ts';
 import { ObjectWatch } from '../crds/watch.ts';
 import type { ModelCard } from '../engine/protocol.ts';
@@ -65,7 +65,7 @@ export class Cluster implements Directory {
       new ObjectWatch<T>({
         ...common(plurals[kind]),
         path: motetPath(kind, namespace),
-        trim: withoutStatus,
+        trim: withoutDetails,
         onChange: (now, before) => this.#onModelChange(now, before),
       });
     this.#pods = new ObjectWatch<V1Pod>({
@@ -259,7 +259,7 @@ class Tenancy {
       intervalMs: secretIntervalMs,
     });
     this.#writer = new TenantStatusWriter({
-      write: (tenant, status) => applyTenantStatus(kubeConfig, namespace, tenant, status),
+      write: (tenant, status, signal) => applyTenantStatus(kubeConfig, namespace, tenant, status, signal),
       wanted: () =>
         this.#known.verdicts
           .filter(({ isUnread }) => !isUnread)
@@ -334,8 +334,12 @@ class Tenancy {
   }
 }
 
-function withoutStatus<T extends KubernetesObject>(object: T): T {
-  delete (object as { status?: unknown }).status;
+/** Of a status only what models.ts asks for: the rest changes often and would be kept a thousand times. */
+function withoutDetails<T extends KubernetesObject>(object: T): T {
+  const kept = object as { status?: { conditions?: { type: string }[] } };
+  const conditions = kept.status?.conditions?.filter(({ type }) => type === conditionTypes.ready);
+  if (conditions === undefined) delete kept.status;
+  else kept.status = { conditions };
   return object;
 }
 

@@ -9,8 +9,8 @@ import { apiVersion, type Tenant, type TenantStatus } from '../crds/types.ts';
 export const fieldManager = 'motet-gateway';
 
 export type StatusWriterOptions = {
-  /** Carries one write out. */
-  write: (tenant: Tenant, status: TenantStatus) => Promise<void>;
+  /** Carries one write out; the signal ends it with the writer. */
+  write: (tenant: Tenant, status: TenantStatus, signal: AbortSignal) => Promise<void>;
   /** Every tenant with the status that it should have, as of now. */
   wanted: () => { tenant: Tenant; status: TenantStatus }[];
   onError: (error: Error) => void;
@@ -75,7 +75,7 @@ export class TenantStatusWriter {
       }
       if (this.#closing.signal.aborted) return;
       try {
-        await this.#options.write(tenant, status);
+        await this.#options.write(tenant, status, this.#closing.signal);
         this.#written.set(uid, { text, untilMs: Date.now() + holdMs });
         await this.#pause(gapMs);
       } catch (error) {
@@ -107,9 +107,11 @@ export async function applyTenantStatus(
   namespace: string,
   { metadata }: Tenant,
   status: TenantStatus,
+  signal: AbortSignal,
 ): Promise<void> {
   const { name, uid } = metadata;
   await callApi(kubeConfig, {
+    signal,
     method: 'PATCH',
     path: motetPath('Tenant', namespace, name!, 'status'),
     query: { fieldManager, force: 'true' },

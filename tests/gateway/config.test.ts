@@ -65,6 +65,37 @@ test.each([
   expect(() => parseApiKeys(text, 'keys')).not.toThrow('fedcba9876543210');
 });
 
+const cluster = ['--kubernetes', '--namespace', 'motet'];
+
+test('takes a namespace of a cluster in place of engines, and listens anywhere without keys of its own', () => {
+  const env = { MOTET_KUBERNETES: 'true', MOTET_NAMESPACE: 'motet', MOTET_HOST: '0.0.0.0' };
+  const expected = { cluster: { namespace: 'motet', kubeconfig: null }, engineUrls: [], isInsecure: false };
+  expect(parseConfig([], env)).toMatchObject(expected);
+  expect(parseConfig(cluster, {})).toMatchObject(expected);
+  expect(parseConfig([...cluster, '--insecure'], {}).isInsecure).toBe(true);
+  expect(parseConfig(engine, { MOTET_KUBERNETES: 'false' }).cluster).toBeNull();
+});
+
+test.each([
+  ['engines', [...cluster, ...engine], '--engine: expected nothing beside --kubernetes'],
+  ['a namespace that nobody says', ['--kubernetes'], '--namespace'],
+  ['a kubeconfig that is not there', [...cluster, '--kubeconfig', '/nowhere'], '--kubeconfig: cannot read'],
+  ['a token file that is not there', [...cluster, '--engine-token-file', '/nowhere'], '--engine-token-file'],
+])('in a cluster it refuses %s', (_, args, named) => {
+  expect(() => parseConfig(args, {})).toThrow(ConfigError);
+  expect(() => parseConfig(args, {})).toThrow(named);
+});
+
+test('refuses two files that say who the gateway is', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'motet-'));
+  onTestFinished(() => rmSync(folder, { recursive: true }));
+  const file = join(folder, 'key');
+  writeFileSync(file, 'key-0123456789abcdef\n');
+  const both = ['--engine-key-file', file, '--engine-token-file', file];
+  expect(() => parseConfig([...engine, ...both], {})).toThrow('got both');
+  expect(parseConfig([...engine, ...both.slice(2)], {}).engineTokenFile).toBe(file);
+});
+
 test('the help names every setting, as a flag and as a variable', () => {
   for (const name of Object.keys(settings)) expect(helpText()).toContain(`--${name} `);
   expect(helpText()).toContain('[MOTET_FIRST_BYTE_TIMEOUT_MS]');

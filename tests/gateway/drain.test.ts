@@ -1,8 +1,9 @@
 import { once } from 'node:events';
+import { Agent, type IncomingMessage, request } from 'node:http';
 import { createConnection } from 'node:net';
 import { expect, test } from 'vitest';
 import { answer, answerForever, chunkEvent, startFakeEngine } from '../fixtures/fake-engine.ts';
-import { chatBody, errorOf, gatewayFor } from './start-gateway.ts';
+import { chatBody, errorOf, gatewayFor, until } from './start-gateway.ts';
 
 const streaming = chatBody({ stream: true });
 
@@ -38,6 +39,34 @@ test('loses no request on a connection that is kept open: it is answered, and th
   const text = (await socket.toArray()).join('');
   expect(text).toMatch(/HTTP\/1.1 200 .*Connection: close.*"fake words"/s);
   expect(engine.received).toHaveLength(2);
+  await drained;
+});
+
+test('loses none of many requests on connections that are kept open', async () => {
+  const gateway = await gatewayFor([await startFakeEngine()], { drainTimeoutMs: 20_000 });
+  let numAnswered = 0;
+  const askUntilToldToClose = async () => {
+    const agent = new Agent({ keepAlive: true, maxSockets: 1 });
+    const body = JSON.stringify(chatBody());
+    for (;;) {
+      const response = await new Promise<IncomingMessage>((resolve, reject) => {
+        const headers = { 'content-type': 'application/json', 'content-length': body.length };
+        const url = `${gateway.url}/v1/chat/completions`;
+        request(url, { method: 'POST', agent, headers }, resolve).on('error', reject).end(body);
+      });
+      expect(response.statusCode).toBe(200);
+      expect(Buffer.concat(await response.toArray()).toString()).toContain('fake words');
+      numAnswered += 1;
+      if (response.headers.connection === 'close') return;
+    }
+  };
+  const clients = Array.from({ length: 8 }, askUntilToldToClose);
+  await until(
+    () => numAnswered,
+    (count) => count > 100,
+  );
+  const drained = gateway.drain();
+  await Promise.all(clients);
   await drained;
 });
 
