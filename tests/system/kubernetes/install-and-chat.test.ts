@@ -115,7 +115,7 @@ test('kubectl shows what README.md says it shows', async () => {
 test('helm upgrade under load replaces gateways, operator and engines, and loses no request', async () => {
   const image = await tagImageAgain();
   const uids = async () => {
-    const pods = await motet.list<V1Pod>('pods', 'app.kubernetes.io/part-of=motet');
+    const pods = await motet.list<V1Pod>('pods', 'app.kubernetes.io/name=motet');
     return pods.filter(({ metadata }) => !metadata!.deletionTimestamp).map(({ metadata }) => metadata!.uid!);
   };
   const old = await uids();
