@@ -17,7 +17,7 @@ source "$(dirname "$0")/common.sh"
 # A Go before 1.21 cannot fetch the toolchain that a go.mod asks for.
 find_go() {
   local minor
-  minor=$(go env GOVERSION 2>/dev/null | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
+  minor=$({ go env GOVERSION 2>/dev/null || true; } | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
   ((${minor:-0} < 21)) || return 0
   if [[ ! -e $cluster_cache/go/bin/go ]]; then
     local work

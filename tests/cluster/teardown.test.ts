@@ -3,6 +3,7 @@
  * run, with a folder of its own, and compares the machine before and after.
  */
 import { execFile, execFileSync, spawn } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import { once } from 'node:events';
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { dirname, join } from 'node:path';
@@ -64,19 +65,14 @@ function traces(folder: string): string[] {
   return found;
 }
 
-/** Every cgroup of a test cluster, of any folder. */
-function cgroups(): string[] {
+/** Its cgroups, in all hierarchies; cluster.sh names them by a hash of the folder. */
+function cgroups(folder: string): string[] {
+  const name = `motet-${createHash('sha256').update(`${folder}\n`).digest('hex').slice(0, 8)}`;
   const roots = [
     '/sys/fs/cgroup',
-    ...readdirSync('/sys/fs/cgroup').map((name) => join('/sys/fs/cgroup', name)),
+    ...readdirSync('/sys/fs/cgroup').map((root) => join('/sys/fs/cgroup', root)),
   ];
-  return roots.flatMap((root) => {
-    try {
-      return readdirSync(root).flatMap((name) => (name.startsWith('motet-') ? [join(root, name)] : []));
-    } catch {
-      return [];
-    }
-  });
+  return roots.map((root) => join(root, name)).filter((path) => existsSync(path));
 }
 
 /** Files that a cluster keeps: its logs, and the lock. */
@@ -90,12 +86,14 @@ const foldersOfTheMachine = () =>
 
 test('leaves no process, mount, link, cgroup or file after down', { timeout: 180_000 }, async () => {
   const { folder, env } = newFolder();
-  const before = { traces: traces(folder), cgroups: cgroups(), folders: foldersOfTheMachine() };
+  const before = { traces: traces(folder), cgroups: cgroups(folder), folders: foldersOfTheMachine() };
   await run(env, ...up);
   expect(traces(folder).filter((trace) => trace.startsWith('process')).length).toBeGreaterThan(5);
-  expect(cgroups().length).toBeGreaterThan(before.cgroups.length);
+  expect(cgroups(folder).length).toBeGreaterThan(before.cgroups.length);
   await run(env, 'down');
-  expect({ traces: traces(folder), cgroups: cgroups(), folders: foldersOfTheMachine() }).toEqual(before);
+  expect({ traces: traces(folder), cgroups: cgroups(folder), folders: foldersOfTheMachine() }).toEqual(
+    before,
+  );
   expect(filesOf(folder)).toEqual(['lock', 'log']);
   // Once more is no error.
   await run(env, 'down');
@@ -103,7 +101,7 @@ test('leaves no process, mount, link, cgroup or file after down', { timeout: 180
 
 test('takes itself down when its first process is killed', { timeout: 180_000 }, async () => {
   const { folder, env } = newFolder();
-  const before = { traces: traces(folder), cgroups: cgroups() };
+  const before = { traces: traces(folder), cgroups: cgroups(folder) };
   await run(env, ...up);
   const { unshare } = supervisorOf(folder);
   process.kill(Number(readFileSync(`/proc/${unshare}/task/${unshare}/children`, 'utf8').trim()), 'SIGKILL');
@@ -112,12 +110,12 @@ test('takes itself down when its first process is killed', { timeout: 180_000 },
     (sum) => sum === 2,
   );
   expect(isGone).toBe(2);
-  expect({ traces: traces(folder), cgroups: cgroups() }).toEqual(before);
+  expect({ traces: traces(folder), cgroups: cgroups(folder) }).toEqual(before);
 });
 
 test('takes itself down when the command that starts it is killed', { timeout: 180_000 }, async () => {
   const { folder, env } = newFolder();
-  const before = { traces: traces(folder), cgroups: cgroups() };
+  const before = { traces: traces(folder), cgroups: cgroups(folder) };
   const starting = spawn(script, up, { env, stdio: 'ignore' });
   const ended = once(starting, 'exit');
   // Half way: the other node is there.
@@ -132,12 +130,12 @@ test('takes itself down when the command that starts it is killed', { timeout: 1
     (sum) => sum === 2,
   );
   expect(isGone).toBe(2);
-  expect({ traces: traces(folder), cgroups: cgroups() }).toEqual(before);
+  expect({ traces: traces(folder), cgroups: cgroups(folder) }).toEqual(before);
 });
 
 test('ends with its supervisor, and what that leaves the next up removes', { timeout: 180_000 }, async () => {
   const { folder, env } = newFolder();
-  const before = { traces: traces(folder), cgroups: cgroups() };
+  const before = { traces: traces(folder), cgroups: cgroups(folder) };
   await run(env, ...up);
   process.kill(supervisorOf(folder).supervisor, 'SIGKILL');
   expect(
@@ -148,6 +146,6 @@ test('ends with its supervisor, and what that leaves the next up removes', { tim
   ).toEqual(before.traces);
   await run(env, ...up);
   await run(env, 'down');
-  expect({ traces: traces(folder), cgroups: cgroups() }).toEqual(before);
+  expect({ traces: traces(folder), cgroups: cgroups(folder) }).toEqual(before);
   expect(filesOf(folder)).toEqual(['lock', 'log']);
 });
