@@ -14,7 +14,7 @@ import {
   type LoraAdapter,
 } from '../../crds/types.ts';
 import type { Operator } from '../../operator/main.ts';
-import { type ControlPlane, createNamespace } from '../fixtures/control-plane.ts';
+import { type ControlPlane, createNamespace, kubectl } from '../fixtures/control-plane.ts';
 import {
   SimulatedEngine,
   type SimulatedEngineOptions,
@@ -36,6 +36,7 @@ export class World {
   readonly sources = new SimulatedSources();
   readonly #plane: ControlPlane;
   readonly #kubeConfig: KubeConfig;
+  readonly #engines: SimulatedEngine[] = [];
   #operator: Operator | null = null;
 
   constructor(plane: ControlPlane, namespace: string) {
@@ -54,6 +55,10 @@ export class World {
     await this.#operator?.stop();
     const seconds = ['--engine-check-seconds', '1', ...args];
     this.#operator = await startTestOperator(this.#plane, this.namespace, seconds);
+  }
+
+  async stopEngines(): Promise<void> {
+    await Promise.all(this.#engines.map((engine) => engine.stop()));
   }
 
   /** What was told about the object, oldest first. */
@@ -124,7 +129,7 @@ export class World {
     options: Partial<SimulatedEngineOptions> = {},
   ): Promise<EnginePod> {
     const engine = await startSomewhere({ sources: this.sources, ...options });
-    onTestFinished(() => engine.stop());
+    this.#engines.push(engine);
     const enginePod = new EnginePod(this, pod, baseModel, engine);
     await enginePod.create();
     return enginePod;
@@ -208,12 +213,18 @@ export class EnginePod {
 
 /** @param args of the operator */
 export async function startWorld(plane: ControlPlane, args: string[] = []): Promise<World> {
-  const world = new World(plane, await createNamespace(plane));
-  await vi.waitFor(
-    () => world.api({ path: `/api/v1/namespaces/${world.namespace}/serviceaccounts/default` }),
-    patience,
-  );
+  const world = await createWorld(plane);
+  onTestFinished(() => world.stopEngines());
   await world.replaceOperator(args);
+  return world;
+}
+
+/** A namespace in which pods can be made, without an operator. */
+export async function createWorld(plane: ControlPlane): Promise<World> {
+  const world = new World(plane, await createNamespace(plane));
+  // A controller makes it, and no pod is taken before.
+  const account = ['-n', world.namespace, 'serviceaccount/default'];
+  await kubectl(plane, ['wait', '--for=create', ...account, '--timeout=30s']);
   return world;
 }
 
