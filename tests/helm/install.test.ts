@@ -188,7 +188,7 @@ test('an uninstall leaves nothing, although resources were in use', options, asy
   expect(during).toContain('configmap/of-small');
   expect(during).toContain('lease.coordination.k8s.io/motet-operator');
 
-  await helm(plane, ['uninstall', 'motet', '-n', namespace]);
+  await helm(plane, ['uninstall', 'motet', '-n', namespace, ...noHooks]);
 
   await vi.waitFor(async () => expect(await everyObject(namespace)).toEqual(before), {
     timeout: 60_000,
@@ -206,7 +206,7 @@ test(
     expect(await kubectl(plane, ['get', 'tenants', '-n', namespace, '-o', 'name'])).toContain('/acme');
 
     await helm(plane, ['install', 'motet', chartFolder, '-n', namespace, '-f', '-']);
-    await helm(plane, ['uninstall', 'motet', '-n', namespace]);
+    await helm(plane, ['uninstall', 'motet', '-n', namespace, ...noHooks]);
     await vi.waitFor(async () => expect(await kubectl(plane, ['get', 'crds'])).not.toContain('motet.dev'), {
       timeout: 60_000,
     });
@@ -225,12 +225,15 @@ test('a second release without definitions asks for rights in its namespace only
   await helm(plane, ['uninstall', 'motet', '-n', namespace, '--kube-as-user', user]);
 });
 
+/** The hook that removes engines is a pod, and nothing runs pods here; tests/system/kubernetes has it. */
+const noHooks = ['--no-hooks'];
+
 /** Installs a release `motet` in a namespace of its own, for the test that asks. */
 async function install(values: object = {}, args: string[] = [], folder = chartFolder): Promise<string> {
   const namespace = await createNamespace(plane, restricted);
   await helm(plane, ['install', 'motet', folder, '-n', namespace, ...args, '-f', '-'], values);
   onTestFinished(async () => {
-    await helm(plane, ['uninstall', 'motet', '-n', namespace, '--ignore-not-found']);
+    await helm(plane, ['uninstall', 'motet', '-n', namespace, '--ignore-not-found', ...noHooks]);
     // The next test installs the definitions anew; they must be gone, and not about to go.
     const gone = ['wait', '--for=delete', 'crd', '-l', 'app.kubernetes.io/name=motet', '--timeout=60s'];
     await kubectl(plane, ['delete', 'crd', '-l', 'app.kubernetes.io/name=motet', '--ignore-not-found']);
