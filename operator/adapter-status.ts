@@ -23,6 +23,8 @@ export interface AdapterFacts {
   digest: string | null;
   /** Engines that can be counted on. */
   engines: readonly Engine[];
+  /** Why an engine that is ready does not answer; null: all do. */
+  silence: string | null;
   /** Engines that should hold it, and that hold the wanted version. */
   numDesired: number;
   numReady: number;
@@ -79,6 +81,12 @@ function isServed(facts: AdapterFacts): Verdict {
     return no(
       reasons.claimNotMounted,
       `Engines of BaseModel ${baseModel} do not mount the claim ${facts.missingClaim}. Add it to its spec.adapterClaims.`,
+    );
+  }
+  if (numDesired === 0 && facts.silence !== null) {
+    return no(
+      reasons.noEngineReady,
+      `No engine of BaseModel ${baseModel} answers the operator. ${facts.silence}`,
     );
   }
   if (numDesired === 0) {

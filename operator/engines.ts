@@ -26,6 +26,13 @@ export interface Engine extends EngineLife {
   names: ReadonlyMap<string, string>;
 }
 
+export interface Look {
+  /** Those that can be counted on, by name. */
+  engines: Engine[];
+  /** Why one that is ready does not answer; null: all do. */
+  silence: string | null;
+}
+
 /** What is remembered about the engines of one base model. */
 export interface EngineMemory {
   loads: AdapterLoads;
@@ -83,13 +90,17 @@ export class Engines {
     this.#memories.delete(baseModel);
   }
 
-  /** Asks the engines of all pods that are ready. @returns those that can be counted on, by name */
-  async look(pods: readonly V1Pod[], { heat, lastSeen }: EngineMemory): Promise<Engine[]> {
+  /** Asks the engines of all pods that are ready. */
+  async look(pods: readonly V1Pod[], { heat, lastSeen }: EngineMemory): Promise<Look> {
     const { clock } = this.#options;
     const engines: Engine[] = [];
+    let silence: string | null = null;
     await inParallel(pods.filter(isReady), maxAsked, async (pod) => {
       const engine = await this.#ask(pod, lastSeen);
-      if (engine === null) return;
+      if (engine instanceof Error) {
+        silence = engine.message;
+        return;
+      }
       engines.push(engine);
       if (!engine.isFresh) return;
       lastSeen.set(engine.life, engine);
@@ -97,7 +108,7 @@ export class Engines {
     });
     const lives = new Set(pods.map(lifeOf));
     for (const life of [...lastSeen.keys()]) if (!lives.has(life)) lastSeen.delete(life);
-    return engines.sort((a, b) => (a.pod < b.pod ? -1 : 1));
+    return { engines: engines.sort((a, b) => (a.pod < b.pod ? -1 : 1)), silence };
   }
 
   /** Ends the calls under way. */
@@ -105,10 +116,11 @@ export class Engines {
     await this.#client.close();
   }
 
-  async #ask(pod: V1Pod, lastSeen: ReadonlyMap<string, Engine>): Promise<Engine | null> {
+  /** @returns what is known about it, or why nothing is */
+  async #ask(pod: V1Pod, lastSeen: ReadonlyMap<string, Engine>): Promise<Engine | Error> {
     const { clock, log } = this.#options;
     const ip = pod.status?.podIP;
-    if (!ip) return null;
+    if (!ip) return new Error(`pod ${pod.metadata!.name} has no address`);
     const life = lifeOf(pod);
     const askedAtMs = clock.nowMs();
     try {
@@ -120,7 +132,7 @@ export class Engines {
       const last = lastSeen.get(life);
       const isGone = error.isRefusedConnection || last === undefined || askedAtMs - last.askedAtMs > graceMs;
       log.warn({ pod: pod.metadata!.name, error: error.message, isGone }, 'an engine does not answer');
-      return isGone ? null : { ...last, isFresh: false };
+      return isGone ? error : { ...last, isFresh: false };
     }
   }
 }

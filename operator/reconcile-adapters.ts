@@ -11,7 +11,7 @@ import { adapterStatus } from './adapter-status.ts';
 import type { Parts, ReconcileResult } from './cluster.ts';
 import { conditionOf } from './conditions.ts';
 import { claimOf } from './engine-client.ts';
-import { type Engine, type EngineMemory, lifeOf } from './engines.ts';
+import { type Engine, type EngineMemory, type Look, lifeOf } from './engines.ts';
 import { namesOf, sayTaken, takenNames } from './names.ts';
 import { inParallel } from './parallel.ts';
 import { type PlacementAdapter, place } from './placement.ts';
@@ -47,19 +47,20 @@ export async function reconcileAdapters(name: string, parts: Parts): Promise<Rec
     allEngines.forget(name);
     cluster.report(name, null);
     const found = adapters.map((adapter) => lookAt(adapter, undefined, parts));
-    await report(name, found, [], null, parts);
+    await report(name, found, { engines: [], silence: null }, null, parts);
     return {};
   }
 
   const memory = allEngines.memoryOf(name);
   const pods = cluster.podsOf(name);
-  const engines = await allEngines.look(pods, memory);
+  const look = await allEngines.look(pods, memory);
+  const { engines } = look;
   const found = adapters.map((adapter) => lookAt(adapter, baseModel, parts));
   retain(memory, new Set(pods.map(lifeOf)), found, clock.nowMs());
   learnVersions(found, engines, memory);
   decide(found, engines, memory, clock.nowMs());
   const retryInMs = act(found, engines, memory, parts);
-  await report(name, found, engines, memory, parts);
+  await report(name, found, look, memory, parts);
   return { requeueAfterMs: Math.min(config.engineCheckSeconds * 1000, retryInMs) };
 }
 
@@ -195,7 +196,7 @@ function act(
 async function report(
   baseModel: string,
   found: readonly Found[],
-  engines: readonly Engine[],
+  look: Look,
   memory: EngineMemory | null,
   parts: Parts,
 ): Promise<void> {
@@ -203,7 +204,7 @@ async function report(
   const copies = { ready: 0, wanted: 0 };
   const counts = new Map<string, number>(Object.values(loraAdapterReasons).map((reason) => [reason, 0]));
   const statuses = found.map((one) => {
-    const status = statusOf(one, engines, memory, parts);
+    const status = statusOf(one, look, memory, parts);
     const { reason } = conditionOf({ status }, 'Ready')!;
     counts.set(reason, counts.get(reason)! + 1);
     copies.wanted += one.numDesired;
@@ -212,7 +213,7 @@ async function report(
   });
 
   if (memory !== null) {
-    const said = engines.map(
+    const said = look.engines.map(
       ({ pod, arena, adapters }) => [pod, { ...arena, adapters: adapters.length }] as const,
     );
     cluster.report(baseModel, { engines: new Map(said), copies });
@@ -230,7 +231,7 @@ async function report(
 
 function statusOf(
   one: Found,
-  engines: readonly Engine[],
+  { engines, silence }: Look,
   memory: EngineMemory | null,
   { cluster, clock }: Parts,
 ): LoraAdapterStatus {
@@ -247,6 +248,7 @@ function statusOf(
     names,
     digest: memory === null ? (before?.digest ?? null) : wanted.digest,
     engines,
+    silence,
     numDesired: one.numDesired,
     numReady: names.length === 0 ? 0 : engines.filter((engine) => isResident(wanted, engine)).length,
     numWithoutRoom,
