@@ -148,6 +148,8 @@ const isQuantity = /\.(requests|limits)\.[^.]+(\.[^.]+)*$|\.sizeLimit$/;
 
 function compare(desired: unknown, live: unknown, path: string, drift: Drift[]): void {
   if (desired === undefined || desired === live) return;
+  // The API server leaves out empty text.
+  if (desired === '' && live === undefined) return;
   if (Array.isArray(desired)) {
     compareLists(desired, live, path, drift);
   } else if (isObject(desired) && isObject(live)) {

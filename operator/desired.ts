@@ -156,6 +156,7 @@ function podSpec(baseModel: BaseModel, settings: EngineSettings): V1PodSpec {
   const { volumes, mounts } = storage(baseModel);
   const tolerations = [
     ...(isGpu ? [{ key: 'nvidia.com/gpu', operator: 'Exists', effect: 'NoSchedule' }] : []),
+    ...lostNodeTolerations,
     ...(more.tolerations ?? []),
   ];
   return {
@@ -174,7 +175,7 @@ function podSpec(baseModel: BaseModel, settings: EngineSettings): V1PodSpec {
       seccompProfile: { type: 'RuntimeDefault' },
     },
     ...(isGpu && accelerator.runtimeClassName !== '' && { runtimeClassName: accelerator.runtimeClassName }),
-    ...(tolerations.length > 0 && { tolerations }),
+    tolerations,
     ...(more.nodeSelector && { nodeSelector: more.nodeSelector }),
     affinity: more.affinity ?? preferOtherNodes(baseModel.metadata.name!),
     ...(more.imagePullSecrets && { imagePullSecrets: more.imagePullSecrets }),
@@ -330,10 +331,19 @@ function resources(baseModel: BaseModel): V1ResourceRequirements {
   const requests = { ...Object.fromEntries(defaults), ...theirs.requests, ...gpus };
   const limits = { ...theirs.limits, ...gpus };
   return {
-    requests: toText(requests),
+    ...(Object.keys(requests).length > 0 && { requests: toText(requests) }),
     ...(Object.keys(limits).length > 0 && { limits: toText(limits) }),
   };
 }
+
+/** Seconds until an engine on a node that is lost is given up and made elsewhere. Kubernetes' own default is 300. */
+const lostNodeSeconds = 30;
+const lostNodeTolerations = ['not-ready', 'unreachable'].map((state) => ({
+  key: `node.kubernetes.io/${state}`,
+  operator: 'Exists',
+  effect: 'NoExecute',
+  tolerationSeconds: lostNodeSeconds,
+}));
 
 function toText(quantities: Record<string, number | string>): Record<string, string> {
   return Object.fromEntries(Object.entries(quantities).map(([name, quantity]) => [name, String(quantity)]));

@@ -24,7 +24,7 @@ export interface Operator {
   readonly isLeader: boolean;
   /** Rejects when this process cannot go on: it lost the lease. Resolves after `stop`. */
   ended: Promise<void>;
-  /** Lets what runs end, leaves the lease to the next, and closes everything. */
+  /** Lets what runs end, leaves the lease to the next, and closes everything; once, however often it is asked. */
   stop(): Promise<void>;
 }
 
@@ -109,22 +109,28 @@ export async function startOperator(config: Config, log: Logger): Promise<Operat
   // Whoever holds the operator looks at it when it likes.
   ended.catch(() => undefined);
 
+  let stopped: Promise<void> | null = null;
+  const stop = async () => {
+    stopping.abort();
+    await drain(queues, clock, log);
+    await engines.close();
+    leaving.abort();
+    await ended.catch(() => undefined);
+    await leader.release();
+    await cluster.close();
+    await server.close();
+    stopCounting();
+  };
+
   return {
     port: server.port,
     get isLeader() {
       return leader.isLeader;
     },
     ended,
-    async stop() {
-      stopping.abort();
-      await drain(queues, clock, log);
-      await engines.close();
-      leaving.abort();
-      await ended.catch(() => undefined);
-      await leader.release();
-      await cluster.close();
-      await server.close();
-      stopCounting();
+    stop() {
+      stopped ??= stop();
+      return stopped;
     },
   };
 }

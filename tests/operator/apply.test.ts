@@ -127,6 +127,13 @@ test('a quantity is the same however it is written', () => {
   ).toEqual([]);
 });
 
+test('empty text is the same as none', () => {
+  const desired = wish({ podTemplate: { env: [{ name: 'EMPTY', value: '' }] } });
+  const live = liveOf(desired);
+  delete containerOf(live).env!.at(-1)!.value;
+  expect(driftOf(desired, live)).toEqual([]);
+});
+
 test('does not write for ever what the API server writes its own way', () => {
   const desired = wish();
   const live = liveOf(desired);

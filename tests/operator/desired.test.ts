@@ -178,7 +178,7 @@ test('a GPU pod asks for its GPU, tolerates its taint and uses its runtime', () 
   const spec = { accelerator: { type: 'nvidia' as const, count: 1, runtimeClassName: 'nvidia' } };
   const { runtimeClassName, tolerations } = podSpec(spec);
   expect(runtimeClassName).toBe('nvidia');
-  expect(tolerations).toEqual([{ key: 'nvidia.com/gpu', operator: 'Exists', effect: 'NoSchedule' }]);
+  expect(tolerations![0]).toEqual({ key: 'nvidia.com/gpu', operator: 'Exists', effect: 'NoSchedule' });
   expect(engine(spec).resources).toMatchObject({
     requests: { 'nvidia.com/gpu': '1' },
     limits: { 'nvidia.com/gpu': '1' },
@@ -191,7 +191,11 @@ test('a GPU pod asks for its GPU, tolerates its taint and uses its runtime', () 
 test('a CPU pod has nothing of a GPU', () => {
   const text = JSON.stringify(objects());
   expect(text).not.toContain('nvidia');
-  expect(podSpec()).not.toHaveProperty('tolerations');
+  const lost = { operator: 'Exists', effect: 'NoExecute', tolerationSeconds: 30 };
+  expect(podSpec().tolerations).toEqual([
+    { key: 'node.kubernetes.io/not-ready', ...lost },
+    { key: 'node.kubernetes.io/unreachable', ...lost },
+  ]);
   expect(podSpec()).not.toHaveProperty('runtimeClassName');
 });
 
@@ -275,7 +279,12 @@ test('volumes, mounts, selectors, tolerations, secrets and priority are added', 
   const found = podSpec({ podTemplate, accelerator: gpu });
   expect(found.volumes!.at(-1)).toEqual(podTemplate.volumes[0]);
   expect(found.containers[0]!.volumeMounts!.at(-1)).toEqual(podTemplate.volumeMounts[0]);
-  expect(found.tolerations!.map(({ key }) => key)).toEqual(['nvidia.com/gpu', 'spot']);
+  expect(found.tolerations!.map(({ key }) => key)).toEqual([
+    'nvidia.com/gpu',
+    'node.kubernetes.io/not-ready',
+    'node.kubernetes.io/unreachable',
+    'spot',
+  ]);
   expect(found).toMatchObject({
     nodeSelector: { zone: 'a' },
     imagePullSecrets: [{ name: 'registry' }],

@@ -236,10 +236,24 @@ test('a new engine takes its share: copies go from the old ones after they came 
   expect(unloaded.sort()).toEqual(Object.keys(two.names).sort());
 });
 
-test('an engine that hangs on one source loads the others meanwhile, a few at a time', async () => {
+test('a source that takes long holds up no other adapter', async () => {
   const world = await startWorld(plane);
   await world.addBaseModel('base');
-  const one = await world.addEngine('one', 'base', { loadMs: 300 });
+  const loadMs = (path: string) => (path.endsWith('/slow') ? 3_000 : 0);
+  await world.addEngine('one', 'base', { loadMs });
+  await world.addAdapter('slow', 'base');
+  await world.untilReason('LoraAdapter', 'slow', 'Loading');
+  const names = Array.from({ length: 10 }, (_, index) => `a${index}`);
+  for (const name of names) await world.addAdapter(name, 'base');
+  for (const name of names) await world.untilReason('LoraAdapter', name, 'Resident');
+  expect(readyOf(await world.get('LoraAdapter', 'slow'))).toMatchObject({ reason: 'Loading' });
+  await world.untilReason('LoraAdapter', 'slow', 'Resident');
+});
+
+test('an engine gets a few loads at a time', async () => {
+  const world = await startWorld(plane);
+  await world.addBaseModel('base');
+  const one = await world.addEngine('one', 'base', { loadMs: 200 });
   const names = Array.from({ length: 10 }, (_, index) => `a${index}`);
   await Promise.all(names.map((name) => world.addAdapter(name, 'base')));
   for (const name of names) await world.untilReason('LoraAdapter', name, 'Resident');
