@@ -68,3 +68,11 @@ annotations:
   helm.sh/resource-policy: keep
 {{- end }}
 {{- end -}}
+
+{{/* Annotations of what engines stand on: where resources outlive the release, engines do, and this must too. */}}
+{{- define "motet.keptWithResources" -}}
+{{- if .Values.crds.keep -}}
+annotations:
+  helm.sh/resource-policy: keep
+{{- end -}}
+{{- end -}}

@@ -17,6 +17,7 @@ import {
   chartValues,
   type InstalledMotet,
   installMotet,
+  modelsVolume,
   namespace,
   readyEngines,
   underLoad,
@@ -146,7 +147,10 @@ test('helm upgrade under load replaces gateways, operator and engines, and loses
 }, 400_000);
 
 test('helm uninstall leaves nothing of ours', async () => {
-  await motet.uninstall();
+  await motet.helm(['uninstall', 'motet', '-n', namespace, '--wait', '--timeout', '180s']);
+  // What this test made itself.
+  await kubectl(cluster, ['delete', 'namespace', namespace, '--timeout=120s']);
+  await kubectl(cluster, ['delete', 'pv', modelsVolume, '--timeout=60s']);
   const left = await poll(
     async () => (await allObjects()).filter((object) => !before.includes(object)),
     (objects) => objects.length === 0,
