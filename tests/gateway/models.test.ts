@@ -108,3 +108,17 @@ test.each<[string, TenantSpec['access'], string[]]>([
   const allowed = [...models.values()].filter((model) => mayUse(access, model)).map(({ name }) => name);
   expect(allowed.sort()).toEqual([...expected].sort());
 });
+
+test.each([
+  ['Refused', true],
+  ['DigestMismatch', true],
+  ['Loading', undefined],
+  ['SourceUnavailable', undefined],
+])('an adapter that is %s is hopeless: %s', (reason, isHopeless) => {
+  const status = {
+    conditions: [{ type: 'Ready', status: 'False', reason, message: '', lastTransitionTime: '' }],
+  };
+  const adapter = { ...loraAdapter('sql'), status } as ReturnType<typeof loraAdapter>;
+  const [target] = build({ loraAdapters: [adapter] }).get('sql')!.targets;
+  expect(target!.isHopeless).toBe(isHopeless);
+});
