@@ -1,7 +1,10 @@
-// What a pod means for the set of engines. A pod that is ready and not being deleted takes requests; any other that has
-// an address takes no new ones; one that is gone leaves the set.
+// What a pod means for the set of engines. One that has an address is looked at, and its engine says itself whether it
+// takes requests; one that is being deleted takes no new ones; one that has ended or is gone leaves the set.
+//
+// The condition Ready of a pod is not asked: it is the kubelet's older answer to the same question, and after an outage of
+// the API server the node controller may set it to False on every node at once, while all engines serve.
 
-import type { V1Pod } from '@kubernetes/client-node';
+import type { V1Pod, V1PodStatus } from '@kubernetes/client-node';
 import { enginePort, labels } from '../crds/names.ts';
 import type { EndpointSpec, Endpoints } from './endpoints.ts';
 
@@ -9,11 +12,11 @@ export type PodView =
   | { spec: EndpointSpec; isTaking: true }
   | { spec: EndpointSpec; isTaking: false; reason: string };
 
-/** Null for a pod without an address: there is nothing to ask yet. */
+/** Null for a pod that has no address yet, and for one that has ended: its address may be another's by now. */
 export function readPod({ metadata, spec, status }: V1Pod): PodView | null {
   const address = status?.podIP;
   const baseModel = metadata?.labels?.[labels.baseModel];
-  if (!address || baseModel === undefined) return null;
+  if (!address || baseModel === undefined || hasEnded(status)) return null;
   const port = spec?.containers
     .flatMap(({ ports = [] }) => ports)
     .find(({ name }) => name === enginePort.name)?.containerPort;
@@ -26,10 +29,7 @@ export function readPod({ metadata, spec, status }: V1Pod): PodView | null {
   };
   if (metadata!.deletionTimestamp !== undefined)
     return { spec: endpoint, isTaking: false, reason: 'its pod is being deleted' };
-  const isReady = status?.conditions?.some(({ type, status: state }) => type === 'Ready' && state === 'True');
-  return isReady
-    ? { spec: endpoint, isTaking: true }
-    : { spec: endpoint, isTaking: false, reason: 'its pod is not ready' };
+  return { spec: endpoint, isTaking: true };
 }
 
 /** Carries a change of a pod over to the set of engines. */
@@ -59,7 +59,11 @@ export function trimPod({ metadata, spec, status }: V1Pod): V1Pod {
     spec: { containers: (spec?.containers ?? []).map(({ name, ports = [] }) => ({ name, ports })) },
     status: {
       ...(status?.podIP !== undefined && { podIP: status.podIP }),
-      conditions: (status?.conditions ?? []).filter(({ type }) => type === 'Ready'),
+      ...(status?.phase !== undefined && { phase: status.phase }),
     },
   };
+}
+
+function hasEnded({ phase }: V1PodStatus): boolean {
+  return phase === 'Succeeded' || phase === 'Failed';
 }

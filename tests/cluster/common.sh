@@ -140,8 +140,7 @@ start_controller_manager() {
     --secure-port=0 --leader-elect=false --use-service-account-credentials=true --profiling=false \
     --service-account-private-key-file="$pki/service-account.key" --root-ca-file="$pki/ca.crt" \
     --cluster-signing-cert-file="$pki/ca.crt" --cluster-signing-key-file="$pki/ca.key" \
-    --allocate-node-cidrs=true --cluster-cidr="$pod_range" --service-cluster-ip-range="$service_range" \
-    --node-monitor-period=2s --node-monitor-grace-period="$node_grace" "$@"
+    --allocate-node-cidrs=true --cluster-cidr="$pod_range" --service-cluster-ip-range="$service_range" "$@"
 }
 
 start_scheduler() {
@@ -153,5 +152,3 @@ service_range=10.96.0.0/16
 # Address of the Service `kubernetes`: the first of the range.
 service_address=10.96.0.1
 pod_range=10.244.0.0/16
-# How long a node may be silent before it is NotReady. Kubernetes' own 50 s would make tests of lost nodes slow.
-node_grace=${NODE_GRACE:-20s}

@@ -5,7 +5,7 @@ import { installCrds } from '../crds/install-crds.ts';
 import { type ControlPlane, sharedControlPlane, startControlPlane } from '../fixtures/control-plane.ts';
 import { answerForever, beginStream, chunkEvent, refuse, startFakeEngine } from '../fixtures/fake-engine.ts';
 import { adapterRoute, baseModel, loraAdapter } from './resources.ts';
-import { type Cluster, metricOf, modelIds, startCluster } from './start-cluster.ts';
+import { type Cluster, type Engine, metricOf, modelIds, startCluster } from './start-cluster.ts';
 import { chatBody, errorOf, type TestGateway, until } from './start-gateway.ts';
 
 const longer = { timeout: 120_000 };
@@ -58,20 +58,45 @@ describe('pods', () => {
     const { cluster, gateway } = await openCluster();
     const engine = await cluster.engine({ isReady: false });
     expect(await statusOf(gateway, 'base')).toBe(503);
-    await engine.setReady(true);
+    engine.fake.isReady = true;
     await served(gateway);
 
     engine.fake.script = answerForever;
     const received = engine.fake.nextReceived();
     const stream = await gateway.chat(chatBody({ stream: true }));
     const { res } = await received;
-    await engine.setReady(false);
+    engine.fake.isReady = false;
     await until(
       () => statusOf(gateway, 'base'),
       (status) => status === 503,
     );
     res.end('data: [DONE]\n\n');
     expect(await stream.text()).toBe(`${chunkEvent('fake')}data: [DONE]\n\n`);
+  });
+
+  test('one that answers gets requests, also while its pod is said to be not ready; none when its pod has ended', async () => {
+    const { cluster, gateway } = await openCluster();
+    const said = await cluster.engine();
+    const readyOf = (engine: Engine) =>
+      metricOf(gateway, `motet_gateway_engine_ready{engine="${engine.pod}"}`);
+    await served(gateway);
+    await said.setPodStatus({ isReady: false });
+    // What is said of a pod comes in order: when this one is known, so is the other's new status.
+    const later = await cluster.engine();
+    await until(
+      () => readyOf(later),
+      (value) => value === 1,
+    );
+    expect(await readyOf(said)).toBe(1);
+
+    await said.setPodStatus({ phase: 'Failed', isReady: false });
+    await until(
+      () => readyOf(said),
+      (value) => value === null,
+    );
+    const before = said.fake.received.length;
+    for (let i = 0; i < 4; i += 1) expect(await statusOf(gateway, 'base')).toBe(200);
+    expect(said.fake.received).toHaveLength(before);
   });
 
   test('one that is being deleted gets no new requests, and its stream goes on', async () => {
@@ -419,12 +444,12 @@ test('an engine that streams is not cut when the gateway restarts its look at it
   const received = fake.nextReceived();
   const stream = await gateway.chat(chatBody({ stream: true }));
   const { res } = await received;
-  await engine.setReady(false);
+  fake.isReady = false;
   await until(
     () => metricOf(gateway, `motet_gateway_engine_ready{engine="${engine.pod}"}`),
     (value) => value === 0,
   );
-  await engine.setReady(true);
+  fake.isReady = true;
   await until(
     () => metricOf(gateway, `motet_gateway_engine_ready{engine="${engine.pod}"}`),
     (value) => value === 1,

@@ -26,8 +26,8 @@ const rules = [
 export type Engine = {
   pod: string;
   fake: FakeEngine;
-  /** Says whether the pod is ready, and where it is. */
-  setReady(isReady: boolean): Promise<void>;
+  /** What the kubelet and the node controller say of the pod. What the engine itself says is in `fake`. */
+  setPodStatus(status: { phase?: 'Running' | 'Failed'; isReady?: boolean }): Promise<void>;
   /** Deletes the pod; it stays, terminating, when it was made with a finalizer. */
   deletePod(): Promise<void>;
 };
@@ -40,6 +40,7 @@ type EngineOptions = {
   adapters?: string[];
   /** An engine that is there already, at whose address the pod is. */
   fake?: FakeEngine;
+  /** Default true. */
   isReady?: boolean;
   finalizers?: string[];
 };
@@ -111,16 +112,17 @@ export async function startCluster(plane: ControlPlane): Promise<Cluster> {
       const engine: Engine = {
         pod,
         fake,
-        async setReady(ready) {
-          const conditions = [{ type: 'Ready', status: ready ? 'True' : 'False' }];
-          const status = { phase: 'Running', podIP: '127.0.0.1', podIPs: [{ ip: '127.0.0.1' }], conditions };
+        async setPodStatus({ phase = 'Running', isReady = true }) {
+          const conditions = [{ type: 'Ready', status: isReady ? 'True' : 'False' }];
+          const status = { phase, podIP: '127.0.0.1', podIPs: [{ ip: '127.0.0.1' }], conditions };
           await core(`/pods/${pod}/status`, merge({ status }));
         },
         async deletePod() {
           await core(`/pods/${pod}`, { method: 'DELETE', query: { gracePeriodSeconds: '0' } });
         },
       };
-      await engine.setReady(isReady);
+      fake.isReady = isReady;
+      await engine.setPodStatus({ isReady });
       return engine;
     },
     gateway: (settings = {}) => gatewayFor([], { cluster: { namespace, kubeconfig }, ...settings }),
