@@ -262,7 +262,7 @@ struct AddonData {
 Napi::Value cpu_info(const Napi::CallbackInfo& info) {
   auto out = Napi::Object::New(info.Env());
   auto isas = Napi::Array::New(info.Env());
-  for (const char* name : {"avx512", "avx2", "scalar"})
+  for (const char* name : kInstructionSets)
     if (kernels_by_name(name)) isas.Set(isas.Length(), name);
   out.Set("isa", kernels().name);
   out.Set("isas", isas);

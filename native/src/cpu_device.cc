@@ -109,7 +109,7 @@ class CpuDevice final : public Device {
       }
       const Projection& p = projections[task.index];
       if (!reference_mode_ && is_quantized(p.weight->format)) {
-        kernels_.matmul_q(p.y, p.ldy, *p.weight, quantized_, num_rows, task.begin, task.end);
+        kernels_.matmul_q(p.y, p.ldy, *p.weight, quantized_, task.begin, task.end);
       } else {
         kernels_.matmul_f(p.y, p.ldy, *p.weight, x, ldx, num_rows, task.begin, task.end);
       }
@@ -234,19 +234,18 @@ class CpuDevice final : public Device {
   }
 
   void quantize(const float* x, int64_t ldx, int num_rows, int k) {
-    const size_t rows = static_cast<size_t>(num_rows);
-    grow(q_bytes_, rows * k / 4 + 16);
-    grow(q_scales_, rows * (k / kActivationGroup));
-    const size_t groups = rows * (k / kActivationGroup);
-    q_integers_.resize(groups * 4);
-    int32_t* const integers = q_integers_.data();
-    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), integers, integers + groups * 2, integers + groups * 3, k};
-    over_rows(num_rows, int64_t{k} * 2, [&](int begin, int end) {
-      const int64_t group = int64_t{begin} * (k / kActivationGroup);
-      kernels_.quantize_rows({quantized_.q + int64_t{begin} * k, quantized_.scale + group, quantized_.sums + group * 2, quantized_.peak_words + group,
-                              quantized_.peak_chunks + group, k},
-                             x + begin * ldx, ldx, end - begin);
-    });
+    const size_t places = static_cast<size_t>(num_rows) * (k / kActivationGroup) + kRowBlock;
+    grow(q_bytes_, places * 2 * kActivationGroup / sizeof(float));
+    grow(q_scales_, places);
+    grow(q_offsets_, places);
+    if (q_chunks_.size() < places) {
+      q_sums_.resize(2 * places);
+      q_chunks_.resize(places);
+      q_highs_.resize(places);
+    }
+    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), q_offsets_.data.get(), q_sums_.data(), q_chunks_.data(),
+                  q_highs_.data(), k, num_rows};
+    over_rows(num_rows, int64_t{k} * 2, [&](int begin, int end) { kernels_.quantize_rows(quantized_, x, ldx, begin, end); });
   }
 
   // Lists the modules that this projection's adapters have, and gives each its place in the shrink buffer.
@@ -320,9 +319,9 @@ class CpuDevice final : public Device {
   size_t arena_bytes_;
   bool reference_mode_;
   ThreadPool pool_;
-  Buffer q_bytes_, q_scales_, shrunk_, base_, scratch_, sample_scratch_;
+  Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, sample_scratch_;
   QuantizedRows quantized_{};
-  std::vector<int32_t> q_integers_;  // sums, peak words, peak chunks
+  std::vector<int32_t> q_sums_, q_chunks_, q_highs_;
   std::vector<Delta> deltas_;
   std::vector<Task> tasks_;
   std::vector<int32_t> row_indices_, page_of_row_;

@@ -1,8 +1,8 @@
 // What share of the memory's read rate does a product with one row reach, and what share of the int8 peak one
 // with many?
 //
-//   matmul_bench [threads] [repetitions]      default: 2 threads, 15 repetitions; MOTET_ISA chooses the
-//   kernels
+//   matmul_bench [threads] [repetitions] [format]   default: 2 threads, 15 repetitions, all formats; MOTET_ISA chooses
+//   the kernels
 //
 // Every line gives the best and the median of the repetitions. Both roofs are measured in the same run,
 // because they move with whatever else the machine does.
@@ -39,12 +39,13 @@ Seconds time_of(const std::function<void()>& function) {
   return {all.front(), all[all.size() / 2]};
 }
 
-// 64-byte aligned bytes filled with a pattern.
+// 64-byte aligned bytes filled with a pattern that is a number of ordinary size as f16, bf16 and f32 alike: some
+// processors are slow with denormals.
 struct Buffer {
   explicit Buffer(size_t size)
       : size(size), data(static_cast<uint8_t*>(std::aligned_alloc(64, (size + 63) / 64 * 64))) {
     for (size_t i = 0; i < size; ++i)
-      data[i] = static_cast<uint8_t>(i * 2654435761u >> 24) & 0x3f;  // a small f16 wherever it lies
+      data[i] = static_cast<uint8_t>((i * 2654435761u >> 24 & 0x0f) | 0x30);
   }
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;
@@ -87,7 +88,7 @@ double read_roof(ThreadPool& pool, const Buffer& buffer) {  // GB/s
 
 double integer_roof([[maybe_unused]] ThreadPool& pool) {  // GOP/s; 0 where there is no such instruction
 #if defined(__x86_64__)
-  if (std::strcmp(kernels().name, "avx512") == 0) {
+  if (kernels_by_name("avx512") != nullptr) {
     constexpr int64_t kCount = 20000000;
     const Seconds s = time_of([&] { pool.run(pool.num_threads(), [](int, int) { dot_products(kCount); }); });
     const double ops = 128.0 * kCount * pool.num_threads() / 1e9;
@@ -112,18 +113,19 @@ constexpr Case kFormats[] = {{"int4", WeightFormat::kInt4},
 void product(ThreadPool& pool, const Case& c, const Buffer& weights, int n, int k, int rows, double read_gb,
              double peak_gop) {
   const PackedMatrix w{c.format, n, k, weights.data};
-  std::vector<int8_t> q(size_t(rows) * k, 3);
-  std::vector<float> scale(size_t(rows) * k / 32, 0.01f), x(size_t(rows) * k, 0.01f), y(size_t(rows) * n);
-  std::vector<int32_t> sums(size_t(rows) * k / 16, 48), peak_words(scale.size(), 5),
-      peak_chunks(scale.size(), 3);
-  const QuantizedRows quantized{q.data(),          scale.data(),       sums.data(),
-                                peak_words.data(), peak_chunks.data(), k};
+  const Buffer q((size_t(rows) * k / 32 + kRowBlock) * 64);  // aligned, as the device has it
+  std::vector<float> scale(size_t(rows) * k / 32 + kRowBlock), offsets = scale, x(size_t(rows) * k), y(size_t(rows) * n);
+  std::vector<int32_t> sums(scale.size() * 2), peak_chunks(scale.size()), peak_highs(scale.size());
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 2654435761u >> 8 & 0xffff) - 32768;
+  const QuantizedRows quantized{reinterpret_cast<int8_t*>(q.data), scale.data(), offsets.data(), sums.data(), peak_chunks.data(),
+                                peak_highs.data(), k, rows};
+  kernels().quantize_rows(quantized, x.data(), k, 0, rows);
   const int tiles = static_cast<int>(num_tiles(n)), per_task = std::max(2, tiles / (pool.num_threads() * 8));
   const Seconds s = time_of([&] {
     pool.run((tiles + per_task - 1) / per_task, [&](int task, int) {
       const int begin = task * per_task, end = std::min(begin + per_task, tiles);
       if (is_quantized(c.format))
-        kernels().matmul_q(y.data(), n, w, quantized, rows, begin, end);
+        kernels().matmul_q(y.data(), n, w, quantized, begin, end);
       else
         kernels().matmul_f(y.data(), n, w, x.data(), k, rows, begin, end);
     });
@@ -148,13 +150,16 @@ int main(int argc, char** argv) {
   const Buffer big(size_t{256} << 20);
   std::printf("%s, %d threads; best and median of %d\n", kernels().name, threads, repetitions);
   const double read_gb = read_roof(pool, big), peak_gop = integer_roof(pool);
+  const auto is_wanted = [&](const Case& c) { return argc <= 3 || std::strcmp(argv[3], c.name) == 0; };
   std::printf("weights far larger than the caches, k 2048:\n");
   for (const Case& c : kFormats) {
+    if (!is_wanted(c)) continue;
     const int n = static_cast<int>((size_t{128} << 20) / packed_bytes(c.format, 16, 2048)) * 16;
     for (int rows : {1, 2, 4, 8, 16}) product(pool, c, big, n, 2048, rows, read_gb, peak_gop);
   }
   std::printf("weights of 2048 x 2048:\n");
   for (const Case& c : kFormats) {
+    if (!is_wanted(c)) continue;
     for (int rows : {8, 32, 128, 512}) product(pool, c, big, 2048, 2048, rows, read_gb, peak_gop);
   }
 }

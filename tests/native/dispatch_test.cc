@@ -1,5 +1,6 @@
 // Which instruction set is chosen, and that its table is whole.
 #include <cstdlib>
+#include <string_view>
 
 #include "reference.h"
 
@@ -13,7 +14,7 @@ TEST(DispatchTest, ScalarIsAlwaysThere) {
 }
 
 TEST(DispatchTest, EachTableCarriesItsName) {
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
+  for (const char* name : kInstructionSets) {
     const Kernels* k = kernels_by_name(name);
     if (k != nullptr) {
       EXPECT_STREQ(k->name, name);
@@ -26,11 +27,14 @@ TEST(DispatchTest, AnUnknownNameIsNull) {
   EXPECT_EQ(kernels_by_name(""), nullptr);
 }
 
+// Two differ from another in the integer product alone.
 TEST(DispatchTest, TablesShareNoFunction) {
   const std::vector<const Kernels*> all = reference::available_kernels();
   for (size_t i = 0; i < all.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
       EXPECT_NE(all[i]->matmul_q, all[j]->matmul_q);
+      if (std::string_view(all[j]->name) == "amx" && std::string_view(all[i]->name) == "avx512") continue;
+      if (std::string_view(all[j]->name) == "avxvnni" && std::string_view(all[i]->name) == "avx2") continue;
       EXPECT_NE(all[i]->attention, all[j]->attention);
       EXPECT_NE(all[i]->sample, all[j]->sample);
     }
@@ -50,7 +54,7 @@ TEST(DispatchDeathTest, TheEnvironmentOverrides) {
 
 TEST(DispatchDeathTest, TheBestIsChosenByDefault) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  const char* best = reference::available_kernels().back()->name;
+  const char* best = reference::available_kernels().front()->name;
   EXPECT_EXIT(std::exit(exit_code_for("", best)), testing::ExitedWithCode(0), "");
 }
 

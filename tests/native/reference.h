@@ -4,6 +4,7 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -206,30 +207,47 @@ inline AlignedVector<uint8_t> pack(const Matrix& m) {
 struct Rows {
   int num_rows, k;
   std::vector<int8_t> q;
-  std::vector<float> scale;
-  std::vector<int32_t> sums, peak_words, peak_chunks;
+  std::vector<float> scale, offsets;
+  std::vector<int32_t> sums, peak_chunks, peak_highs;
 
   Rows(int num_rows, int k)
       : num_rows(num_rows),
         k(k),
-        q(size_t(num_rows) * k),
-        scale(size_t(num_rows) * k / 32),
-        sums(size_t(num_rows) * k / 16),
-        peak_words(scale.size()),
-        peak_chunks(scale.size()) {}
-  QuantizedRows view(int row = 0) {
-    const size_t group = size_t(row) * k / 32;
-    return {q.data() + size_t(row) * k, scale.data() + group,       sums.data() + 2 * group,
-            peak_words.data() + group,  peak_chunks.data() + group, k};
+        q((size_t(num_rows) * k / 32 + kRowBlock) * 64),
+        scale(size_t(num_rows) * k / 32 + kRowBlock),
+        offsets(scale.size()),
+        sums(scale.size() * 2),
+        peak_chunks(scale.size()),
+        peak_highs(scale.size()) {}
+  QuantizedRows view() {
+    return {q.data(),           scale.data(),      offsets.data(), sums.data(),
+            peak_chunks.data(), peak_highs.data(), k,              num_rows};
   }
-  // The whole integer of one value: q, and the peak's high part where it is the peak.
+  size_t at(int row, int feature) const {
+    const int block = row / 16, height = std::min(16, num_rows - 16 * block);
+    return size_t(block) * 16 * (k / 32) + size_t(feature / 32) * height + row % 16;
+  }
+  int8_t& low(int row, int feature) { return q[at(row, feature) * 64 + feature % 32]; }
+  // The whole integer of one value.
   int integer(int row, int feature) const {
-    const size_t group = size_t(row) * k / 32 + feature / 32;
+    const size_t group = at(row, feature);
     const int place = feature % 32;
-    const int high = peak_chunks[group] == place / 4
-                         ? static_cast<int8_t>(static_cast<uint32_t>(peak_words[group]) >> (8 * (place % 4)))
-                         : 0;
-    return q[size_t(row) * k + feature] + 128 * high;
+    const int top = peak_chunks[group] == place / 4
+                        ? static_cast<int8_t>(static_cast<uint32_t>(peak_highs[group]) >> (8 * (place % 4)))
+                        : 0;
+    return q[group * 64 + place] + 16 * q[group * 64 + 32 + place] + 2048 * top;
+  }
+  // Makes a value the peak of its group, its integer low + 128 · high, and brings what is said of the group in line.
+  void set_peak(int row, int feature, int high) {
+    const size_t group = at(row, feature);
+    const int place = feature % 32;
+    const int top = static_cast<int>(std::floor((high + 8) / 16.0));
+    q[group * 64 + 32 + place] = static_cast<int8_t>(8 * (high - 16 * top));
+    peak_chunks[group] = place / 4;
+    peak_highs[group] = static_cast<int32_t>(static_cast<uint32_t>(top & 255) << (8 * (place % 4)));
+    sums[group * 2] = sums[group * 2 + 1] = 0;
+    for (int i = 0; i < 32; ++i) sums[group * 2 + i / 16] += integer(row, feature / 32 * 32 + i);
+    offsets[group] = scale[group] * static_cast<float>(sums[group * 2] + sums[group * 2 + 1]);
   }
 };
 
@@ -249,19 +267,17 @@ inline Rows quantize(const std::vector<float>& x, int num_rows, int k) {
       }
       float scale = std::fmax(second / 127, std::fabs(from[peak]) / 16319);
       if (scale < std::numeric_limits<float>::min()) scale = 0;
-      const size_t at = size_t(r) * (k / 32) + group;
-      out.scale[at] = scale;
+      out.scale[out.at(r, group * 32)] = scale;
+      int high = 0;
       for (int i = 0; i < 32; ++i) {
-        int n = scale == 0 ? 0 : static_cast<int>(std::nearbyint(from[i] / scale));
-        out.sums[at * 2 + i / 16] += n;
+        int n = scale == 0 ? 0 : static_cast<int>(std::nearbyint(from[i] * (1 / scale)));
         if (i == peak) {
-          const int high = static_cast<int>(std::floor((n + 64) / 128.0));
-          out.peak_words[at] = static_cast<int32_t>(static_cast<uint32_t>(high & 255) << (8 * (i % 4)));
-          out.peak_chunks[at] = i / 4;
+          high = static_cast<int>(std::floor((n + 64) / 128.0));
           n -= 128 * high;
         }
-        out.q[size_t(r) * k + group * 32 + i] = static_cast<int8_t>(n);
+        out.low(r, group * 32 + i) = static_cast<int8_t>(n);
       }
+      out.set_peak(r, group * 32 + peak, high);
     }
   }
   return out;
@@ -276,7 +292,7 @@ class KernelTest : public testing::TestWithParam<const Kernels*> {
 
 inline std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> out;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
+  for (const char* name : kInstructionSets) {
     if (const Kernels* k = kernels_by_name(name)) out.push_back(k);
   }
   return out;

@@ -1,4 +1,10 @@
 // Chooses the instruction set once, at first use. Compiled for the plain processor.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -18,6 +24,12 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avxvnni {
+void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin, int tile_end);
+}
+namespace amx {
+void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin, int tile_end);
+}
 
 namespace {
 
@@ -33,11 +45,38 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
+// The 256-bit integer products that processors without AVX-512 have.
+bool has_avxvnni() {
+  uint32_t a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+
+// Tile registers have to be asked for, once in a process; the answer counts for threads that start later too.
+bool has_amx() {
+  uint32_t a, b, c, d;
+  if (!has_avx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  const bool has_tile = (d >> 24 & 1) != 0, has_int8 = (d >> 25 & 1) != 0;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool is_granted = has_tile && has_int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return is_granted;
+}
+
+// One set with another's integer product.
+Kernels with_matmul_q(const char* name, Kernels table, decltype(Kernels::matmul_q) matmul_q) {
+  table.name = name;
+  table.matmul_q = matmul_q;
+  return table;
+}
+
 }  // namespace
 #endif
 
 const Kernels* kernels_by_name(const char* name) {
 #if defined(__x86_64__)
+  static const Kernels amx_table = with_matmul_q("amx", avx512::table, amx::matmul_q);
+  static const Kernels avxvnni_table = with_matmul_q("avxvnni", avx2::table, avxvnni::matmul_q);
+  if (std::strcmp(name, "amx") == 0) return has_amx() ? &amx_table : nullptr;
+  if (std::strcmp(name, "avxvnni") == 0) return has_avxvnni() ? &avxvnni_table : nullptr;
   if (std::strcmp(name, "avx512") == 0) return has_avx512() ? &avx512::table : nullptr;
   if (std::strcmp(name, "avx2") == 0) return has_avx2() ? &avx2::table : nullptr;
 #endif
@@ -49,11 +88,13 @@ namespace {
 const Kernels& choose() {
   if (const char* wanted = std::getenv("MOTET_ISA"); wanted != nullptr && *wanted != '\0') {
     if (const Kernels* named = kernels_by_name(wanted)) return *named;
-    throw std::runtime_error(
-        "MOTET_ISA: expected an instruction set of this processor (scalar, avx2 or avx512), got " +
-        std::string(wanted));
+    std::string expected;
+    for (const char* name : kInstructionSets)
+      if (kernels_by_name(name) != nullptr) expected += (expected.empty() ? "" : ", ") + std::string(name);
+    throw std::runtime_error("MOTET_ISA: expected an instruction set of this processor (" + expected +
+                             "), got " + std::string(wanted));
   }
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : kInstructionSets) {
     if (const Kernels* best = kernels_by_name(name)) return *best;
   }
   return scalar::table;

@@ -20,15 +20,36 @@ namespace motet {
 // its greatest, may have an integer of up to 14 bits, so that an outlier does not cost its 31 neighbours their precision:
 //   n = q for all but the peak;  n = q + 128 · h for the peak, h from −127 to 127.
 // On SmolLM2-135M this brings the divergence from f32 activations down from 0.0037 to 0.0005 nats.
+//
+// h is kept in two bytes: 128 · h = 16 · m + 2048 · t, m from −64 to 56. Four-bit weights times 16 fit a byte, so that the
+// middle part m is one more integer product; t is 0 unless the peak is more than seven times the second greatest value.
+//
+// Rows lie in blocks of kRowBlock (the last one has the rest), group by group: what a product with a tile of weights
+// reads together is together, whatever K is. Every array has kRowBlock places more than it needs, which are read and mean
+// nothing; those of peak_chunks hold 0 to 7.
+inline constexpr int kRowBlock = 16;
 struct QuantizedRows {
-  int8_t* q;             // [R, K]
-  float* scale;          // [R, K/32]
-  int32_t* sums;         // [R, K/16]  sum of n over each 16 input features
-  int32_t* peak_words;   // [R, K/32]  h as a byte at the peak's place among its four input features, the others 0
-  int32_t* peak_chunks;  // [R, K/32]  which four input features of the group those are, 0 to 7
+  // At `at(row, group)`, [R, K/32] each, with …
+  int8_t* q;             // … [2, 32]  the low parts q, then m at the peak's place and 0 elsewhere
+  float* scale;          // … []
+  float* offsets;        // … []   scale · f32(Σ n over the group): what a weight's min is multiplied by
+  int32_t* sums;         // … [2]  sum of n over each 16 input features
+  int32_t* peak_chunks;  // … []   which four input features of the group the peak is among, 0 to 7
+  int32_t* peak_highs;   // … []   t as a byte at the peak's place among those four, the others 0
   int32_t k;             // K, a multiple of 32
+  int32_t num_rows;      // R
+
+  int block_rows(int64_t row) const {  // rows of the block that `row` is in
+    const int64_t left = num_rows - row / kRowBlock * kRowBlock;
+    return static_cast<int>(left < kRowBlock ? left : kRowBlock);
+  }
+  int64_t at(int64_t row, int64_t group) const {
+    return row / kRowBlock * kRowBlock * (k / kActivationGroup) + group * block_rows(row) + row % kRowBlock;
+  }
 };
-inline constexpr int kPeakShift = 7;            // h counts 128ths
+inline constexpr int kHighShift = 7;               // h counts 128ths
+inline constexpr int kPeakShift = 4;               // m counts 16ths
+inline constexpr int kWideShift = 11;              // t counts 2048ths
 inline constexpr float kPeakMax = 127 * 128 + 63;  // the greatest |n| of a peak
 
 // The keys and values of one layer in the device arena. A block is one page: kBlockTokens positions, all layers.
@@ -98,18 +119,18 @@ struct SampleResult {
 };
 
 struct Kernels {
-  const char* name;  // "avx512", "avx2", "scalar"
+  const char* name;  // one of kInstructionSets
 
-  // x [R, K] (stride ldx) to int8 groups. The peak is the first value of greatest magnitude.
-  //   scale = max(second greatest |x| / 127, greatest |x| / kPeakMax), n = round-half-even(x / scale), h = ⌊(n + 64) / 128⌋
+  // Rows [row_begin, row_end) of x [R, K] (stride ldx) to int8 groups. The peak is the first value of greatest magnitude.
+  //   scale = max(second greatest |x| / 127, greatest |x| / kPeakMax), n = round-half-even(x · (1 / scale)), h = ⌊(n + 64) / 128⌋
   // A group that is too small to divide by has scale 0; one with a value that is not finite has scale NaN.
-  void (*quantize_rows)(const QuantizedRows& out, const float* x, int64_t ldx, int num_rows);
+  void (*quantize_rows)(const QuantizedRows& out, const float* x, int64_t ldx, int row_begin, int row_end);
 
   // y[r][n] = Σ_k x[r][k] · w[n][k] for the tiles [tile_begin, tile_end), integer dot products per group:
   //   y = fma chain over groups, in order, from 0:  y ← fma(f32(Σ q_w·n_x − zero·Σ n_x), scale_w·scale_x, y), then
   //   y ← fma(min, scale_x·f32(Σ n_x), y) where the format has a min.
   // y has room for whole tiles (ldy ≥ 16·numTiles). Quantised formats only.
-  void (*matmul_q)(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int num_rows, int tile_begin, int tile_end);
+  void (*matmul_q)(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin, int tile_end);
 
   // The same with f32 activations, any format: w dequantised as fma(f32(q − zero), scale, min), y ← fma(w, x, y) over k in order.
   void (*matmul_f)(float* y, int64_t ldy, const PackedMatrix& w, const float* x, int64_t ldx, int num_rows, int tile_begin, int tile_end);
@@ -152,7 +173,10 @@ struct Kernels {
   SampleResult (*sample)(float* logits, int vocab, const SampleParams& params, int32_t* top_ids, float* top_logprobs, void* scratch);
 };
 
-// The table for this processor; MOTET_ISA=scalar|avx2|avx512 overrides (an instruction set that is absent is an error).
+// Best first. "amx" is "avx512" and "avxvnni" is "avx2" with another matmul_q.
+inline constexpr const char* kInstructionSets[] = {"amx", "avx512", "avxvnni", "avx2", "scalar"};
+
+// The table for this processor; MOTET_ISA names another (an instruction set that is absent is an error).
 const Kernels& kernels();
 // One by name, or null when this processor cannot run it: for tests.
 const Kernels* kernels_by_name(const char* name);

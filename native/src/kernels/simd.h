@@ -20,7 +20,8 @@
 //   operators < <= > >= == on f32x16 and > == on i32x16 giving mask16; select(mask, if_true, if_false), bits,
 //   first_n
 //   load_f16, load_bf16, store_f16, store_bf16 (round to nearest even)
-//   load_bytes, bytes_word (a 32-bit word in every lane), low_nibbles, high_nibbles
+//   load_bytes, store_bytes, bytes_word (a 32-bit word in every lane), bytes_all (one byte everywhere), low_nibbles,
+//   high_nibbles, subtract_bytes and times16 (each byte modulo 256)
 //   dot4(acc, u8, s8): acc[i] += Σ_{j<4} u8[4i + j] · s8[4i + j], exact
 //   dot4_u7: the same, for u8 at most 127
 #pragma once

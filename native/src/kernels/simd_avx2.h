@@ -207,6 +207,10 @@ MOTET_INLINE int32_t reduce_add(i32x16 x) {
 MOTET_INLINE u8x64 load_bytes(const void* p) {
   return {load_256(p), load_256(static_cast<const __m256i*>(p) + 1)};
 }
+MOTET_INLINE void store_bytes(void* p, u8x64 x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, x.b);
+}
 MOTET_INLINE u8x64 bytes_word(const void* p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);
@@ -221,6 +225,18 @@ MOTET_INLINE u8x64 high_nibbles(u8x64 x) {
   return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask),
           _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
 }
+MOTET_INLINE u8x64 bytes_all(int byte) {
+  const __m256i all = _mm256_set1_epi8(static_cast<char>(byte));
+  return {all, all};
+}
+MOTET_INLINE u8x64 subtract_bytes(u8x64 x, u8x64 y) {
+  return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)};
+}
+MOTET_INLINE u8x64 times16(u8x64 x) {
+  const __m256i mask = _mm256_set1_epi8(-16);
+  return {_mm256_and_si256(_mm256_slli_epi16(x.a, 4), mask),
+          _mm256_and_si256(_mm256_slli_epi16(x.b, 4), mask)};
+}
 // vpmaddubsw saturates at 16 bits for u8 above 127, so even and odd bytes are widened and multiplied apart.
 MOTET_INLINE __m256i dot4_half(__m256i acc, __m256i u, __m256i s) {
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
@@ -228,6 +244,12 @@ MOTET_INLINE __m256i dot4_half(__m256i acc, __m256i u, __m256i s) {
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
   return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }
+#if defined(MOTET_ISA_avxvnni)
+MOTET_INLINE i32x16 dot4(i32x16 acc, u8x64 u, u8x64 s) {
+  return {_mm256_dpbusd_avx_epi32(acc.a, u.a, s.a), _mm256_dpbusd_avx_epi32(acc.b, u.b, s.b)};
+}
+MOTET_INLINE i32x16 dot4_u7(i32x16 acc, u8x64 u, u8x64 s) { return dot4(acc, u, s); }
+#else
 MOTET_INLINE i32x16 dot4(i32x16 acc, u8x64 u, u8x64 s) {
   return {dot4_half(acc.a, u.a, s.a), dot4_half(acc.b, u.b, s.b)};
 }
@@ -236,5 +258,6 @@ MOTET_INLINE i32x16 dot4_u7(i32x16 acc, u8x64 u, u8x64 s) {
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(u.a, s.a), ones)),
           _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, s.b), ones))};
 }
+#endif
 
 }  // namespace motet::MOTET_ISA

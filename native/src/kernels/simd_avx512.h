@@ -128,6 +128,7 @@ MOTET_INLINE float reduce_max(f32x16 a) {
 MOTET_INLINE int32_t reduce_add(i32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 
 MOTET_INLINE u8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+MOTET_INLINE void store_bytes(void* p, u8x64 a) { _mm512_storeu_si512(p, a.v); }
 MOTET_INLINE u8x64 bytes_word(const void* p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);
@@ -136,6 +137,11 @@ MOTET_INLINE u8x64 bytes_word(const void* p) {
 MOTET_INLINE u8x64 low_nibbles(u8x64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 MOTET_INLINE u8x64 high_nibbles(u8x64 a) {
   return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+MOTET_INLINE u8x64 bytes_all(int byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
+MOTET_INLINE u8x64 subtract_bytes(u8x64 a, u8x64 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+MOTET_INLINE u8x64 times16(u8x64 a) {
+  return {_mm512_and_si512(_mm512_slli_epi16(a.v, 4), _mm512_set1_epi8(-16))};
 }
 // As assembly: round the intrinsic gcc 12 adds register moves and spills in loops with many accumulators.
 MOTET_INLINE i32x16 dot4(i32x16 acc, u8x64 u, u8x64 s) {

@@ -194,6 +194,7 @@ MOTET_INLINE u8x64 load_bytes(const void* p) {
   __builtin_memcpy(out.v, p, 64);
   return out;
 }
+MOTET_INLINE void store_bytes(void* p, u8x64 a) { __builtin_memcpy(p, a.v, 64); }
 MOTET_INLINE u8x64 bytes_word(const void* p) {
   u8x64 out;
   for (int i = 0; i < 16; ++i) __builtin_memcpy(out.v + 4 * i, p, 4);
@@ -205,6 +206,19 @@ MOTET_INLINE u8x64 low_nibbles(u8x64 a) {
 }
 MOTET_INLINE u8x64 high_nibbles(u8x64 a) {
   for (int i = 0; i < 64; ++i) a.v[i] >>= 4;
+  return a;
+}
+MOTET_INLINE u8x64 bytes_all(int byte) {
+  u8x64 out;
+  for (int i = 0; i < 64; ++i) out.v[i] = static_cast<uint8_t>(byte);
+  return out;
+}
+MOTET_INLINE u8x64 subtract_bytes(u8x64 a, u8x64 b) {
+  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] - b.v[i]);
+  return a;
+}
+MOTET_INLINE u8x64 times16(u8x64 a) {
+  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] << 4);
   return a;
 }
 MOTET_INLINE i32x16 dot4(i32x16 acc, u8x64 u, u8x64 s) {

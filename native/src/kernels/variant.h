@@ -7,9 +7,9 @@
 
 namespace motet::MOTET_ISA {
 
-void quantize_rows(const QuantizedRows& out, const float* x, int64_t ldx, int num_rows);
-void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int num_rows,
-              int tile_begin, int tile_end);
+void quantize_rows(const QuantizedRows& out, const float* x, int64_t ldx, int row_begin, int row_end);
+void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
+              int tile_end);
 void matmul_f(float* y, int64_t ldy, const PackedMatrix& w, const float* x, int64_t ldx, int num_rows,
               int tile_begin, int tile_end);
 void unpack_row(float* out, const PackedMatrix& w, int32_t n);

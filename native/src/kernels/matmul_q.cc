@@ -1,0 +1,468 @@
+// y = x · wᵀ over packed tiles with int8 activations (kernels.h: QuantizedRows).
+//
+// Few rows are bound by reading the weights: they go over the packed bytes as these come from memory, all rows at once.
+// Many rows are bound by arithmetic: a pair of tiles is unpacked a chunk of K at a time into a buffer that fits the first
+// level of cache, and then all rows go over it, their sums waiting in y between chunks. Where the processor has integer
+// tile registers (AMX), blocks of sixteen rows use those.
+//
+// Integer products are exact and every row takes its sums through the same operations in the same order, so that the
+// ways give the same bits, and the choice is free to follow the number of rows.
+#include "simd.h"
+#include "tile.h"
+#include "variant.h"
+
+namespace motet::MOTET_ISA {
+namespace {
+
+// Rows and tiles of the biggest block: what the registers hold.
+#if defined(MOTET_ISA_avx512)
+constexpr int kMaxRows = 6, kTiles = 2;
+#elif defined(MOTET_ISA_avx2)
+constexpr int kMaxRows = 4, kTiles = 1;
+#else
+constexpr int kMaxRows = 2, kTiles = 1;
+#endif
+// Weights are asked for (into the second-level cache) before they are needed: while one pair of tiles is
+// worked on, the next pair where two fit beside each other, else a little further on in the same tiles.
+constexpr int64_t kPrefetchPairBytes = 128 << 10;
+constexpr int64_t kPrefetchBytes = 3072;
+
+// The rows of one block (kernels.h) from one of them on.
+struct RowsOfBlock {
+  const QuantizedRows& x;
+  int64_t first;   // place of group 0 of the first of these rows
+  int64_t height;  // places from group to group
+
+  MOTET_INLINE RowsOfBlock(const QuantizedRows& x, int64_t row)
+      : x(x), first(x.at(row, 0)), height(x.block_rows(row)) {}
+};
+
+// What a row says of one group of weights.
+template <WeightFormat kFormat>
+struct GroupOfRow {
+  static constexpr int kGroupsPerScale = kActivationGroup / format_info(kFormat).group_size;
+
+  int64_t at;
+  const int8_t* low;   // the low parts of its integers
+  const int8_t* peak;  // four bytes: the middle part of the peak at its place, or zeros
+  int32_t wide;        // the high part of the peak as a byte at its place, or zeros
+  int chunk;           // which vector of weights the four belong to
+  int32_t sum;         // of its integers
+
+  MOTET_INLINE GroupOfRow(const RowsOfBlock& rows, int64_t r, int64_t g) {
+    static constexpr int32_t kNone = 0;
+    const QuantizedRows& x = rows.x;
+    at = rows.first + g / kGroupsPerScale * rows.height + r;
+    const int8_t* bytes = x.q + at * 2 * kActivationGroup;
+    const int32_t* s = x.sums + at * 2;
+    chunk = x.peak_chunks[at];
+    peak = bytes + kActivationGroup + 4 * chunk;
+    wide = x.peak_highs[at];
+    if constexpr (kGroupsPerScale == 1) {
+      low = bytes;
+      sum = s[0] + s[1];
+    } else {
+      const int half = static_cast<int>(g % 2);
+      low = bytes + kActivationGroup / 2 * half;
+      sum = s[half];
+      const bool is_here = chunk / 4 == half;
+      chunk &= 3;
+      if (!is_here) peak = reinterpret_cast<const int8_t*>(&kNone), wide = 0;
+    }
+  }
+};
+
+// Four input features of one row, the same in every column.
+template <WeightFormat kFormat>
+MOTET_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 w, u8x64 x) {
+  return format_info(kFormat).bits == 4 ? dot4_u7(acc, w, x) : dot4(acc, w, x);
+}
+
+// y [kRows][num_tiles · 16] for all rows of x, straight from the packed bytes. Fewer tiles than kTiles: the last is
+// computed more than once. near and next: what to ask for, in bytes ahead; 0: nothing.
+template <WeightFormat kFormat, int kRows>
+void block_few(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x,
+                      int64_t near, int64_t next) {
+  using T = Tile<kFormat>;
+  constexpr FormatInfo kInfo = T::kInfo;
+  const int64_t k = x.k;
+  const T tile[2] = {T(tiles, k), T(tiles + (num_tiles - 1) * T::bytes(k), k)};
+  const RowsOfBlock rows(x, 0);
+  const int64_t groups = k / kInfo.group_size;
+  // 4-bit weights of the group at hand, brought to bytes: a row's peak may be in any of its vectors.
+  u8x64 unpacked[kTiles][kInfo.bits == 4 ? 8 : 1];
+
+  f32x16 acc[kRows][kTiles];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t) acc[r][t] = f32_zero();
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    i32x16 dot[kRows][kTiles];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const i32x16 start =
+          kInfo.zero == 0 ? i32_zero() : i32_set1(-kInfo.zero * GroupOfRow<kFormat>(rows, r, g).sum);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) dot[r][t] = start;
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < T::kGroupBytes / 64; ++c) {
+      u8x64 low[kTiles], high[kTiles];
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) {
+        const uint8_t* p = tile[t].group(g) + 64 * c;
+        prefetch_l2(p + near);
+        if (next != 0) prefetch_l2(p + next);
+        const u8x64 bytes = load_bytes(p);
+        low[t] = kInfo.bits == 4 ? low_nibbles(bytes) : bytes;
+        if constexpr (kInfo.bits == 4) {
+          high[t] = high_nibbles(bytes);
+          unpacked[t][c] = low[t];
+          unpacked[t][c + 4] = high[t];
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const int8_t* from = GroupOfRow<kFormat>(rows, r, g).low + 4 * c;
+        const u8x64 x_low = bytes_word(from);
+#pragma GCC unroll 2
+        for (int t = 0; t < kTiles; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], low[t], x_low);
+        if constexpr (kInfo.bits == 4) {
+          const u8x64 x_high = bytes_word(from + 16);
+#pragma GCC unroll 2
+          for (int t = 0; t < kTiles; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], high[t], x_high);
+        }
+      }
+    }
+    const auto weights = [&](int t, int chunk) __attribute__((always_inline)) {
+      if constexpr (kInfo.bits == 4) return unpacked[t][chunk];
+      return load_bytes(tile[t].group(g) + 64 * chunk);
+    };
+    int32_t any_wide = 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const GroupOfRow<kFormat> group(rows, r, g);
+      any_wide |= group.wide;
+      const u8x64 x_peak = bytes_word(group.peak);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) {
+        const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights(t, group.chunk), x_peak);
+        dot[r][t] = dot[r][t] + shift_left<kPeakShift>(product);
+      }
+    }
+    if (__builtin_expect(any_wide != 0, 0)) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const GroupOfRow<kFormat> group(rows, r, g);
+        const u8x64 x_wide = bytes_word(&group.wide);
+#pragma GCC unroll 2
+        for (int t = 0; t < kTiles; ++t) {
+          const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights(t, group.chunk), x_wide);
+          dot[r][t] = dot[r][t] + shift_left<kWideShift>(product);
+        }
+      }
+    }
+    f32x16 scale[kTiles], min[kTiles];
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t) {
+      if (next != 0) prefetch_l2(tile[t].scales + g * T::kScaleStride + next);
+      scale[t] = tile[t].scale(g);
+      min[t] = tile[t].min(g);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = GroupOfRow<kFormat>(rows, r, g).at;
+      const f32x16 xs = f32_set1(x.scale[at]);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) {
+        acc[r][t] = fma(to_f32(dot[r][t]), scale[t] * xs, acc[r][t]);
+        if constexpr (kInfo.has_min) acc[r][t] = fma(min[t], f32_set1(x.offsets[at]), acc[r][t]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t)
+      if (t < num_tiles) store(y + r * ldy + t * kTileColumns, acc[r][t]);
+  }
+}
+
+// block_few with the number of rows as a template argument.
+template <WeightFormat kFormat, int kRows>
+MOTET_INLINE void few_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x,
+                           int64_t near, int64_t next) {
+  if constexpr (kRows > 0) {
+    if (x.num_rows == kRows) return block_few<kFormat, kRows>(y, ldy, tiles, num_tiles, x, near, next);
+    few_rows<kFormat, kRows - 1>(y, ldy, tiles, num_tiles, x, near, next);
+  }
+}
+
+// --- Many rows ---
+
+// One tile's weights of some groups, unpacked. Per group: its weights as bytes, a vector per four features; 4-bit ones
+// then once more, times 16, for the rows' peaks; the scales and mins in f32.
+template <WeightFormat kFormat, bool kSigned>
+struct Unpacked {
+  using T = Tile<kFormat>;
+  static constexpr FormatInfo kInfo = T::kInfo;
+  static constexpr int kVectors = kInfo.group_size / 4;
+  static constexpr bool kHasTimes16 = kInfo.bits == 4;
+  static constexpr int kScaleAt = 64 * kVectors * (kHasTimes16 ? 2 : 1);
+  static constexpr int kMinAt = kScaleAt + 64;
+  static constexpr int kBytes = kMinAt + (kInfo.has_min ? 64 : 0);
+
+  // ahead: what to ask for, in bytes from those read.
+  static void fill(uint8_t* out, const T& tile, int64_t g_begin, int64_t num_groups, int64_t ahead) {
+    const u8x64 zero = bytes_all(kSigned ? kInfo.zero : 0);
+    for (int64_t g = g_begin; g < g_begin + num_groups; ++g, out += kBytes) {
+      const auto put = [&](int c, u8x64 w) __attribute__((always_inline)) {
+        w = subtract_bytes(w, zero);
+        store_bytes(out + 64 * c, w);
+        if constexpr (kHasTimes16) store_bytes(out + 64 * (kVectors + c), times16(w));
+      };
+#pragma GCC unroll 8
+      for (int c = 0; c < T::kGroupBytes / 64; ++c) {
+        const uint8_t* p = tile.group(g) + 64 * c;
+        prefetch_l2(p + ahead);
+        const u8x64 bytes = load_bytes(p);
+        if constexpr (kInfo.bits == 4) {
+          put(c, low_nibbles(bytes));
+          put(c + 4, high_nibbles(bytes));
+        } else {
+          put(c, bytes);
+        }
+      }
+      store(reinterpret_cast<float*>(out + kScaleAt), tile.scale(g));
+      if constexpr (kInfo.has_min) store(reinterpret_cast<float*>(out + kMinAt), tile.min(g));
+    }
+  }
+};
+
+constexpr int kChunkFeatures = 256;
+// Rows whose sums wait beside each other between chunks. More rows unpack the weights again.
+constexpr int kPassRows = 256;
+constexpr int64_t kSumStride = kTiles * kTileColumns;
+
+// The groups [g_begin, g_begin + num_groups) of some tiles, unpacked, and the rows that go over them.
+struct Many {
+  const uint8_t* unpacked[kTiles];
+  int num_tiles;
+  const QuantizedRows* x;
+  int64_t g_begin, num_groups;
+  bool is_last;
+  float* y;  // of row 0, at the first tile's columns
+  int64_t ldy;
+
+  // The sums of a row for tile t wait at sums + 16 · kTiles · (row − first row of the pass) + 16 · t; the last chunk's
+  // go to y.
+  float* sums;
+  int64_t first_row;
+};
+
+// Adds the groups to the sums of num_rows rows of a block. Of fewer than kRows the rest is computed of what lies behind
+// them, and dropped.
+template <WeightFormat kFormat, int kRows>
+void block_many(const Many& m, int64_t row, int num_rows) {
+  using U = Unpacked<kFormat, false>;
+  constexpr FormatInfo kInfo = U::kInfo;
+  const QuantizedRows& x = *m.x;
+  const RowsOfBlock rows(x, row);
+  float* const sums = m.sums + (row - m.first_row) * kSumStride;
+
+  f32x16 acc[kRows][kTiles];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t)
+      acc[r][t] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride + t * kTileColumns);
+  }
+  const uint8_t* p[kTiles];
+  for (int t = 0; t < kTiles; ++t) p[t] = m.unpacked[t];
+  for (int64_t g = m.g_begin; g < m.g_begin + m.num_groups; ++g) {
+    i32x16 dot[kRows][kTiles];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const i32x16 start =
+          kInfo.zero == 0 ? i32_zero() : i32_set1(-kInfo.zero * GroupOfRow<kFormat>(rows, r, g).sum);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) dot[r][t] = start;
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < U::kVectors; ++c) {
+      u8x64 w[kTiles];
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) w[t] = load_bytes(p[t] + 64 * c);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const u8x64 word = bytes_word(GroupOfRow<kFormat>(rows, r, g).low + 4 * c);
+#pragma GCC unroll 2
+        for (int t = 0; t < kTiles; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], w[t], word);
+      }
+    }
+    int32_t any_wide = 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const GroupOfRow<kFormat> group(rows, r, g);
+      any_wide |= group.wide;
+      const u8x64 word = bytes_word(group.peak);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) {
+        const uint8_t* w = p[t] + 64 * group.chunk;
+        if constexpr (U::kHasTimes16) {
+          dot[r][t] = dot4(dot[r][t], load_bytes(w + 64 * U::kVectors), word);
+        } else {
+          dot[r][t] = dot[r][t] + shift_left<kPeakShift>(dot4(i32_zero(), load_bytes(w), word));
+        }
+      }
+    }
+    if (__builtin_expect(any_wide != 0, 0)) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const GroupOfRow<kFormat> group(rows, r, g);
+        const u8x64 word = bytes_word(&group.wide);
+#pragma GCC unroll 2
+        for (int t = 0; t < kTiles; ++t) {
+          const i32x16 product = dot4(i32_zero(), load_bytes(p[t] + 64 * group.chunk), word);
+          dot[r][t] = dot[r][t] + shift_left<kWideShift>(product);
+        }
+      }
+    }
+    f32x16 scale[kTiles], min[kTiles];
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t) {
+      scale[t] = load(reinterpret_cast<const float*>(p[t] + U::kScaleAt));
+      if constexpr (kInfo.has_min) min[t] = load(reinterpret_cast<const float*>(p[t] + U::kMinAt));
+      p[t] += U::kBytes;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = GroupOfRow<kFormat>(rows, r, g).at;
+      const f32x16 xs = f32_set1(x.scale[at]);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t) {
+        acc[r][t] = fma(to_f32(dot[r][t]), scale[t] * xs, acc[r][t]);
+        if constexpr (kInfo.has_min) acc[r][t] = fma(min[t], f32_set1(x.offsets[at]), acc[r][t]);
+      }
+    }
+  }
+  float* const out = m.is_last ? m.y + row * m.ldy : sums;
+  const int64_t stride = m.is_last ? m.ldy : kSumStride;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t)
+      if (r < num_rows && t < m.num_tiles) store(out + r * stride + t * kTileColumns, acc[r][t]);
+  }
+}
+
+#if !defined(MOTET_ISA_amx)
+template <WeightFormat kFormat>
+struct Amx {
+  static constexpr bool kUsed = false;
+  static void begin(int) {}
+  static void end() {}
+};
+#else
+}  // namespace
+}  // namespace motet::MOTET_ISA
+#include "matmul_q_amx.h"
+namespace motet::avx512 {
+void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
+              int tile_end);
+}
+namespace motet::MOTET_ISA {
+namespace {
+#endif
+
+// The rows [row, row + num_rows) of one block, in turns of an even number.
+template <WeightFormat kFormat>
+void rows_of_block(const Many& m, int64_t row, int num_rows) {
+  for (int r = 0; r < num_rows;) {
+    const int left = num_rows - r;
+    // What leaves one or two rows over would take a turn for them alone.
+    const int turn = left > kMaxRows && left < kMaxRows + 3 ? (left + 1) / 2 : left < kMaxRows ? left : kMaxRows;
+    if (turn > 4 && kMaxRows > 4) block_many<kFormat, kMaxRows>(m, row + r, turn);
+    else if (turn > 2 && kMaxRows > 2) block_many<kFormat, 4>(m, row + r, turn);
+    else block_many<kFormat, 2>(m, row + r, turn);
+    r += turn;
+  }
+}
+
+// num_tiles tiles for many rows. next_tiles: how many tiles on the next ones are; 0: there are none.
+template <WeightFormat kFormat>
+void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x,
+                      int64_t next_tiles) {
+  using T = Tile<kFormat>;
+  constexpr bool kAmx = Amx<kFormat>::kUsed;
+  using U = Unpacked<kFormat, kAmx && T::kInfo.zero != 0>;
+  constexpr int64_t kChunkGroups = kChunkFeatures / T::kInfo.group_size;
+  alignas(64) uint8_t unpacked[kTiles][kChunkGroups * U::kBytes];
+  alignas(64) float sums[(kPassRows + kMaxRows) * kSumStride];
+  const int64_t stride = T::bytes(x.k), groups = x.k / T::kInfo.group_size;
+  Many m{{}, num_tiles, &x, 0, 0, false, y, ldy, sums, 0};
+  for (int t = 0; t < kTiles; ++t) m.unpacked[t] = unpacked[t < num_tiles ? t : 0];
+  for (; m.first_row < x.num_rows; m.first_row += kPassRows) {
+    const int64_t end_row = x.num_rows - m.first_row < kPassRows ? x.num_rows : m.first_row + kPassRows;
+    for (int64_t g = 0; g < groups; g += kChunkGroups) {
+      m.g_begin = g;
+      m.num_groups = groups - g < kChunkGroups ? groups - g : kChunkGroups;
+      m.is_last = g + m.num_groups == groups;
+      // While the rows go over this chunk the next is on its way, or the first of the next tiles.
+      const int64_t ahead = m.is_last ? next_tiles * stride - g * T::kGroupBytes : m.num_groups * T::kGroupBytes;
+      for (int t = 0; t < num_tiles; ++t)
+        U::fill(unpacked[t], T(tiles + t * stride, x.k), g, m.num_groups, ahead);
+      for (int64_t row = m.first_row; row < end_row; row += kRowBlock) {
+        if constexpr (kAmx) Amx<kFormat>::rows(m, row, x.block_rows(row));
+        else rows_of_block<kFormat>(m, row, x.block_rows(row));
+      }
+    }
+  }
+}
+
+template <WeightFormat kFormat>
+void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x,
+                            int tile_begin, int tile_end) {
+  const int64_t stride = Tile<kFormat>::bytes(w.in_features);
+  const bool is_few = !Amx<kFormat>::kUsed && x.num_rows <= kMaxRows;
+  if (!is_few) Amx<kFormat>::begin(x.num_rows);
+  for (int64_t t = tile_begin; t < tile_end;) {
+    const int tiles = tile_end - t < kTiles ? static_cast<int>(tile_end - t) : kTiles;
+    float* out = y + t * kTileColumns;
+    const uint8_t* from = w.data + t * stride;
+    if constexpr (!Amx<kFormat>::kUsed) {
+      if (is_few) {
+        const bool fits = kTiles * stride <= kPrefetchPairBytes;
+        const bool has_next = fits && t + 2 * kTiles <= tile_end;
+        const int64_t near = t == tile_begin || !fits ? kPrefetchBytes : 0;
+        few_rows<kFormat, kMaxRows>(out, ldy, from, tiles, x, near, has_next ? kTiles * stride : 0);
+      }
+    }
+    if (!is_few) many_rows<kFormat>(out, ldy, from, tiles, x, t + tiles < tile_end ? tiles : 0);
+    t += tiles;
+  }
+  if (!is_few) Amx<kFormat>::end();
+}
+
+}  // namespace
+
+void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
+              int tile_end) {
+#if defined(MOTET_ISA_amx)
+  // A tile register that is half full takes as long as a full one.
+  if (x.num_rows < kRowBlock || format_info(w.format).group_size != kActivationGroup)
+    return avx512::matmul_q(y, ldy, w, x, tile_begin, tile_end);
+#endif
+  dispatch_format(w.format, [&]<WeightFormat kFormat>() __attribute__((always_inline)) {
+#if defined(MOTET_ISA_amx)
+    if constexpr (Amx<kFormat>::kUsed)
+#else
+    if constexpr (format_info(kFormat).group_size != 0)
+#endif
+      matmul_q_format<kFormat>(y, ldy, w, x, tile_begin, tile_end);
+  });
+}
+
+}  // namespace motet::MOTET_ISA

@@ -1,0 +1,205 @@
+// Blocks of rows on AMX's tile registers, for matmul_q.cc: a tile of 16 rows × 64 bytes of activations times one of 64
+// bytes × 16 columns of weights is one instruction. A packed group already is such a tile of weights (weights.h), and a
+// row's group one row of such a tile of activations (kernels.h).
+//   4 bits: [low parts | middle parts] · [w | 16 w], one product of 64 features
+//   8 bits: low parts · w, and middle parts · w, shifted left and added
+// Weights with a zero point are signed here, so that nothing has to be taken off the product.
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
+#pragma once
+#include "simd.h"
+#include "tile.h"
+
+namespace motet::MOTET_ISA {
+namespace {
+
+// Tile registers, two sets of products in turn: 0 and 1 of the low parts (4 bits: of both), 2 and 3 of the middle parts;
+// 4 and 5 activations, 6 and 7 weights. With one register for the activations or weights of both sets a product would wait
+// for the one before.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+template <WeightFormat kFormat>
+struct Amx {
+  static constexpr FormatInfo kInfo = format_info(kFormat);
+  static constexpr bool kUsed = kInfo.group_size == kActivationGroup;
+  static constexpr bool kSigned = kInfo.zero != 0;
+  using U = Unpacked<kFormat, kSigned>;
+  static constexpr int kRows = 16;
+  static constexpr int kBlockBytes = kRows * kTileColumns * 4;
+
+  static void configure(int rows) {
+    TileConfig config;
+    const auto set = [&](int tile, int num_rows, int num_bytes) {
+      config.rows[tile] = static_cast<uint8_t>(num_rows);
+      config.bytes_per_row[tile] = static_cast<uint16_t>(num_bytes);
+    };
+    const int features = kInfo.bits == 4 ? 2 * kActivationGroup : kActivationGroup;
+    constexpr int kProducts[] = {0, 1, 2, 3}, kActivations[] = {4, 5}, kWeights[] = {6, 7};
+    for (const int tile : kProducts) set(tile, rows, 64);
+    for (const int tile : kActivations) set(tile, rows, features);
+    for (const int tile : kWeights) set(tile, features / 4, 64);
+    // Not _tile_loadconfig: gcc 12's tells the compiler of the first eight bytes only.
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  }
+
+  // The number of a register is part of the instruction. What is read and written is said exactly: a clobber of all memory
+  // would send the sums there and back.
+  template <int kTile>
+  MOTET_INLINE static void load_tile(const void* from) {
+    using Bytes = const uint8_t[16 * 64];
+    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(int64_t{64}),
+                     "m"(*static_cast<Bytes*>(from)));
+  }
+  template <int kTile>
+  MOTET_INLINE static void store_tile(int32_t* to) {
+    using Sums = int32_t[kBlockBytes / 4];
+    __asm__ volatile("tilestored %%tmm%c1, (%2,%3,1)"
+                     : "=m"(*reinterpret_cast<Sums*>(to))
+                     : "i"(kTile), "r"(to), "r"(int64_t{64}));
+  }
+  template <int kTile, int kActivations, int kWeights>
+  MOTET_INLINE static void multiply() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
+    if constexpr (kSigned) {
+      __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTile), "i"(kActivations), "i"(kWeights));
+    } else {
+      __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTile), "i"(kActivations), "i"(kWeights));
+    }
+  }
+
+  // Starts the product of the rows with a group.
+  template <int kSet>
+  MOTET_INLINE static void start(const int8_t* x, const uint8_t* w) {
+    load_tile<6 + kSet>(w);
+    load_tile<4 + kSet>(x);
+    multiply<kSet, 4 + kSet, 6 + kSet>();
+    if constexpr (kInfo.bits == 8) {
+      load_tile<4 + kSet>(x + kActivationGroup);
+      multiply<2 + kSet, 4 + kSet, 6 + kSet>();
+    }
+  }
+
+  // Brings it to memory, for 8 bits the middle parts' product behind the other.
+  template <int kSet>
+  MOTET_INLINE static void finish(int32_t* products) {
+    store_tile<kSet>(products);
+    if constexpr (kInfo.bits == 8) store_tile<kSet + 2>(products + kBlockBytes / 4);
+  }
+
+  // The sum of one row with one group more.
+  MOTET_INLINE static f32x16 add_group(f32x16 sum, const int32_t* products, f32x16 scale, f32x16 min, float x_scale,
+                                       float x_offset) {
+    i32x16 dot = load_i32(products);
+    if constexpr (kInfo.bits == 8) dot = dot + shift_left<kPeakShift>(load_i32(products + kBlockBytes / 4));
+    sum = fma(to_f32(dot), scale * f32_set1(x_scale), sum);
+    if constexpr (kInfo.has_min) sum = fma(min, f32_set1(x_offset), sum);
+    return sum;
+  }
+
+  // A peak's high part is rare: it is added to the products in place.
+  static void add_highs(int32_t* products, const QuantizedRows& x, int64_t at, int rows, const uint8_t* w) {
+    for (int r = 0; r < rows; ++r) {
+      if (x.peak_highs[at + r] == 0) continue;
+      const u8x64 weights = load_bytes(w + 64 * x.peak_chunks[at + r]);
+      const u8x64 high = bytes_word(&x.peak_highs[at + r]);
+      i32x16 product;
+      if constexpr (kSigned) {
+        // The integer product wants unsigned weights: what the zero point adds is taken off again.
+        product = dot4(i32_zero(), add_bytes(weights, bytes_all(kInfo.zero)), high) -
+                  i32_set1(kInfo.zero * sum_of_bytes(x.peak_highs[at + r]));
+      } else {
+        product = dot4(i32_zero(), weights, high);
+      }
+      int32_t* const to = products + r * kTileColumns;
+      store_i32(to, load_i32(to) + shift_left<kWideShift>(product));
+    }
+  }
+
+  // Adds the groups to the sums of one block of rows for one tile of weights: kNum rows, or, when that is 0, num_rows.
+  template <int kNum>
+  static void block(const Many& m, int t, int64_t row, int num_rows, const int32_t* wide) {
+    const QuantizedRows& x = *m.x;
+    const int64_t first = x.at(row, m.g_begin), n = m.num_groups;
+    const int rows = kNum == 0 ? num_rows : kNum;
+    const uint8_t* const unpacked = m.unpacked[t];
+    float* const sums = m.sums + (row - m.first_row) * kSumStride + t * kTileColumns;
+    float* const out = m.is_last ? m.y + row * m.ldy + t * kTileColumns : sums;
+    const int64_t out_stride = m.is_last ? m.ldy : kSumStride;
+    // Two groups are multiplied while the two before are added.
+    alignas(64) int32_t products[2][2][2 * kBlockBytes / 4];
+    alignas(64) float kept[kNum == 0 ? kRows : 1][kTileColumns];
+    f32x16 acc[kNum == 0 ? 1 : kNum];
+#pragma GCC unroll 16
+    for (int r = 0; r < kNum; ++r) acc[r] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride);
+    for (int r = 0; kNum == 0 && r < rows; ++r)
+      store(kept[r], m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride));
+
+    for (int64_t g = 0; g < n + 2; g += 2) {
+      const int64_t pair = g / 2 % 2;
+      if (g < n) {
+        start<0>(x.q + (first + g * rows) * 2 * kActivationGroup, unpacked + g * U::kBytes);
+        if (g + 1 < n)
+          start<1>(x.q + (first + (g + 1) * rows) * 2 * kActivationGroup, unpacked + (g + 1) * U::kBytes);
+        finish<0>(products[pair][0]);
+        if (g + 1 < n) finish<1>(products[pair][1]);
+      }
+      if (g == 0) continue;
+      for (int64_t done = g - 2; done < g && done < n; ++done) {
+        int32_t* const from = products[1 - pair][done % 2];
+        const uint8_t* const w = unpacked + done * U::kBytes;
+        const int64_t at = first + done * rows;
+        if (__builtin_expect(wide[done] != 0, 0)) add_highs(from, x, at, rows, w);
+        const f32x16 scale = load(reinterpret_cast<const float*>(w + U::kScaleAt));
+        const f32x16 min = kInfo.has_min ? load(reinterpret_cast<const float*>(w + U::kMinAt)) : f32_zero();
+#pragma GCC unroll 16
+        for (int r = 0; r < kNum; ++r)
+          acc[r] = add_group(acc[r], from + r * kTileColumns, scale, min, x.scale[at + r], x.offsets[at + r]);
+        for (int r = 0; kNum == 0 && r < rows; ++r)
+          store(kept[r], add_group(load(kept[r]), from + r * kTileColumns, scale, min, x.scale[at + r],
+                                   x.offsets[at + r]));
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kNum; ++r) store(out + r * out_stride, acc[r]);
+    for (int r = 0; kNum == 0 && r < rows; ++r) store(out + r * out_stride, load(kept[r]));
+  }
+
+  static void begin(int num_rows) {
+    if constexpr (kUsed) configure(num_rows < kRows ? num_rows : kRows);
+  }
+  static void end() {
+    if constexpr (kUsed) _tile_release();
+  }
+
+  // One block of rows over a chunk. `begin` has made the tile registers fit for the first block; the
+  // last one may have fewer rows.
+  static void rows(const Many& m, int64_t row, int rows) {
+    if (rows < kRows && row > 0) configure(rows);
+    int32_t wide[kChunkFeatures / kActivationGroup] = {};
+    const int32_t* highs = m.x->peak_highs + m.x->at(row, m.g_begin);
+    for (int64_t g = 0; g < m.num_groups; ++g)
+      for (int r = 0; r < rows; ++r) wide[g] |= highs[g * rows + r];
+    for (int t = 0; t < m.num_tiles; ++t) {
+      if (rows == 16) block<16>(m, t, row, rows, wide);
+      else if (rows == 8) block<8>(m, t, row, rows, wide);
+      else block<0>(m, t, row, rows, wide);
+    }
+    if (rows < kRows && row > 0) configure(kRows);
+  }
+
+ private:
+  MOTET_INLINE static u8x64 add_bytes(u8x64 a, u8x64 b) {
+    return subtract_bytes(a, subtract_bytes(bytes_all(0), b));
+  }
+  MOTET_INLINE static int32_t sum_of_bytes(int32_t word) {
+    int32_t sum = 0;
+    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(static_cast<uint32_t>(word) >> (8 * i));
+    return sum;
+  }
+};
+
+}  // namespace
+}  // namespace motet::MOTET_ISA
