@@ -1,6 +1,6 @@
 /**
- * Lays a plan's chunks out as the flat typed arrays of one native step. The arrays are kept and used again, so a
- * batch is good until the next `lay`; nothing here may change while a step runs.
+ * Lays a plan's chunks out as the flat typed arrays of one native step. The arrays are kept and used again: a batch is
+ * good until the next `lay`, and a step copies it.
  */
 import type { StepBatch } from '../native/index.ts';
 import { needsHistory } from './sampling.ts';
@@ -155,9 +155,10 @@ export class BatchLayout {
   }
 
   /** The client's biases and, before minTokens, a ban on every token that would end the sequence. */
-  #layBiases({ params, numOutputTokens }: Sequence, at: number): number {
+  #layBiases({ params, numTokens, numPromptTokens }: Sequence, at: number): number {
+    if (params.biasIds.length === 0 && params.minTokens === 0) return at;
     const banned =
-      numOutputTokens < params.minTokens
+      numTokens - numPromptTokens < params.minTokens
         ? [...params.stopTokenIds, ...(params.ignoreEos ? [] : this.#eosTokenIds)]
         : [];
     const end = at + params.biasIds.length + banned.length;

@@ -1,10 +1,13 @@
 /**
- * The step loop: reap what ended, schedule, run, append, emit. The text of step n is made and sent while step n + 1
- * runs; only what the next plan depends on (the tokens themselves, end tokens, lengths) is decided in between.
+ * The step loop: take in what a step drew, reap what ended, plan and hand in the next step, emit. Step n + 1 is planned
+ * and handed in while step n runs, so the native side goes from one to the next without a pause; the tokens that n
+ * draws are in it as references. Lengths are known ahead. Any other end (end token, stop string, cancel, failure) is
+ * seen one step late: the sequence has a row in a step that runs already, whose result is thrown away.
  *
- * A sequence that ends while a step has it (cancelled, or its stop string found) keeps its blocks until that step is
- * over. Sequences enter only when they fit into the arena alone beside the loaded adapters, and loads leave that much
- * for KV, so the oldest sequence can always go on and preemption never loops.
+ * A sequence that ends while steps have it keeps its blocks until they are over. Preemption takes blocks back, so a plan
+ * that preempts waits for the step that runs, and is made anew then. Sequences enter only when they fit into the arena
+ * alone beside the loaded adapters, and loads leave that much for KV, so the oldest sequence can always go on and
+ * preemption never loops.
  */
 import type { Logger } from 'pino';
 import type { Runtime, StepResult } from '../native/index.ts';
@@ -45,6 +48,10 @@ export interface EngineOptions {
   now: () => number;
   /** Our own books are broken: the process must end. */
   onFatal: (error: unknown) => void;
+  /** 1: a step is planned when the one before is over. */
+  maxStepsInFlight?: 1 | 2;
+  /** For traces: what the loop did when, in milliseconds of `now`. */
+  onSpan?: (name: 'plan' | 'emit', beginMs: number, endMs: number) => void;
 }
 
 /** One drawn token with its alternatives, when logprobs were asked for. */
@@ -94,18 +101,20 @@ interface Live {
   sumLogprobs: number;
 }
 
-/** A token that was drawn and not yet told. */
-interface Drawn {
-  live: Live;
-  tokenId: number;
-  logprobs: TokenLogprobs | null;
+/** A step that was handed in and not yet taken in. */
+interface StepInFlight {
+  chunks: readonly Chunk[];
+  /** Whose token each sample is. */
+  sampled: Live[];
+  /** null: it is not over. */
+  outcome: { result: StepResult } | { error: unknown } | null;
 }
 
 export interface SequenceHandle {
   readonly sequence: Sequence;
   /** Mean logprob of its output tokens; 0 without any. */
   readonly meanLogprob: number;
-  /** Ends it with `abort`; its blocks are back before the next step. Does nothing when it has ended. */
+  /** Ends it with `abort`; its blocks are back when the steps in flight are over. Does nothing when it has ended. */
   cancel(): void;
 }
 
@@ -116,12 +125,16 @@ export class Engine {
   readonly #waiting: Sequence[] = [];
   readonly #running: Sequence[] = [];
   readonly #sampled: Sequence[] = [];
-  #drawn: Drawn[] = [];
+  /** In the order they run; at most maxStepsInFlight. */
+  readonly #steps: StepInFlight[] = [];
+  /** When the last step ended, on the native clock; null: there was nothing to do since. */
+  #lastEndedMs: number | null = null;
   /** When sequences ended, the latest last; for the pace. */
   readonly #finishedMs: number[] = [];
   #tiers: AdapterTiers | null = null;
   #nextId = 1;
-  #wake: (() => void) | null = null;
+  #isWoken = false;
+  #onWake: (() => void) | null = null;
   #onIdle: (() => void) | null = null;
   #isDraining = false;
   #isClosed = false;
@@ -234,8 +247,8 @@ export class Engine {
 
   /** Looks for work again: something changed. */
   wake(): void {
-    this.#wake?.();
-    this.#wake = null;
+    this.#isWoken = true;
+    this.#onWake?.();
   }
 
   /** Refuses new sequences, waits for those it has, and ends what is left after timeoutMs. */
@@ -253,7 +266,7 @@ export class Engine {
     for (const live of [...this.#live.values()]) this.#finish(live, 'error', null, error);
   }
 
-  /** Ends everything; resolves when no step runs any more. The runtime may be closed after that. */
+  /** Ends everything; resolves when no step is in flight any more. The runtime may be closed after that. */
   async close(): Promise<void> {
     this.#isClosed = true;
     this.#isDraining = true;
@@ -263,58 +276,126 @@ export class Engine {
   }
 
   async #run(): Promise<void> {
-    while (!this.#isClosed) {
-      this.#reap();
-      const plan = this.#plan();
-      if (plan.chunks.length > 0) {
-        this.#carryOut(plan);
-        await this.#step(plan.chunks);
-      } else if (this.#drawn.length > 0) {
-        this.#emit();
-      } else if (plan.preempted.length > 0) {
-        this.#endAtArenaLimit(plan.preempted);
-      } else if (this.#waiting.length > 0) {
-        throw new InvariantError('a sequence waits that does not fit into the arena alone');
-      } else {
-        if (this.#live.size === 0) this.#onIdle?.();
-        await new Promise<void>((resolve) => {
-          this.#wake = resolve;
-        });
-      }
+    while (!this.#isClosed || this.#steps.length > 0) {
+      const step = this.#steps[0]?.outcome ? this.#steps.shift()! : null;
+      if (step) this.#takeIn(step);
+      const plan = this.#planAhead();
+      // After the next step was handed in: telling takes longer than planning.
+      if (step) this.#emit(step);
+      else if (this.#steps.length === 0) this.#rest(plan);
+      if (!step || (this.#steps.length > 0 && !this.#steps[0]!.outcome)) await this.#untilWoken();
     }
-    this.#emit();
     this.#reap();
   }
 
-  async #step(chunks: readonly Chunk[]): Promise<void> {
-    const { runtime, metrics, now } = this.#options;
-    const beginMs = now();
-    let step: Promise<StepResult>;
-    try {
-      step = runtime.step(this.#layout.lay(chunks, this.#sampled));
-    } catch (error) {
-      return this.#failStep(chunks, error);
+  /** Hands in steps until as many are in flight as may be. @returns the plan that could not be carried out, if one */
+  #planAhead(): SchedulePlan | null {
+    const { maxStepsInFlight = 2, now, onSpan } = this.#options;
+    while (!this.#isClosed && this.#steps.length < maxStepsInFlight) {
+      const beginMs = now();
+      this.#reap();
+      const plan = this.#plan();
+      if (plan.chunks.length === 0 || (plan.preempted.length > 0 && this.#steps.length > 0)) return plan;
+      this.#carryOut(plan);
+      this.#handIn(plan.chunks);
+      onSpan?.('plan', beginMs, now());
     }
-    // The thread is ours while the step runs on others: tell the last step's tokens now. Were this to throw, blocks must
-    // not go back under the running step; so it is not caught below, and the process ends.
-    this.#emit();
-    let result: StepResult;
-    try {
-      result = await step;
-    } catch (error) {
-      if (isClosedError(error)) throw error;
-      return this.#failStep(chunks, error);
-    }
-    this.#append(chunks, result);
-    const numTokens = chunks.reduce((sum, chunk) => sum + chunk.numTokens, 0);
-    metrics.observeStep((now() - beginMs) / 1000, chunks.length, numTokens);
+    return null;
   }
 
-  /** Gives back the blocks of sequences that ended. Never runs while a step has them. */
+  /** No step is in flight, and none can be: says why, or waits for work. */
+  #rest(plan: SchedulePlan | null): void {
+    if (plan && plan.preempted.length > 0) return this.#endAtArenaLimit(plan.preempted);
+    if (plan && this.#waiting.length > 0) {
+      throw new InvariantError('a sequence waits that does not fit into the arena alone');
+    }
+    this.#lastEndedMs = null;
+    if (this.#live.size === 0) this.#onIdle?.();
+  }
+
+  async #untilWoken(): Promise<void> {
+    if (!this.#isWoken) {
+      await new Promise<void>((resolve) => {
+        this.#onWake = resolve;
+      });
+      this.#onWake = null;
+    }
+    this.#isWoken = false;
+  }
+
+  #handIn(chunks: readonly Chunk[]): void {
+    const step: StepInFlight = { chunks, sampled: [], outcome: null };
+    const end = (outcome: StepInFlight['outcome']) => {
+      step.outcome = outcome;
+      this.wake();
+    };
+    try {
+      const batch = this.#layout.lay(chunks, this.#sampled);
+      this.#options.runtime.step(batch).then(
+        (result) => end({ result }),
+        (error) => end({ error }),
+      );
+    } catch (error) {
+      return this.#failStep(chunks, error);
+    }
+    this.#steps.push(step);
+    for (const { sequence, numTokens } of chunks) {
+      sequence.numComputedTokens += numTokens;
+      sequence.numStepsInFlight++;
+    }
+    for (const sequence of this.#sampled) {
+      sequence.expectToken(step.sampled.length);
+      step.sampled.push(this.#live.get(sequence)!);
+    }
+  }
+
+  /** A step is over: its tokens are learnt, and those that end a sequence end it. */
+  #takeIn({ chunks, sampled, outcome }: StepInFlight): void {
+    for (const { sequence } of chunks) sequence.numStepsInFlight--;
+    if ('error' in outcome!) {
+      this.#lastEndedMs = null;
+      return this.#failStep(chunks, outcome.error);
+    }
+    const { metrics, eosTokenIds, now } = this.#options;
+    const { tokens, logprobs, beganMs, endedMs } = outcome!.result;
+    const nowMs = now();
+    for (let i = 0; i < sampled.length; i++) {
+      const live = sampled[i]!;
+      const { sequence } = live;
+      if (sequence.isFinished) continue;
+      const tokenId = tokens[i]!;
+      sequence.learnToken(tokenId);
+      live.sumLogprobs += logprobs[i]!;
+      live.tokenStop = stopAtToken(
+        tokenId,
+        sequence.numOutputTokens,
+        sequence.maxTotalTokens - sequence.numPromptTokens,
+        sequence.params,
+        eosTokenIds,
+      );
+      // Out of the next plan; #emit tells the last text and the reason.
+      if (live.tokenStop) sequence.status = 'finished';
+
+      if (live.firstTokenMs === null) {
+        live.firstTokenMs = nowMs;
+        metrics.timeToFirstToken.observe((nowMs - live.arrivedMs) / 1000);
+      } else {
+        metrics.interTokenLatency.observe((nowMs - live.lastTokenMs!) / 1000);
+      }
+      live.lastTokenMs = nowMs;
+      metrics.generationTokens.inc();
+    }
+    const numTokens = chunks.reduce((sum, chunk) => sum + chunk.numTokens, 0);
+    const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
+    metrics.observeStep((endedMs - beganMs) / 1000, gapSeconds, chunks.length, numTokens);
+    this.#lastEndedMs = endedMs;
+  }
+
+  /** Gives back the blocks of sequences that ended and that no step has. */
   #reap(): void {
     let numLeft = 0;
     for (const sequence of this.#running) {
-      if (sequence.isFinished) this.#dispose(sequence);
+      if (sequence.isFinished && sequence.numStepsInFlight === 0) this.#dispose(sequence);
       else this.#running[numLeft++] = sequence;
     }
     if (numLeft === this.#running.length) return;
@@ -364,49 +445,19 @@ export class Engine {
     }
   }
 
-  /** After a step: KV is there, drawn tokens are appended, and tokens that end a sequence end it. */
-  #append(chunks: readonly Chunk[], result: StepResult): void {
-    const { metrics, eosTokenIds, now } = this.#options;
-    for (const { sequence, numTokens } of chunks) sequence.numComputedTokens += numTokens;
-    const topWidth = this.#sampled.length === 0 ? 0 : result.topIds.length / this.#sampled.length;
-    const nowMs = now();
-    for (let i = 0; i < this.#sampled.length; i++) {
-      const sequence = this.#sampled[i]!;
-      if (sequence.isFinished) continue;
-      const live = this.#live.get(sequence)!;
-      const tokenId = result.tokens[i]!;
-      sequence.appendToken(tokenId);
-      live.sumLogprobs += result.logprobs[i]!;
-      live.tokenStop = stopAtToken(
-        tokenId,
-        sequence.numOutputTokens,
-        sequence.maxTotalTokens - sequence.numPromptTokens,
-        sequence.params,
-        eosTokenIds,
-      );
-      // Out of the next plan; #emit tells the last text and the reason.
-      if (live.tokenStop) sequence.status = 'finished';
-      this.#drawn.push({ live, tokenId, logprobs: logprobsOf(sequence, tokenId, result, i, topWidth) });
-
-      if (live.firstTokenMs === null) {
-        live.firstTokenMs = nowMs;
-        metrics.timeToFirstToken.observe((nowMs - live.arrivedMs) / 1000);
-      } else {
-        metrics.interTokenLatency.observe((nowMs - live.lastTokenMs!) / 1000);
-      }
-      live.lastTokenMs = nowMs;
-      metrics.generationTokens.inc();
-    }
-  }
-
-  /** Tells what the last step drew: text, stop strings, ends. */
-  #emit(): void {
-    if (this.#drawn.length === 0) return;
-    const drawn = this.#drawn;
-    this.#drawn = [];
-    for (const { live, tokenId, logprobs } of drawn) {
-      const { sequence, tokenStop } = live;
+  /** Tells what a step drew: text, stop strings, ends. */
+  #emit({ sampled, outcome }: StepInFlight): void {
+    if ('error' in outcome!) return;
+    const { now, onSpan } = this.#options;
+    const beginMs = now();
+    const { result } = outcome!;
+    for (let i = 0; i < sampled.length; i++) {
+      const live = sampled[i]!;
+      // It had ended before this step was over.
       if (live.isTold) continue;
+      const { sequence, tokenStop } = live;
+      const tokenId = result.tokens[i]!;
+      const logprobs = logprobsOf(sequence, result, i, sampled.length);
       const isEndToken = tokenStop?.finishReason === 'stop';
       let piece = isEndToken && !sequence.params.includeStop ? '' : live.detokenizer.push(tokenId);
       if (tokenStop) piece += live.detokenizer.flush();
@@ -427,10 +478,12 @@ export class Engine {
         });
       }
     }
+    onSpan?.('emit', beginMs, now());
   }
 
   /** Native refused the step: its sequences fail, the engine goes on. */
   #failStep(chunks: readonly Chunk[], cause: unknown): void {
+    if (isClosedError(cause)) throw cause;
     this.#options.log.error({ err: cause, numSequences: chunks.length }, 'step failed');
     const error = new EngineError('step_failed', 'the step that computed this request failed', { cause });
     for (const { sequence } of chunks) this.#finish(this.#live.get(sequence)!, 'error', null, error);
@@ -446,7 +499,7 @@ export class Engine {
     this.#finish(live, 'length', { text, logprobs: null, stopReason: null });
   }
 
-  /** Says the last word of a sequence. A waiting one is let go at once, a running one before the next step. */
+  /** Says the last word of a sequence. A waiting one is let go at once, a running one when no step has it. */
   #finish(
     live: Live,
     finishReason: FinishReason,
@@ -555,21 +608,21 @@ export class Engine {
   }
 }
 
+/** Copied: the result's arrays are written again. */
 function logprobsOf(
   sequence: Sequence,
-  tokenId: number,
-  result: StepResult,
+  { tokens, logprobs, topIds, topLogprobs }: StepResult,
   sample: number,
-  width: number,
+  numSamples: number,
 ): TokenLogprobs | null {
   const { numLogprobs } = sequence.params;
   if (numLogprobs === null) return null;
-  const begin = sample * width;
+  const begin = sample * (topIds.length / numSamples);
   return {
-    tokenId,
-    logprob: result.logprobs[sample]!,
-    topIds: result.topIds.slice(begin, begin + numLogprobs),
-    topLogprobs: result.topLogprobs.slice(begin, begin + numLogprobs),
+    tokenId: tokens[sample]!,
+    logprob: logprobs[sample]!,
+    topIds: topIds.slice(begin, begin + numLogprobs),
+    topLogprobs: topLogprobs.slice(begin, begin + numLogprobs),
   };
 }
 

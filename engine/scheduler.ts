@@ -1,6 +1,9 @@
 /**
  * Chooses the next batch. Pure: sequences and page counts in, a plan out; the engine carries it out.
  *
+ * What is planned here may begin while the step before it runs: counters are those after that step, whose draws are not
+ * known yet. A sequence that has all its tokens, or has ended, holds its blocks until that step is over, but no seat.
+ *
  *   1. Decode rows of all running sequences, oldest first, so that nobody's next token waits for another's prompt.
  *      When no page is free the youngest running sequence is preempted: its blocks go back and it recomputes later.
  *   2. Prompts of running sequences, oldest first, in chunks within the token budget. A prompt never preempts while
@@ -18,7 +21,7 @@ import { blocksFor, type Sequence } from './sequence.ts';
 export interface ScheduleInput {
   /** In the order they wait. */
   waiting: readonly Sequence[];
-  /** In the order they were admitted. */
+  /** In the order they were admitted; with those that only wait for their last step to be over. */
   running: readonly Sequence[];
   numFreePages: number;
   /** Pages that an adapter load waits for: left alone by admission. */
@@ -53,7 +56,7 @@ export const maxPassedOver = 16;
 export function schedule(input: ScheduleInput): SchedulePlan {
   const { blockSizeTokens } = input;
   const plan: SchedulePlan = { chunks: [], preempted: [], admitted: [], passedOver: [] };
-  const running = [...input.running];
+  const running = input.running.filter((sequence) => !sequence.isFinished && !sequence.isFull);
   let numFreePages = input.numFreePages;
   let budgetTokens = input.maxBatchTokens;
 
