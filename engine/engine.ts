@@ -62,7 +62,7 @@ export interface TokenLogprobs {
   topLogprobs: Float32Array;
 }
 
-/** What a sequence has to say after a step. The last one carries finishReason. */
+/** What a sequence has to say after a step. The last one carries finishReason. Until then the next one is written over it. */
 export interface SequenceOutput {
   /** May be empty: text is held back inside a character or a possible stop string. */
   text: string;
@@ -90,6 +90,8 @@ interface Live {
   isOpenEnded: boolean;
   /** The last word was said. */
   isTold: boolean;
+  /** One object for all its tokens. */
+  output: SequenceOutput;
   detokenizer: Detokenizer;
   stopStrings: StopStrings;
   /** Decided by tokens; told once the text is out. */
@@ -222,6 +224,7 @@ export class Engine {
         request,
         isOpenEnded: request.params.maxTokens === null,
         isTold: false,
+        output: { text: '', logprobs: null, finishReason: null, stopReason: null, error: null },
         detokenizer: this.#options.createDetokenizer(request.params),
         stopStrings: new StopStrings(request.params.stopStrings, request.params.includeStop),
         tokenStop: null,
@@ -238,7 +241,7 @@ export class Engine {
         get meanLogprob() {
           return live.sumLogprobs / Math.max(1, sequence.numOutputTokens);
         },
-        cancel: () => this.#finish(live, 'abort'),
+        cancel: () => this.#cutOff(live, 'abort'),
       };
     });
     this.wake();
@@ -263,14 +266,14 @@ export class Engine {
       };
     });
     const error = new EngineError('draining', 'the engine stopped before this request was done');
-    for (const live of [...this.#live.values()]) this.#finish(live, 'error', null, error);
+    for (const live of [...this.#live.values()]) this.#cutOff(live, 'error', error);
   }
 
   /** Ends everything; resolves when no step is in flight any more. The runtime may be closed after that. */
   async close(): Promise<void> {
     this.#isClosed = true;
     this.#isDraining = true;
-    for (const live of [...this.#live.values()]) this.#finish(live, 'abort');
+    for (const live of [...this.#live.values()]) this.#cutOff(live, 'abort');
     this.wake();
     await this.#loop;
   }
@@ -303,14 +306,17 @@ export class Engine {
     return null;
   }
 
-  /** No step is in flight, and none can be: says why, or waits for work. */
+  /** No step is in flight, and the plan has none: says why. null: the engine is closed. */
   #rest(plan: SchedulePlan | null): void {
-    if (plan && plan.preempted.length > 0) return this.#endAtArenaLimit(plan.preempted);
-    if (plan && this.#waiting.length > 0) {
-      throw new InvariantError('a sequence waits that does not fit into the arena alone');
-    }
     this.#lastEndedMs = null;
-    if (this.#live.size === 0) this.#onIdle?.();
+    if (plan === null) return;
+    if (plan.preempted.length > 0) {
+      this.#endAtArenaLimit(plan.preempted);
+    } else if (this.#waiting.length > 0) {
+      throw new InvariantError('a sequence waits that does not fit into the arena alone');
+    } else if (this.#live.size === 0) {
+      this.#onIdle?.();
+    }
   }
 
   async #untilWoken(): Promise<void> {
@@ -336,7 +342,8 @@ export class Engine {
         (error) => end({ error }),
       );
     } catch (error) {
-      return this.#failStep(chunks, error);
+      this.#failStep(chunks, error);
+      return;
     }
     this.#steps.push(step);
     for (const { sequence, numTokens } of chunks) {
@@ -354,7 +361,8 @@ export class Engine {
     for (const { sequence } of chunks) sequence.numStepsInFlight--;
     if ('error' in outcome!) {
       this.#lastEndedMs = null;
-      return this.#failStep(chunks, outcome.error);
+      this.#failStep(chunks, outcome.error);
+      return;
     }
     const { metrics, eosTokenIds, now } = this.#options;
     const { tokens, logprobs, beganMs, endedMs } = outcome!.result;
@@ -462,20 +470,16 @@ export class Engine {
       let piece = isEndToken && !sequence.params.includeStop ? '' : live.detokenizer.push(tokenId);
       if (tokenStop) piece += live.detokenizer.flush();
       const maySearch = sequence.numOutputTokens > sequence.params.minTokens;
-      const stop = maySearch ? live.stopStrings.push(piece) : { text: piece, found: null };
-      if (stop.found !== null) {
-        this.#finish(live, 'stop', { text: stop.text, logprobs, stopReason: stop.found });
+      const { stopStrings, output } = live;
+      output.text = maySearch ? stopStrings.push(piece) : piece;
+      output.logprobs = logprobs;
+      if (stopStrings.found !== null) {
+        this.#finish(live, 'stop', stopStrings.found);
       } else if (tokenStop) {
-        const text = stop.text + live.stopStrings.flush();
-        this.#finish(live, tokenStop.finishReason, { text, logprobs, stopReason: tokenStop.stopReason });
+        output.text += stopStrings.flush();
+        this.#finish(live, tokenStop.finishReason, tokenStop.stopReason);
       } else {
-        this.#say(live, {
-          text: stop.text,
-          logprobs,
-          finishReason: null,
-          stopReason: null,
-          error: null,
-        });
+        this.#say(live);
       }
     }
     onSpan?.('emit', beginMs, now());
@@ -486,7 +490,7 @@ export class Engine {
     if (isClosedError(cause)) throw cause;
     this.#options.log.error({ err: cause, numSequences: chunks.length }, 'step failed');
     const error = new EngineError('step_failed', 'the step that computed this request failed', { cause });
-    for (const { sequence } of chunks) this.#finish(this.#live.get(sequence)!, 'error', null, error);
+    for (const { sequence } of chunks) this.#cutOff(this.#live.get(sequence)!, 'error', error);
   }
 
   /** The one running sequence has the whole arena and needs more. Only an open-ended one may come here. */
@@ -495,20 +499,15 @@ export class Engine {
     if (preempted.length > 1 || this.#running.length > 1 || !live.isOpenEnded) {
       throw new InvariantError('every running sequence was preempted, and none can run');
     }
-    const text = live.stopStrings.push(live.detokenizer.flush()).text + live.stopStrings.flush();
-    this.#finish(live, 'length', { text, logprobs: null, stopReason: null });
+    live.output.text = live.stopStrings.push(live.detokenizer.flush()) + live.stopStrings.flush();
+    live.output.logprobs = null;
+    this.#finish(live, 'length');
   }
 
-  /** Says the last word of a sequence. A waiting one is let go at once, a running one when no step has it. */
-  #finish(
-    live: Live,
-    finishReason: FinishReason,
-    last: { text: string; logprobs: TokenLogprobs | null; stopReason: string | number | null } | null = null,
-    error: EngineError | null = null,
-  ): void {
-    if (live.isTold) return;
+  /** Says the last word of a sequence, with what is in its output. A waiting one is let go at once, a running one when no step has it. */
+  #finish(live: Live, finishReason: FinishReason, stopReason: string | number | null = null): void {
     live.isTold = true;
-    const { sequence } = live;
+    const { sequence, output } = live;
     const wasWaiting = sequence.status === 'waiting';
     sequence.status = 'finished';
     sequence.finishReason = finishReason;
@@ -517,20 +516,24 @@ export class Engine {
       this.#dispose(sequence);
     }
     this.#observeEnd(live, finishReason);
-    this.#say(live, {
-      text: last?.text ?? '',
-      logprobs: last?.logprobs ?? null,
-      finishReason,
-      stopReason: last?.stopReason ?? null,
-      error,
-    });
+    output.finishReason = finishReason;
+    output.stopReason = stopReason;
+    this.#say(live);
     this.wake();
   }
 
+  /** Ends a sequence in the middle, if it has not ended. */
+  #cutOff(live: Live, finishReason: 'abort' | 'error', error: EngineError | null = null): void {
+    if (live.isTold) return;
+    // A last word of its own: this may be called while a listener reads the one before.
+    live.output = { text: '', logprobs: null, finishReason: null, stopReason: null, error };
+    this.#finish(live, finishReason);
+  }
+
   /** A listener that throws ends its own sequence. The step that runs now must not hear of it. */
-  #say(live: Live, output: SequenceOutput): void {
+  #say(live: Live): void {
     try {
-      live.request.onOutput(output);
+      live.request.onOutput(live.output);
     } catch (error) {
       this.#options.log.error({ err: error, sequence: live.sequence.id }, 'output listener threw');
       live.isTold = true;
