@@ -99,7 +99,8 @@ interface Live {
   arrivedMs: number;
   scheduledMs: number | null;
   firstTokenMs: number | null;
-  lastTokenMs: number | null;
+  /** arrivedMs until there is one. */
+  lastTokenMs: number;
   sumLogprobs: number;
 }
 
@@ -209,6 +210,7 @@ export class Engine {
         { retryAfterSeconds: this.#retryAfterSeconds() },
       );
     }
+    const arrivedMs = now();
     const handles = requests.map((request, index) => {
       const sequence = new Sequence({
         id: this.#nextId++,
@@ -228,10 +230,10 @@ export class Engine {
         detokenizer: this.#options.createDetokenizer(request.params),
         stopStrings: new StopStrings(request.params.stopStrings, request.params.includeStop),
         tokenStop: null,
-        arrivedMs: now(),
+        arrivedMs,
         scheduledMs: null,
         firstTokenMs: null,
-        lastTokenMs: null,
+        lastTokenMs: arrivedMs,
         sumLogprobs: 0,
       };
       this.#live.set(sequence, live);
@@ -367,6 +369,7 @@ export class Engine {
     const { metrics, eosTokenIds, now } = this.#options;
     const { tokens, logprobs, beganMs, endedMs } = outcome!.result;
     const nowMs = now();
+    let numDrawn = 0;
     for (let i = 0; i < sampled.length; i++) {
       const live = sampled[i]!;
       const { sequence } = live;
@@ -388,11 +391,12 @@ export class Engine {
         live.firstTokenMs = nowMs;
         metrics.timeToFirstToken.observe((nowMs - live.arrivedMs) / 1000);
       } else {
-        metrics.interTokenLatency.observe((nowMs - live.lastTokenMs!) / 1000);
+        metrics.interTokenLatency.observe((nowMs - live.lastTokenMs) / 1000);
       }
       live.lastTokenMs = nowMs;
-      metrics.generationTokens.inc();
+      numDrawn++;
     }
+    metrics.generationTokens.inc(numDrawn);
     const numTokens = chunks.reduce((sum, chunk) => sum + chunk.numTokens, 0);
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
     metrics.observeStep((endedMs - beganMs) / 1000, gapSeconds, chunks.length, numTokens);
@@ -605,7 +609,7 @@ export class Engine {
       numOutputTokens: sequence.numOutputTokens,
       queueSeconds: scheduledMs === null ? null : (scheduledMs - arrivedMs) / 1000,
       prefillSeconds: firstTokenMs === null ? null : (firstTokenMs - scheduledMs!) / 1000,
-      decodeSeconds: firstTokenMs === null ? null : (lastTokenMs! - firstTokenMs) / 1000,
+      decodeSeconds: firstTokenMs === null ? null : (lastTokenMs - firstTokenMs) / 1000,
       totalSeconds: (nowMs - arrivedMs) / 1000,
     });
   }

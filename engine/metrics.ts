@@ -62,7 +62,8 @@ export class EngineMetrics {
     'vllm:inter_token_latency_seconds',
     'Between two tokens of a sequence, in seconds.',
     tokenBounds,
-  );
+    // Observed for every token: bound once, it makes no object for each.
+  ).labels();
   readonly #timePerOutputToken = this.#histogram(
     'vllm:time_per_output_token_seconds',
     'Mean over a sequence of the time between its tokens, in seconds.',

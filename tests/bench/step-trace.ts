@@ -131,13 +131,15 @@ async function allocationsOf(work: () => Promise<unknown>): Promise<Map<string, 
   const { profile } = await session.post('HeapProfiler.stopSampling');
   session.disconnect();
   const bytes = new Map<string, number>();
-  const visit = ({ callFrame, selfSize, children }: HeapProfiler.SamplingHeapProfileNode) => {
-    const file = callFrame.url.replace(/^.*\/(node_modules|engine|tests|native)\//, '$1/');
-    const name = `${callFrame.functionName || '(anonymous)'} ${file}:${callFrame.lineNumber + 1}`;
-    bytes.set(name, (bytes.get(name) ?? 0) + selfSize);
-    for (const child of children) visit(child);
+  const visit = (node: HeapProfiler.SamplingHeapProfileNode, caller: string) => {
+    const { url, functionName, lineNumber } = node.callFrame;
+    const file = url.replace(/^.*\/(node_modules|engine|tests|native)\//, '$1/');
+    const place = file === '' ? `in ${caller}` : `${file}:${lineNumber + 1}`;
+    const name = `${functionName || '(anonymous)'} ${place}`;
+    bytes.set(name, (bytes.get(name) ?? 0) + node.selfSize);
+    for (const child of node.children) visit(child, name);
   };
-  visit(profile.head);
+  visit(profile.head, '');
   return bytes;
 }
 

@@ -284,16 +284,19 @@ describe('planning ahead', () => {
   test('a plan that preempts waits for the step that runs', async () => {
     const parts = startEngine({ runtime: { numPages: 4 } });
     const open = holdSteps(parts);
-    // Their prompts fill the arena; each needs another page for its second token.
+    // Their prompts fill the arena. The third step would have the third token of the first, which needs a page.
     const prompts = ['x'.repeat(31), 'y'.repeat(31)];
-    const runs = prompts.map((prompt) => start(parts, { prompt, params: { maxTokens: 8 } }));
+    const numHandedIn: number[] = [];
+    const onOutput = () => void numHandedIn.push(parts.runtime.steps.length);
+    const runs = prompts.map((prompt) => start(parts, { prompt, params: { maxTokens: 8 }, onOutput }));
     await untilHandedIn(parts, 2);
-    expect(parts.engine.numRunning).toBe(2);
     open();
     for (const [i, run] of runs.entries()) {
       const alone = { ...defaultSampling(), temperature: 0 };
       expect((await run.done).tokens).toEqual(await generateAlone(text(prompts[i]!), alone, null, 8));
     }
+    // When the first step was told, the second ran, and had all pages.
+    expect(numHandedIn[0]).toBe(2);
     expect(await parts.metrics.registry.getSingleMetricAsString('vllm:num_preemptions_total')).toMatch(/ 1$/);
     await idle(parts);
   });
