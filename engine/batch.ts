@@ -95,7 +95,8 @@ export class BatchLayout {
 
       this.#adapterHandles.grow(numAdapters + sequence.adapters.length);
       this.#adapterWeights.grow(numAdapters + sequence.adapters.length);
-      for (const { handle, weight } of sequence.adapters) {
+      for (let a = 0; a < sequence.adapters.length; a++) {
+        const { handle, weight } = sequence.adapters[a]!;
         this.#adapterHandles.values[numAdapters] = handle;
         this.#adapterWeights.values[numAdapters++] = weight;
       }

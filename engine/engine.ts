@@ -8,6 +8,9 @@
  * that preempts waits for the step that runs, and is made anew then. Sequences enter only when they fit into the arena
  * alone beside the loaded adapters, and loads leave that much for KV, so the oldest sequence can always go on and
  * preemption never loops.
+ *
+ * Nothing is made for a token but its text: loops over a batch count, since an iterator makes an object a turn, and what
+ * a sequence says is written over what it said before.
  */
 import type { Logger } from 'pino';
 import type { Runtime, StepResult } from '../native/index.ts';
@@ -348,19 +351,25 @@ export class Engine {
       return;
     }
     this.#steps.push(step);
-    for (const { sequence, numTokens } of chunks) {
+    for (let i = 0; i < chunks.length; i++) {
+      const { sequence, numTokens } = chunks[i]!;
       sequence.numComputedTokens += numTokens;
       sequence.numStepsInFlight++;
     }
-    for (const sequence of this.#sampled) {
-      sequence.expectToken(step.sampled.length);
+    for (let i = 0; i < this.#sampled.length; i++) {
+      const sequence = this.#sampled[i]!;
+      sequence.expectToken(i);
       step.sampled.push(this.#live.get(sequence)!);
     }
   }
 
   /** A step is over: its tokens are learnt, and those that end a sequence end it. */
   #takeIn({ chunks, sampled, outcome }: StepInFlight): void {
-    for (const { sequence } of chunks) sequence.numStepsInFlight--;
+    let numTokens = 0;
+    for (let i = 0; i < chunks.length; i++) {
+      chunks[i]!.sequence.numStepsInFlight--;
+      numTokens += chunks[i]!.numTokens;
+    }
     if ('error' in outcome!) {
       this.#lastEndedMs = null;
       this.#failStep(chunks, outcome.error);
@@ -397,7 +406,6 @@ export class Engine {
       numDrawn++;
     }
     metrics.generationTokens.inc(numDrawn);
-    const numTokens = chunks.reduce((sum, chunk) => sum + chunk.numTokens, 0);
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
     metrics.observeStep((endedMs - beganMs) / 1000, gapSeconds, chunks.length, numTokens);
     this.#lastEndedMs = endedMs;
@@ -406,7 +414,8 @@ export class Engine {
   /** Gives back the blocks of sequences that ended and that no step has. */
   #reap(): void {
     let numLeft = 0;
-    for (const sequence of this.#running) {
+    for (let i = 0; i < this.#running.length; i++) {
+      const sequence = this.#running[i]!;
       if (sequence.isFinished && sequence.numStepsInFlight === 0) this.#dispose(sequence);
       else this.#running[numLeft++] = sequence;
     }
@@ -447,7 +456,8 @@ export class Engine {
       const live = this.#live.get(sequence)!;
       live.scheduledMs ??= now();
     }
-    for (const { sequence, numNewBlocks } of plan.chunks) {
+    for (let i = 0; i < plan.chunks.length; i++) {
+      const { sequence, numNewBlocks } = plan.chunks[i]!;
       if (numNewBlocks === 0) continue;
       const table = sequence.roomForBlocks(numNewBlocks);
       if (!arena.take('kv', numNewBlocks, table, sequence.numBlocks)) {

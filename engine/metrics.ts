@@ -58,12 +58,12 @@ export class EngineMetrics {
     'From arrival to the first token, in seconds.',
     ttftBounds,
   );
-  readonly interTokenLatency = this.#histogram(
+  readonly interTokenLatency = new TokenHistogram(
     'vllm:inter_token_latency_seconds',
     'Between two tokens of a sequence, in seconds.',
     tokenBounds,
-    // Observed for every token: bound once, it makes no object for each.
-  ).labels();
+    this.registry,
+  );
   readonly #timePerOutputToken = this.#histogram(
     'vllm:time_per_output_token_seconds',
     'Mean over a sequence of the time between its tokens, in seconds.',
@@ -257,5 +257,52 @@ export class EngineMetrics {
 
   #histogram(name: string, help: string, buckets: number[]): Histogram {
     return new Histogram({ name, help, buckets, registers: [this.registry] });
+  }
+}
+
+/** A histogram that is observed for every token: prom-client's makes objects each time, and this one none. */
+class TokenHistogram {
+  readonly name: string;
+  readonly #help: string;
+  readonly #bounds: readonly number[];
+  /** By bound, and those above the last. */
+  readonly #counts: Float64Array;
+  readonly #sum = new Float64Array(1);
+
+  constructor(name: string, help: string, bounds: readonly number[], registry: Registry) {
+    this.name = name;
+    this.#help = help;
+    this.#bounds = bounds;
+    this.#counts = new Float64Array(bounds.length + 1);
+    // A registry needs a name and `get` of a metric.
+    registry.registerMetric(this as unknown as Histogram);
+  }
+
+  observe(value: number): void {
+    let i = 0;
+    while (i < this.#bounds.length && value > this.#bounds[i]!) i++;
+    this.#counts[i]!++;
+    this.#sum[0]! += value;
+  }
+
+  /** As prom-client's metrics answer a registry. */
+  async get() {
+    const { name } = this;
+    let count = 0;
+    const values = [...this.#bounds, '+Inf'].map((le, i) => {
+      count += this.#counts[i]!;
+      return { metricName: `${name}_bucket`, labels: { le }, value: count };
+    });
+    return {
+      name,
+      help: this.#help,
+      type: 'histogram',
+      aggregator: 'sum',
+      values: [
+        ...values,
+        { metricName: `${name}_sum`, labels: {}, value: this.#sum[0]! },
+        { metricName: `${name}_count`, labels: {}, value: count },
+      ],
+    };
   }
 }

@@ -13,6 +13,8 @@
  *      whose adapter has nothing running may pass a head whose adapter already has its share of the seats, at most
  *      maxPassedOver times per head.
  *
+ * Loops over all that runs count instead of iterating: an iterator makes an object a turn, for every token.
+ *
  * Progress: the engine admits only sequences that fit into the arena alone, so the oldest one can always run.
  * Continuous batching is Orca's (Yu et al., 2022); chunked prefill Sarathi's (Agrawal et al., 2023).
  */
@@ -88,7 +90,8 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   let isShortOfPages = false;
   do {
     isShortOfPages = false;
-    for (const sequence of running) {
+    for (let i = 0; i < running.length; i++) {
+      const sequence = running[i]!;
       if (sequence.numPendingTokens === 1) continue;
       if (budgetTokens === 0) break;
       const numTokens = tokensThatFit(sequence, budgetTokens, numFreePages, blockSizeTokens);
@@ -101,7 +104,7 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   } while (running.length > 0);
 
   // 3. Admission.
-  if (isShortOfPages || plan.preempted.length > 0) return plan;
+  if (input.waiting.length === 0 || isShortOfPages || plan.preempted.length > 0) return plan;
   const waiting = [...input.waiting];
   const seats = countSeats(running);
   const numVoices = new Set([...seats.keys(), ...waiting.map((sequence) => sequence.adapterKey)]).size;
