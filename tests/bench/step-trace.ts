@@ -19,7 +19,7 @@ import { open, prepare, smollm2Path } from '../fixtures/models.ts';
 import { wireEngine } from '../fixtures/wire-engine.ts';
 
 const numRounds = 5;
-const outputTokens = { 1: 200, 8: 100, 32: 50 };
+const outputTokens = { 1: 150, 8: 75, 32: 40 };
 /** Steps that fill and empty the batch are not looked at. */
 const numStepsSkipped = 8;
 const traceSteps = 40;
