@@ -51,7 +51,7 @@ export interface EngineOptions {
   now: () => number;
   /** Our own books are broken: the process must end. */
   onFatal: (error: unknown) => void;
-  /** 1: a step is planned when the one before is over. */
+  /** 2 when absent. 1: a step is planned when the one before is over, to compare with. */
   maxStepsInFlight?: 1 | 2;
   /** For traces: what the loop did when, in milliseconds of `now`. */
   onSpan?: (name: 'plan' | 'emit', beginMs: number, endMs: number) => void;
