@@ -1,6 +1,6 @@
 /**
- * Lays a plan's chunks out as the flat typed arrays of one native step. The arrays are kept and used again, so a
- * batch is good until the next `lay`; nothing here may change while a step runs.
+ * Lays a plan's chunks out as the flat typed arrays of one native step. The arrays are kept and used again: a batch is
+ * good until the next `lay`, and a step copies it.
  */
 import type { StepBatch } from '../native/index.ts';
 import { needsHistory } from './sampling.ts';
@@ -13,53 +13,55 @@ const forbiddenLogit = -1e9;
 export class BatchLayout {
   readonly #eosTokenIds: readonly number[];
   // Bounded by the limits.
-  readonly #tokenIds: Int32Array;
-  readonly #positions: Int32Array;
-  readonly #sequenceStarts: Int32Array;
-  readonly #blockStarts: Int32Array;
-  readonly #adapterStarts: Int32Array;
-  readonly #sampleRows: Int32Array;
-  readonly #temperature: Float32Array;
-  readonly #topK: Int32Array;
-  readonly #topP: Float32Array;
-  readonly #minP: Float32Array;
-  readonly #repetitionPenalty: Float32Array;
-  readonly #presencePenalty: Float32Array;
-  readonly #frequencyPenalty: Float32Array;
-  readonly #seeds: BigUint64Array;
-  readonly #numTop: Int32Array;
-  readonly #biasStarts: Int32Array;
-  readonly #historyStarts: Int32Array;
-  readonly #historyPromptCounts: Int32Array;
+  readonly #tokenIds: Column<Int32Array>;
+  readonly #positions: Column<Int32Array>;
+  readonly #sequenceStarts: Column<Int32Array>;
+  readonly #blockStarts: Column<Int32Array>;
+  readonly #adapterStarts: Column<Int32Array>;
+  readonly #sampleRows: Column<Int32Array>;
+  readonly #temperature: Column<Float32Array>;
+  readonly #topK: Column<Int32Array>;
+  readonly #topP: Column<Float32Array>;
+  readonly #minP: Column<Float32Array>;
+  readonly #repetitionPenalty: Column<Float32Array>;
+  readonly #presencePenalty: Column<Float32Array>;
+  readonly #frequencyPenalty: Column<Float32Array>;
+  readonly #seeds: Column<BigUint64Array>;
+  readonly #numTop: Column<Int32Array>;
+  readonly #biasStarts: Column<Int32Array>;
+  readonly #historyStarts: Column<Int32Array>;
+  readonly #historyPromptCounts: Column<Int32Array>;
   // Grown on demand, never shrunk.
-  #blockIds = new Int32Array(256);
-  #adapterHandles = new Int32Array(64);
-  #adapterWeights = new Float32Array(64);
-  #biasIds = new Int32Array(64);
-  #biasValues = new Float32Array(64);
-  #historyIds = new Int32Array(1024);
+  readonly #blockIds = new Column(new Int32Array(256));
+  readonly #adapterHandles = new Column(new Int32Array(64));
+  readonly #adapterWeights = new Column(new Float32Array(64));
+  readonly #biasIds = new Column(new Int32Array(64));
+  readonly #biasValues = new Column(new Float32Array(64));
+  readonly #historyIds = new Column(new Int32Array(1024));
 
   constructor(limits: { maxBatchTokens: number; maxSequences: number }, eosTokenIds: Iterable<number>) {
     const { maxBatchTokens, maxSequences } = limits;
+    const ints = (length: number) => new Column(new Int32Array(length));
+    const floats = (length: number) => new Column(new Float32Array(length));
     this.#eosTokenIds = [...eosTokenIds];
-    this.#tokenIds = new Int32Array(maxBatchTokens);
-    this.#positions = new Int32Array(maxBatchTokens);
-    this.#sequenceStarts = new Int32Array(maxSequences + 1);
-    this.#blockStarts = new Int32Array(maxSequences + 1);
-    this.#adapterStarts = new Int32Array(maxSequences + 1);
-    this.#sampleRows = new Int32Array(maxSequences);
-    this.#temperature = new Float32Array(maxSequences);
-    this.#topK = new Int32Array(maxSequences);
-    this.#topP = new Float32Array(maxSequences);
-    this.#minP = new Float32Array(maxSequences);
-    this.#repetitionPenalty = new Float32Array(maxSequences);
-    this.#presencePenalty = new Float32Array(maxSequences);
-    this.#frequencyPenalty = new Float32Array(maxSequences);
-    this.#seeds = new BigUint64Array(maxSequences);
-    this.#numTop = new Int32Array(maxSequences);
-    this.#biasStarts = new Int32Array(maxSequences + 1);
-    this.#historyStarts = new Int32Array(maxSequences + 1);
-    this.#historyPromptCounts = new Int32Array(maxSequences);
+    this.#tokenIds = ints(maxBatchTokens);
+    this.#positions = ints(maxBatchTokens);
+    this.#sequenceStarts = ints(maxSequences + 1);
+    this.#blockStarts = ints(maxSequences + 1);
+    this.#adapterStarts = ints(maxSequences + 1);
+    this.#sampleRows = ints(maxSequences);
+    this.#temperature = floats(maxSequences);
+    this.#topK = ints(maxSequences);
+    this.#topP = floats(maxSequences);
+    this.#minP = floats(maxSequences);
+    this.#repetitionPenalty = floats(maxSequences);
+    this.#presencePenalty = floats(maxSequences);
+    this.#frequencyPenalty = floats(maxSequences);
+    this.#seeds = new Column(new BigUint64Array(maxSequences));
+    this.#numTop = ints(maxSequences);
+    this.#biasStarts = ints(maxSequences + 1);
+    this.#historyStarts = ints(maxSequences + 1);
+    this.#historyPromptCounts = ints(maxSequences);
   }
 
   /**
@@ -78,103 +80,128 @@ export class BatchLayout {
     for (let s = 0; s < chunks.length; s++) {
       const { sequence, numTokens: length } = chunks[s]!;
       const begin = sequence.numComputedTokens;
-      this.#tokenIds.set(sequence.tokens.subarray(begin, begin + length), numTokens);
-      for (let i = 0; i < length; i++) this.#positions[numTokens + i] = begin + i;
-      numTokens += length;
-      this.#sequenceStarts[s + 1] = numTokens;
-
-      this.#blockIds = room(this.#blockIds, numBlocks + sequence.numBlocks);
-      this.#blockIds.set(sequence.blocks.subarray(0, sequence.numBlocks), numBlocks);
-      numBlocks += sequence.numBlocks;
-      this.#blockStarts[s + 1] = numBlocks;
-
-      this.#adapterHandles = room(this.#adapterHandles, numAdapters + sequence.adapters.length);
-      this.#adapterWeights = room(this.#adapterWeights, numAdapters + sequence.adapters.length);
-      for (const { handle, weight } of sequence.adapters) {
-        this.#adapterHandles[numAdapters] = handle;
-        this.#adapterWeights[numAdapters++] = weight;
+      for (let i = 0; i < length; i++) {
+        this.#tokenIds.values[numTokens + i] = sequence.tokens[begin + i]!;
+        this.#positions.values[numTokens + i] = begin + i;
       }
-      this.#adapterStarts[s + 1] = numAdapters;
+      numTokens += length;
+      this.#sequenceStarts.values[s + 1] = numTokens;
+
+      this.#blockIds.grow(numBlocks + sequence.numBlocks);
+      for (let i = 0; i < sequence.numBlocks; i++) {
+        this.#blockIds.values[numBlocks++] = sequence.blocks[i]!;
+      }
+      this.#blockStarts.values[s + 1] = numBlocks;
+
+      this.#adapterHandles.grow(numAdapters + sequence.adapters.length);
+      this.#adapterWeights.grow(numAdapters + sequence.adapters.length);
+      for (let a = 0; a < sequence.adapters.length; a++) {
+        const { handle, weight } = sequence.adapters[a]!;
+        this.#adapterHandles.values[numAdapters] = handle;
+        this.#adapterWeights.values[numAdapters++] = weight;
+      }
+      this.#adapterStarts.values[s + 1] = numAdapters;
 
       if (begin + length < sequence.numTokens) continue;
       const i = sampled.push(sequence) - 1;
       const { params } = sequence;
-      this.#sampleRows[i] = numTokens - 1;
-      this.#temperature[i] = params.temperature;
-      this.#topK[i] = params.topK;
-      this.#topP[i] = params.topP;
-      this.#minP[i] = params.minP;
-      this.#repetitionPenalty[i] = params.repetitionPenalty;
-      this.#presencePenalty[i] = params.presencePenalty;
-      this.#frequencyPenalty[i] = params.frequencyPenalty;
-      this.#seeds[i] = params.seed;
-      this.#numTop[i] = params.numLogprobs ?? 0;
+      this.#sampleRows.values[i] = numTokens - 1;
+      this.#temperature.values[i] = params.temperature;
+      this.#topK.values[i] = params.topK;
+      this.#topP.values[i] = params.topP;
+      this.#minP.values[i] = params.minP;
+      this.#repetitionPenalty.values[i] = params.repetitionPenalty;
+      this.#presencePenalty.values[i] = params.presencePenalty;
+      this.#frequencyPenalty.values[i] = params.frequencyPenalty;
+      this.#seeds.values[i] = params.seed;
+      this.#numTop.values[i] = params.numLogprobs ?? 0;
 
       numBiases = this.#layBiases(sequence, numBiases);
-      this.#biasStarts[i + 1] = numBiases;
+      this.#biasStarts.values[i + 1] = numBiases;
 
-      this.#historyPromptCounts[i] = 0;
+      this.#historyPromptCounts.values[i] = 0;
       if (needsHistory(params)) {
-        this.#historyIds = room(this.#historyIds, numHistory + sequence.numTokens);
-        this.#historyIds.set(sequence.tokens.subarray(0, sequence.numTokens), numHistory);
+        this.#historyIds.grow(numHistory + sequence.numTokens);
+        this.#historyIds.values.set(sequence.tokens.subarray(0, sequence.numTokens), numHistory);
         numHistory += sequence.numTokens;
-        this.#historyPromptCounts[i] = sequence.numPromptTokens;
+        this.#historyPromptCounts.values[i] = sequence.numPromptTokens;
       }
-      this.#historyStarts[i + 1] = numHistory;
+      this.#historyStarts.values[i + 1] = numHistory;
     }
 
     const numSequences = chunks.length;
     const numSamples = sampled.length;
     return {
-      tokenIds: this.#tokenIds.subarray(0, numTokens),
-      positions: this.#positions.subarray(0, numTokens),
-      sequenceStarts: this.#sequenceStarts.subarray(0, numSequences + 1),
-      blockStarts: this.#blockStarts.subarray(0, numSequences + 1),
-      blockIds: this.#blockIds.subarray(0, numBlocks),
-      adapterStarts: this.#adapterStarts.subarray(0, numSequences + 1),
-      adapterHandles: this.#adapterHandles.subarray(0, numAdapters),
-      adapterWeights: this.#adapterWeights.subarray(0, numAdapters),
-      sampleRows: this.#sampleRows.subarray(0, numSamples),
-      temperature: this.#temperature.subarray(0, numSamples),
-      topK: this.#topK.subarray(0, numSamples),
-      topP: this.#topP.subarray(0, numSamples),
-      minP: this.#minP.subarray(0, numSamples),
-      repetitionPenalty: this.#repetitionPenalty.subarray(0, numSamples),
-      presencePenalty: this.#presencePenalty.subarray(0, numSamples),
-      frequencyPenalty: this.#frequencyPenalty.subarray(0, numSamples),
-      seeds: this.#seeds.subarray(0, numSamples),
-      numTop: this.#numTop.subarray(0, numSamples),
-      biasStarts: this.#biasStarts.subarray(0, numSamples + 1),
-      biasIds: this.#biasIds.subarray(0, numBiases),
-      biasValues: this.#biasValues.subarray(0, numBiases),
-      historyStarts: this.#historyStarts.subarray(0, numSamples + 1),
-      historyPromptCounts: this.#historyPromptCounts.subarray(0, numSamples),
-      historyIds: this.#historyIds.subarray(0, numHistory),
+      tokenIds: this.#tokenIds.first(numTokens),
+      positions: this.#positions.first(numTokens),
+      sequenceStarts: this.#sequenceStarts.first(numSequences + 1),
+      blockStarts: this.#blockStarts.first(numSequences + 1),
+      blockIds: this.#blockIds.first(numBlocks),
+      adapterStarts: this.#adapterStarts.first(numSequences + 1),
+      adapterHandles: this.#adapterHandles.first(numAdapters),
+      adapterWeights: this.#adapterWeights.first(numAdapters),
+      sampleRows: this.#sampleRows.first(numSamples),
+      temperature: this.#temperature.first(numSamples),
+      topK: this.#topK.first(numSamples),
+      topP: this.#topP.first(numSamples),
+      minP: this.#minP.first(numSamples),
+      repetitionPenalty: this.#repetitionPenalty.first(numSamples),
+      presencePenalty: this.#presencePenalty.first(numSamples),
+      frequencyPenalty: this.#frequencyPenalty.first(numSamples),
+      seeds: this.#seeds.first(numSamples),
+      numTop: this.#numTop.first(numSamples),
+      biasStarts: this.#biasStarts.first(numSamples + 1),
+      biasIds: this.#biasIds.first(numBiases),
+      biasValues: this.#biasValues.first(numBiases),
+      historyStarts: this.#historyStarts.first(numSamples + 1),
+      historyPromptCounts: this.#historyPromptCounts.first(numSamples),
+      historyIds: this.#historyIds.first(numHistory),
       wantLogits: false,
     };
   }
 
   /** The client's biases and, before minTokens, a ban on every token that would end the sequence. */
-  #layBiases({ params, numOutputTokens }: Sequence, at: number): number {
+  #layBiases({ params, numTokens, numPromptTokens }: Sequence, at: number): number {
+    if (params.biasIds.length === 0 && params.minTokens === 0) return at;
     const banned =
-      numOutputTokens < params.minTokens
+      numTokens - numPromptTokens < params.minTokens
         ? [...params.stopTokenIds, ...(params.ignoreEos ? [] : this.#eosTokenIds)]
         : [];
     const end = at + params.biasIds.length + banned.length;
-    this.#biasIds = room(this.#biasIds, end);
-    this.#biasValues = room(this.#biasValues, end);
-    this.#biasIds.set(params.biasIds, at);
-    this.#biasValues.set(params.biasValues, at);
-    this.#biasIds.set(banned, end - banned.length);
-    this.#biasValues.fill(forbiddenLogit, end - banned.length, end);
+    this.#biasIds.grow(end);
+    this.#biasValues.grow(end);
+    this.#biasIds.values.set(params.biasIds, at);
+    this.#biasValues.values.set(params.biasValues, at);
+    this.#biasIds.values.set(banned, end - banned.length);
+    this.#biasValues.values.fill(forbiddenLogit, end - banned.length, end);
     return end;
   }
 }
 
-/** The array itself when it is long enough, else a longer one with the same beginning. */
-function room<T extends Int32Array | Float32Array>(array: T, length: number): T {
-  if (length <= array.length) return array;
-  const grown = new (array.constructor as new (length: number) => T)(Math.max(length, array.length * 2));
-  grown.set(array);
-  return grown;
+/** An array that is used again: `values` to be written, `first` to be handed out. */
+class Column<T extends Int32Array | Float32Array | BigUint64Array> {
+  values: T;
+  #view: T;
+
+  constructor(values: T) {
+    this.values = values;
+    this.#view = values;
+  }
+
+  /** Its first `length` values. The view is made anew only when the length is another. */
+  first(length: number): T {
+    if (this.#view.length !== length) this.#view = this.values.subarray(0, length) as T;
+    return this.#view;
+  }
+
+  /** Has at least `length` values after this; those that are there stay. */
+  grow(length: number): void {
+    if (length <= this.values.length) return;
+    const Values = this.values.constructor as new (buffer: ArrayBuffer) => T;
+    const size = Math.max(length, this.values.length * 2) * this.values.BYTES_PER_ELEMENT;
+    const grown = new Values(new ArrayBuffer(size));
+    (grown as { set(from: T): void }).set(this.values);
+    this.values = grown;
+    this.#view = grown;
+  }
 }

@@ -1,10 +1,16 @@
 /**
- * The step loop: reap what ended, schedule, run, append, emit. The text of step n is made and sent while step n + 1
- * runs; only what the next plan depends on (the tokens themselves, end tokens, lengths) is decided in between.
+ * The step loop: take in what a step drew, reap what ended, plan and hand in the next step, emit. Step n + 1 is planned
+ * and handed in while step n runs, so the native side goes from one to the next without a pause; the tokens that n
+ * draws are in it as references. Lengths are known ahead. Any other end (end token, stop string, cancel, failure) is
+ * seen one step late: the sequence has a row in a step that runs already, whose result is thrown away.
  *
- * A sequence that ends while a step has it (cancelled, or its stop string found) keeps its blocks until that step is
- * over. Sequences enter only when they fit into the arena alone beside the loaded adapters, and loads leave that much
- * for KV, so the oldest sequence can always go on and preemption never loops.
+ * A sequence that ends while steps have it keeps its blocks until they are over. Preemption takes blocks back, so a plan
+ * that preempts waits for the step that runs, and is made anew then. Sequences enter only when they fit into the arena
+ * alone beside the loaded adapters, and loads leave that much for KV, so the oldest sequence can always go on and
+ * preemption never loops.
+ *
+ * Nothing is made for a token but its text: loops over a batch count, since an iterator makes an object a turn, and what
+ * a sequence says is written over what it said before.
  */
 import type { Logger } from 'pino';
 import type { Runtime, StepResult } from '../native/index.ts';
@@ -45,6 +51,10 @@ export interface EngineOptions {
   now: () => number;
   /** Our own books are broken: the process must end. */
   onFatal: (error: unknown) => void;
+  /** 2 when absent. 1: a step is planned when the one before is over, to compare with. */
+  maxStepsInFlight?: 1 | 2;
+  /** For traces: what the loop did when, in milliseconds of `now`. */
+  onSpan?: (name: 'plan' | 'emit', beginMs: number, endMs: number) => void;
 }
 
 /** One drawn token with its alternatives, when logprobs were asked for. */
@@ -55,7 +65,7 @@ export interface TokenLogprobs {
   topLogprobs: Float32Array;
 }
 
-/** What a sequence has to say after a step. The last one carries finishReason. */
+/** What a sequence has to say after a step. The last one carries finishReason. Until then the next one is written over it. */
 export interface SequenceOutput {
   /** May be empty: text is held back inside a character or a possible stop string. */
   text: string;
@@ -83,6 +93,8 @@ interface Live {
   isOpenEnded: boolean;
   /** The last word was said. */
   isTold: boolean;
+  /** One object for all its tokens. */
+  output: SequenceOutput;
   detokenizer: Detokenizer;
   stopStrings: StopStrings;
   /** Decided by tokens; told once the text is out. */
@@ -90,22 +102,25 @@ interface Live {
   arrivedMs: number;
   scheduledMs: number | null;
   firstTokenMs: number | null;
-  lastTokenMs: number | null;
+  /** arrivedMs until there is one. */
+  lastTokenMs: number;
   sumLogprobs: number;
 }
 
-/** A token that was drawn and not yet told. */
-interface Drawn {
-  live: Live;
-  tokenId: number;
-  logprobs: TokenLogprobs | null;
+/** A step that was handed in and not yet taken in. */
+interface StepInFlight {
+  chunks: readonly Chunk[];
+  /** Whose token each sample is. */
+  sampled: Live[];
+  /** null: it is not over. */
+  outcome: { result: StepResult } | { error: unknown } | null;
 }
 
 export interface SequenceHandle {
   readonly sequence: Sequence;
   /** Mean logprob of its output tokens; 0 without any. */
   readonly meanLogprob: number;
-  /** Ends it with `abort`; its blocks are back before the next step. Does nothing when it has ended. */
+  /** Ends it with `abort`; its blocks are back when the steps in flight are over. Does nothing when it has ended. */
   cancel(): void;
 }
 
@@ -116,12 +131,16 @@ export class Engine {
   readonly #waiting: Sequence[] = [];
   readonly #running: Sequence[] = [];
   readonly #sampled: Sequence[] = [];
-  #drawn: Drawn[] = [];
+  /** In the order they run; at most maxStepsInFlight. */
+  readonly #steps: StepInFlight[] = [];
+  /** When the last step ended, on the native clock; null: there was nothing to do since. */
+  #lastEndedMs: number | null = null;
   /** When sequences ended, the latest last; for the pace. */
   readonly #finishedMs: number[] = [];
   #tiers: AdapterTiers | null = null;
   #nextId = 1;
-  #wake: (() => void) | null = null;
+  #isWoken = false;
+  #onWake: (() => void) | null = null;
   #onIdle: (() => void) | null = null;
   #isDraining = false;
   #isClosed = false;
@@ -194,6 +213,7 @@ export class Engine {
         { retryAfterSeconds: this.#retryAfterSeconds() },
       );
     }
+    const arrivedMs = now();
     const handles = requests.map((request, index) => {
       const sequence = new Sequence({
         id: this.#nextId++,
@@ -209,13 +229,14 @@ export class Engine {
         request,
         isOpenEnded: request.params.maxTokens === null,
         isTold: false,
+        output: { text: '', logprobs: null, finishReason: null, stopReason: null, error: null },
         detokenizer: this.#options.createDetokenizer(request.params),
         stopStrings: new StopStrings(request.params.stopStrings, request.params.includeStop),
         tokenStop: null,
-        arrivedMs: now(),
+        arrivedMs,
         scheduledMs: null,
         firstTokenMs: null,
-        lastTokenMs: null,
+        lastTokenMs: arrivedMs,
         sumLogprobs: 0,
       };
       this.#live.set(sequence, live);
@@ -225,7 +246,7 @@ export class Engine {
         get meanLogprob() {
           return live.sumLogprobs / Math.max(1, sequence.numOutputTokens);
         },
-        cancel: () => this.#finish(live, 'abort'),
+        cancel: () => this.#cutOff(live, 'abort'),
       };
     });
     this.wake();
@@ -234,8 +255,8 @@ export class Engine {
 
   /** Looks for work again: something changed. */
   wake(): void {
-    this.#wake?.();
-    this.#wake = null;
+    this.#isWoken = true;
+    this.#onWake?.();
   }
 
   /** Refuses new sequences, waits for those it has, and ends what is left after timeoutMs. */
@@ -250,71 +271,152 @@ export class Engine {
       };
     });
     const error = new EngineError('draining', 'the engine stopped before this request was done');
-    for (const live of [...this.#live.values()]) this.#finish(live, 'error', null, error);
+    for (const live of [...this.#live.values()]) this.#cutOff(live, 'error', error);
   }
 
-  /** Ends everything; resolves when no step runs any more. The runtime may be closed after that. */
+  /** Ends everything; resolves when no step is in flight any more. The runtime may be closed after that. */
   async close(): Promise<void> {
     this.#isClosed = true;
     this.#isDraining = true;
-    for (const live of [...this.#live.values()]) this.#finish(live, 'abort');
+    for (const live of [...this.#live.values()]) this.#cutOff(live, 'abort');
     this.wake();
     await this.#loop;
   }
 
   async #run(): Promise<void> {
-    while (!this.#isClosed) {
-      this.#reap();
-      const plan = this.#plan();
-      if (plan.chunks.length > 0) {
-        this.#carryOut(plan);
-        await this.#step(plan.chunks);
-      } else if (this.#drawn.length > 0) {
-        this.#emit();
-      } else if (plan.preempted.length > 0) {
-        this.#endAtArenaLimit(plan.preempted);
-      } else if (this.#waiting.length > 0) {
-        throw new InvariantError('a sequence waits that does not fit into the arena alone');
-      } else {
-        if (this.#live.size === 0) this.#onIdle?.();
-        await new Promise<void>((resolve) => {
-          this.#wake = resolve;
-        });
-      }
+    while (!this.#isClosed || this.#steps.length > 0) {
+      const step = this.#steps[0]?.outcome ? this.#steps.shift()! : null;
+      if (step) this.#takeIn(step);
+      const plan = this.#planAhead();
+      // After the next step was handed in: telling takes longer than planning.
+      if (step) this.#emit(step);
+      else if (this.#steps.length === 0) this.#rest(plan);
+      if (!step || (this.#steps.length > 0 && !this.#steps[0]!.outcome)) await this.#untilWoken();
     }
-    this.#emit();
     this.#reap();
   }
 
-  async #step(chunks: readonly Chunk[]): Promise<void> {
-    const { runtime, metrics, now } = this.#options;
-    const beginMs = now();
-    let step: Promise<StepResult>;
-    try {
-      step = runtime.step(this.#layout.lay(chunks, this.#sampled));
-    } catch (error) {
-      return this.#failStep(chunks, error);
+  /** Hands in steps until as many are in flight as may be. @returns the plan that could not be carried out, if one */
+  #planAhead(): SchedulePlan | null {
+    const { maxStepsInFlight = 2, now, onSpan } = this.#options;
+    while (!this.#isClosed && this.#steps.length < maxStepsInFlight) {
+      const beginMs = now();
+      this.#reap();
+      const plan = this.#plan();
+      if (plan.chunks.length === 0 || (plan.preempted.length > 0 && this.#steps.length > 0)) return plan;
+      this.#carryOut(plan);
+      this.#handIn(plan.chunks);
+      onSpan?.('plan', beginMs, now());
     }
-    // The thread is ours while the step runs on others: tell the last step's tokens now. Were this to throw, blocks must
-    // not go back under the running step; so it is not caught below, and the process ends.
-    this.#emit();
-    let result: StepResult;
-    try {
-      result = await step;
-    } catch (error) {
-      if (isClosedError(error)) throw error;
-      return this.#failStep(chunks, error);
-    }
-    this.#append(chunks, result);
-    const numTokens = chunks.reduce((sum, chunk) => sum + chunk.numTokens, 0);
-    metrics.observeStep((now() - beginMs) / 1000, chunks.length, numTokens);
+    return null;
   }
 
-  /** Gives back the blocks of sequences that ended. Never runs while a step has them. */
+  /** No step is in flight, and the plan has none: says why. null: the engine is closed. */
+  #rest(plan: SchedulePlan | null): void {
+    this.#lastEndedMs = null;
+    if (plan === null) return;
+    if (plan.preempted.length > 0) {
+      this.#endAtArenaLimit(plan.preempted);
+    } else if (this.#waiting.length > 0) {
+      throw new InvariantError('a sequence waits that does not fit into the arena alone');
+    } else if (this.#live.size === 0) {
+      this.#onIdle?.();
+    }
+  }
+
+  async #untilWoken(): Promise<void> {
+    if (!this.#isWoken) {
+      await new Promise<void>((resolve) => {
+        this.#onWake = resolve;
+      });
+      this.#onWake = null;
+    }
+    this.#isWoken = false;
+  }
+
+  #handIn(chunks: readonly Chunk[]): void {
+    const step: StepInFlight = { chunks, sampled: [], outcome: null };
+    const end = (outcome: StepInFlight['outcome']) => {
+      step.outcome = outcome;
+      this.wake();
+    };
+    try {
+      const batch = this.#layout.lay(chunks, this.#sampled);
+      this.#options.runtime.step(batch).then(
+        (result) => end({ result }),
+        (error) => end({ error }),
+      );
+    } catch (error) {
+      this.#failStep(chunks, error);
+      return;
+    }
+    this.#steps.push(step);
+    for (let i = 0; i < chunks.length; i++) {
+      const { sequence, numTokens } = chunks[i]!;
+      sequence.numComputedTokens += numTokens;
+      sequence.numStepsInFlight++;
+    }
+    for (let i = 0; i < this.#sampled.length; i++) {
+      const sequence = this.#sampled[i]!;
+      sequence.expectToken(i);
+      step.sampled.push(this.#live.get(sequence)!);
+    }
+  }
+
+  /** A step is over: its tokens are learnt, and those that end a sequence end it. */
+  #takeIn({ chunks, sampled, outcome }: StepInFlight): void {
+    let numTokens = 0;
+    for (let i = 0; i < chunks.length; i++) {
+      chunks[i]!.sequence.numStepsInFlight--;
+      numTokens += chunks[i]!.numTokens;
+    }
+    if ('error' in outcome!) {
+      this.#lastEndedMs = null;
+      this.#failStep(chunks, outcome.error);
+      return;
+    }
+    const { metrics, eosTokenIds, now } = this.#options;
+    const { tokens, logprobs, beganMs, endedMs } = outcome!.result;
+    const nowMs = now();
+    let numDrawn = 0;
+    for (let i = 0; i < sampled.length; i++) {
+      const live = sampled[i]!;
+      const { sequence } = live;
+      if (sequence.isFinished) continue;
+      const tokenId = tokens[i]!;
+      sequence.learnToken(tokenId);
+      live.sumLogprobs += logprobs[i]!;
+      live.tokenStop = stopAtToken(
+        tokenId,
+        sequence.numOutputTokens,
+        sequence.maxTotalTokens - sequence.numPromptTokens,
+        sequence.params,
+        eosTokenIds,
+      );
+      // Out of the next plan; #emit tells the last text and the reason.
+      if (live.tokenStop) sequence.status = 'finished';
+
+      if (live.firstTokenMs === null) {
+        live.firstTokenMs = nowMs;
+        metrics.timeToFirstToken.observe((nowMs - live.arrivedMs) / 1000);
+      } else {
+        metrics.interTokenLatency.observe((nowMs - live.lastTokenMs) / 1000);
+      }
+      live.lastTokenMs = nowMs;
+      numDrawn++;
+    }
+    metrics.generationTokens.inc(numDrawn);
+    const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
+    metrics.observeStep((endedMs - beganMs) / 1000, gapSeconds, chunks.length, numTokens);
+    this.#lastEndedMs = endedMs;
+  }
+
+  /** Gives back the blocks of sequences that ended and that no step has. */
   #reap(): void {
     let numLeft = 0;
-    for (const sequence of this.#running) {
-      if (sequence.isFinished) this.#dispose(sequence);
+    for (let i = 0; i < this.#running.length; i++) {
+      const sequence = this.#running[i]!;
+      if (sequence.isFinished && sequence.numStepsInFlight === 0) this.#dispose(sequence);
       else this.#running[numLeft++] = sequence;
     }
     if (numLeft === this.#running.length) return;
@@ -354,7 +456,8 @@ export class Engine {
       const live = this.#live.get(sequence)!;
       live.scheduledMs ??= now();
     }
-    for (const { sequence, numNewBlocks } of plan.chunks) {
+    for (let i = 0; i < plan.chunks.length; i++) {
+      const { sequence, numNewBlocks } = plan.chunks[i]!;
       if (numNewBlocks === 0) continue;
       const table = sequence.roomForBlocks(numNewBlocks);
       if (!arena.take('kv', numNewBlocks, table, sequence.numBlocks)) {
@@ -364,76 +467,44 @@ export class Engine {
     }
   }
 
-  /** After a step: KV is there, drawn tokens are appended, and tokens that end a sequence end it. */
-  #append(chunks: readonly Chunk[], result: StepResult): void {
-    const { metrics, eosTokenIds, now } = this.#options;
-    for (const { sequence, numTokens } of chunks) sequence.numComputedTokens += numTokens;
-    const topWidth = this.#sampled.length === 0 ? 0 : result.topIds.length / this.#sampled.length;
-    const nowMs = now();
-    for (let i = 0; i < this.#sampled.length; i++) {
-      const sequence = this.#sampled[i]!;
-      if (sequence.isFinished) continue;
-      const live = this.#live.get(sequence)!;
-      const tokenId = result.tokens[i]!;
-      sequence.appendToken(tokenId);
-      live.sumLogprobs += result.logprobs[i]!;
-      live.tokenStop = stopAtToken(
-        tokenId,
-        sequence.numOutputTokens,
-        sequence.maxTotalTokens - sequence.numPromptTokens,
-        sequence.params,
-        eosTokenIds,
-      );
-      // Out of the next plan; #emit tells the last text and the reason.
-      if (live.tokenStop) sequence.status = 'finished';
-      this.#drawn.push({ live, tokenId, logprobs: logprobsOf(sequence, tokenId, result, i, topWidth) });
-
-      if (live.firstTokenMs === null) {
-        live.firstTokenMs = nowMs;
-        metrics.timeToFirstToken.observe((nowMs - live.arrivedMs) / 1000);
-      } else {
-        metrics.interTokenLatency.observe((nowMs - live.lastTokenMs!) / 1000);
-      }
-      live.lastTokenMs = nowMs;
-      metrics.generationTokens.inc();
-    }
-  }
-
-  /** Tells what the last step drew: text, stop strings, ends. */
-  #emit(): void {
-    if (this.#drawn.length === 0) return;
-    const drawn = this.#drawn;
-    this.#drawn = [];
-    for (const { live, tokenId, logprobs } of drawn) {
-      const { sequence, tokenStop } = live;
+  /** Tells what a step drew: text, stop strings, ends. */
+  #emit({ sampled, outcome }: StepInFlight): void {
+    if ('error' in outcome!) return;
+    const { now, onSpan } = this.#options;
+    const beginMs = now();
+    const { result } = outcome!;
+    for (let i = 0; i < sampled.length; i++) {
+      const live = sampled[i]!;
+      // It had ended before this step was over.
       if (live.isTold) continue;
+      const { sequence, tokenStop } = live;
+      const tokenId = result.tokens[i]!;
+      const logprobs = logprobsOf(sequence, result, i, sampled.length);
       const isEndToken = tokenStop?.finishReason === 'stop';
       let piece = isEndToken && !sequence.params.includeStop ? '' : live.detokenizer.push(tokenId);
       if (tokenStop) piece += live.detokenizer.flush();
       const maySearch = sequence.numOutputTokens > sequence.params.minTokens;
-      const stop = maySearch ? live.stopStrings.push(piece) : { text: piece, found: null };
-      if (stop.found !== null) {
-        this.#finish(live, 'stop', { text: stop.text, logprobs, stopReason: stop.found });
+      const { stopStrings, output } = live;
+      output.text = maySearch ? stopStrings.push(piece) : piece;
+      output.logprobs = logprobs;
+      if (stopStrings.found !== null) {
+        this.#finish(live, 'stop', stopStrings.found);
       } else if (tokenStop) {
-        const text = stop.text + live.stopStrings.flush();
-        this.#finish(live, tokenStop.finishReason, { text, logprobs, stopReason: tokenStop.stopReason });
+        output.text += stopStrings.flush();
+        this.#finish(live, tokenStop.finishReason, tokenStop.stopReason);
       } else {
-        this.#say(live, {
-          text: stop.text,
-          logprobs,
-          finishReason: null,
-          stopReason: null,
-          error: null,
-        });
+        this.#say(live);
       }
     }
+    onSpan?.('emit', beginMs, now());
   }
 
   /** Native refused the step: its sequences fail, the engine goes on. */
   #failStep(chunks: readonly Chunk[], cause: unknown): void {
+    if (isClosedError(cause)) throw cause;
     this.#options.log.error({ err: cause, numSequences: chunks.length }, 'step failed');
     const error = new EngineError('step_failed', 'the step that computed this request failed', { cause });
-    for (const { sequence } of chunks) this.#finish(this.#live.get(sequence)!, 'error', null, error);
+    for (const { sequence } of chunks) this.#cutOff(this.#live.get(sequence)!, 'error', error);
   }
 
   /** The one running sequence has the whole arena and needs more. Only an open-ended one may come here. */
@@ -442,20 +513,15 @@ export class Engine {
     if (preempted.length > 1 || this.#running.length > 1 || !live.isOpenEnded) {
       throw new InvariantError('every running sequence was preempted, and none can run');
     }
-    const text = live.stopStrings.push(live.detokenizer.flush()).text + live.stopStrings.flush();
-    this.#finish(live, 'length', { text, logprobs: null, stopReason: null });
+    live.output.text = live.stopStrings.push(live.detokenizer.flush()) + live.stopStrings.flush();
+    live.output.logprobs = null;
+    this.#finish(live, 'length');
   }
 
-  /** Says the last word of a sequence. A waiting one is let go at once, a running one before the next step. */
-  #finish(
-    live: Live,
-    finishReason: FinishReason,
-    last: { text: string; logprobs: TokenLogprobs | null; stopReason: string | number | null } | null = null,
-    error: EngineError | null = null,
-  ): void {
-    if (live.isTold) return;
+  /** Says the last word of a sequence, with what is in its output. A waiting one is let go at once, a running one when no step has it. */
+  #finish(live: Live, finishReason: FinishReason, stopReason: string | number | null = null): void {
     live.isTold = true;
-    const { sequence } = live;
+    const { sequence, output } = live;
     const wasWaiting = sequence.status === 'waiting';
     sequence.status = 'finished';
     sequence.finishReason = finishReason;
@@ -464,20 +530,24 @@ export class Engine {
       this.#dispose(sequence);
     }
     this.#observeEnd(live, finishReason);
-    this.#say(live, {
-      text: last?.text ?? '',
-      logprobs: last?.logprobs ?? null,
-      finishReason,
-      stopReason: last?.stopReason ?? null,
-      error,
-    });
+    output.finishReason = finishReason;
+    output.stopReason = stopReason;
+    this.#say(live);
     this.wake();
   }
 
+  /** Ends a sequence in the middle, if it has not ended. */
+  #cutOff(live: Live, finishReason: 'abort' | 'error', error: EngineError | null = null): void {
+    if (live.isTold) return;
+    // A last word of its own: this may be called while a listener reads the one before.
+    live.output = { text: '', logprobs: null, finishReason: null, stopReason: null, error };
+    this.#finish(live, finishReason);
+  }
+
   /** A listener that throws ends its own sequence. The step that runs now must not hear of it. */
-  #say(live: Live, output: SequenceOutput): void {
+  #say(live: Live): void {
     try {
-      live.request.onOutput(output);
+      live.request.onOutput(live.output);
     } catch (error) {
       this.#options.log.error({ err: error, sequence: live.sequence.id }, 'output listener threw');
       live.isTold = true;
@@ -549,27 +619,27 @@ export class Engine {
       numOutputTokens: sequence.numOutputTokens,
       queueSeconds: scheduledMs === null ? null : (scheduledMs - arrivedMs) / 1000,
       prefillSeconds: firstTokenMs === null ? null : (firstTokenMs - scheduledMs!) / 1000,
-      decodeSeconds: firstTokenMs === null ? null : (lastTokenMs! - firstTokenMs) / 1000,
+      decodeSeconds: firstTokenMs === null ? null : (lastTokenMs - firstTokenMs) / 1000,
       totalSeconds: (nowMs - arrivedMs) / 1000,
     });
   }
 }
 
+/** Copied: the result's arrays are written again. */
 function logprobsOf(
   sequence: Sequence,
-  tokenId: number,
-  result: StepResult,
+  { tokens, logprobs, topIds, topLogprobs }: StepResult,
   sample: number,
-  width: number,
+  numSamples: number,
 ): TokenLogprobs | null {
   const { numLogprobs } = sequence.params;
   if (numLogprobs === null) return null;
-  const begin = sample * width;
+  const begin = sample * (topIds.length / numSamples);
   return {
-    tokenId,
-    logprob: result.logprobs[sample]!,
-    topIds: result.topIds.slice(begin, begin + numLogprobs),
-    topLogprobs: result.topLogprobs.slice(begin, begin + numLogprobs),
+    tokenId: tokens[sample]!,
+    logprob: logprobs[sample]!,
+    topIds: topIds.slice(begin, begin + numLogprobs),
+    topLogprobs: topLogprobs.slice(begin, begin + numLogprobs),
   };
 }
 

@@ -36,6 +36,7 @@ const ttftBounds = [
 const tokenBounds = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5];
 const requestBounds = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240];
 const stepBounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];
+const gapBounds = [1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1];
 const fetchBounds = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900];
 const sizeBounds = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 
@@ -57,10 +58,11 @@ export class EngineMetrics {
     'From arrival to the first token, in seconds.',
     ttftBounds,
   );
-  readonly interTokenLatency = this.#histogram(
+  readonly interTokenLatency = new TokenHistogram(
     'vllm:inter_token_latency_seconds',
     'Between two tokens of a sequence, in seconds.',
     tokenBounds,
+    this.registry,
   );
   readonly #timePerOutputToken = this.#histogram(
     'vllm:time_per_output_token_seconds',
@@ -90,6 +92,11 @@ export class EngineMetrics {
   );
   readonly #iterationTokens = this.#histogram('vllm:iteration_tokens_total', 'Tokens per step.', sizeBounds);
   readonly #stepSeconds = this.#histogram('motet_step_duration_seconds', 'One step, in seconds.', stepBounds);
+  readonly #stepGapSeconds = this.#histogram(
+    'motet_step_gap_seconds',
+    'From the end of a step to the begin of the next while there was work, in seconds.',
+    gapBounds,
+  );
   readonly #batchSize = this.#histogram('motet_step_sequences', 'Sequences per step.', sizeBounds);
   readonly adapterLoadSeconds = this.#histogram(
     'vllm:lora_adapter_load_seconds',
@@ -127,8 +134,10 @@ export class EngineMetrics {
     this.registry.setDefaultLabels({ model_name: modelName, engine: '0' });
   }
 
-  observeStep(seconds: number, numSequences: number, numTokens: number): void {
+  /** @param gapSeconds  null: nothing was to be computed before it */
+  observeStep(seconds: number, gapSeconds: number | null, numSequences: number, numTokens: number): void {
     this.#stepSeconds.observe(seconds);
+    if (gapSeconds !== null) this.#stepGapSeconds.observe(gapSeconds);
     this.#batchSize.observe(numSequences);
     this.#iterationTokens.observe(numTokens);
   }
@@ -248,5 +257,52 @@ export class EngineMetrics {
 
   #histogram(name: string, help: string, buckets: number[]): Histogram {
     return new Histogram({ name, help, buckets, registers: [this.registry] });
+  }
+}
+
+/** A histogram that is observed for every token: prom-client's makes objects each time, and this one none. */
+class TokenHistogram {
+  readonly name: string;
+  readonly #help: string;
+  readonly #bounds: readonly number[];
+  /** By bound, and those above the last. */
+  readonly #counts: Float64Array;
+  readonly #sum = new Float64Array(1);
+
+  constructor(name: string, help: string, bounds: readonly number[], registry: Registry) {
+    this.name = name;
+    this.#help = help;
+    this.#bounds = bounds;
+    this.#counts = new Float64Array(bounds.length + 1);
+    // A registry needs a name and `get` of a metric.
+    registry.registerMetric(this as unknown as Histogram);
+  }
+
+  observe(value: number): void {
+    let i = 0;
+    while (i < this.#bounds.length && value > this.#bounds[i]!) i++;
+    this.#counts[i]!++;
+    this.#sum[0]! += value;
+  }
+
+  /** As prom-client's metrics answer a registry. */
+  async get() {
+    const { name } = this;
+    let count = 0;
+    const values = [...this.#bounds, '+Inf'].map((le, i) => {
+      count += this.#counts[i]!;
+      return { metricName: `${name}_bucket`, labels: { le }, value: count };
+    });
+    return {
+      name,
+      help: this.#help,
+      type: 'histogram',
+      aggregator: 'sum',
+      values: [
+        ...values,
+        { metricName: `${name}_sum`, labels: {}, value: this.#sum[0]! },
+        { metricName: `${name}_count`, labels: {}, value: count },
+      ],
+    };
   }
 }

@@ -30,7 +30,6 @@ export interface Choice {
 
 /** A part of one choice. */
 export interface Delta {
-  index: number;
   text: string;
   logprobs: TokenLogprobs | null;
   finishReason: FinishReason | null;
@@ -62,7 +61,7 @@ export interface ReplyFormat {
 export interface EventWriter {
   /** Events before the first token: chat names the role. */
   begin(index: number): string;
-  delta(delta: Delta): string;
+  delta(index: number, delta: Delta): string;
   usage(usage: Usage): string;
 }
 
@@ -91,7 +90,7 @@ export const chatFormat: ReplyFormat = {
     const events = new EventParts({ ...head, object: 'chat.completion.chunk' }, includeUsage);
     return {
       begin: (index) => events.choice(index, '"delta":{"role":"assistant","content":""}', 'null', null, null),
-      delta({ index, text, logprobs, finishReason, stopReason }) {
+      delta(index, { text, logprobs, finishReason, stopReason }) {
         const delta =
           text === '' && finishReason ? '"delta":{}' : `"delta":{"content":${JSON.stringify(text)}}`;
         const content = logprobs
@@ -123,7 +122,7 @@ export const completionFormat: ReplyFormat = {
     const offsets: number[] = [];
     return {
       begin: () => '',
-      delta({ index, text, logprobs, finishReason, stopReason }) {
+      delta(index, { text, logprobs, finishReason, stopReason }) {
         const offset = offsets[index] ?? 0;
         const body = logprobs ? completionLogprobs([logprobs], offset, names) : null;
         if (body) offsets[index] = offset + body.tokens[0]!.length;

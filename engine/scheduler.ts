@@ -1,6 +1,9 @@
 /**
  * Chooses the next batch. Pure: sequences and page counts in, a plan out; the engine carries it out.
  *
+ * What is planned here may begin while the step before it runs: counters are those after that step, whose draws are not
+ * known yet. A sequence that has all its tokens, or has ended, holds its blocks until that step is over, but no seat.
+ *
  *   1. Decode rows of all running sequences, oldest first, so that nobody's next token waits for another's prompt.
  *      When no page is free the youngest running sequence is preempted: its blocks go back and it recomputes later.
  *   2. Prompts of running sequences, oldest first, in chunks within the token budget. A prompt never preempts while
@@ -10,6 +13,8 @@
  *      whose adapter has nothing running may pass a head whose adapter already has its share of the seats, at most
  *      maxPassedOver times per head.
  *
+ * Loops over all that runs count instead of iterating: an iterator makes an object a turn, for every token.
+ *
  * Progress: the engine admits only sequences that fit into the arena alone, so the oldest one can always run.
  * Continuous batching is Orca's (Yu et al., 2022); chunked prefill Sarathi's (Agrawal et al., 2023).
  */
@@ -18,7 +23,7 @@ import { blocksFor, type Sequence } from './sequence.ts';
 export interface ScheduleInput {
   /** In the order they wait. */
   waiting: readonly Sequence[];
-  /** In the order they were admitted. */
+  /** In the order they were admitted; with those that only wait for their last step to be over. */
   running: readonly Sequence[];
   numFreePages: number;
   /** Pages that an adapter load waits for: left alone by admission. */
@@ -53,7 +58,7 @@ export const maxPassedOver = 16;
 export function schedule(input: ScheduleInput): SchedulePlan {
   const { blockSizeTokens } = input;
   const plan: SchedulePlan = { chunks: [], preempted: [], admitted: [], passedOver: [] };
-  const running = [...input.running];
+  const running = input.running.filter((sequence) => !sequence.isFinished && !sequence.isFull);
   let numFreePages = input.numFreePages;
   let budgetTokens = input.maxBatchTokens;
 
@@ -85,7 +90,8 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   let isShortOfPages = false;
   do {
     isShortOfPages = false;
-    for (const sequence of running) {
+    for (let i = 0; i < running.length; i++) {
+      const sequence = running[i]!;
       if (sequence.numPendingTokens === 1) continue;
       if (budgetTokens === 0) break;
       const numTokens = tokensThatFit(sequence, budgetTokens, numFreePages, blockSizeTokens);
@@ -98,7 +104,7 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   } while (running.length > 0);
 
   // 3. Admission.
-  if (isShortOfPages || plan.preempted.length > 0) return plan;
+  if (input.waiting.length === 0 || isShortOfPages || plan.preempted.length > 0) return plan;
   const waiting = [...input.waiting];
   const seats = countSeats(running);
   const numVoices = new Set([...seats.keys(), ...waiting.map((sequence) => sequence.adapterKey)]).size;

@@ -1,6 +1,9 @@
 /**
  * One prompt and its growing output inside the engine: tokens, counters, block table, adapters. Derived numbers are
  * properties of the few counters; only the engine changes them.
+ *
+ * The counters are those after the steps in flight, so that the next step can be planned before they are over. A token
+ * that such a step draws is counted already, and a reference stands in its place until it is known.
  */
 import type { SamplingParams } from './sampling.ts';
 import type { FinishReason } from './stop.ts';
@@ -23,11 +26,14 @@ export class Sequence {
   /** Prompt and the most output it may get. */
   readonly maxTotalTokens: number;
 
-  /** [≥ numTokens] prompt, then output. */
+  /** [≥ numTokens] prompt, then output; the last numUnknownTokens are references, as StepBatch.tokenIds has them. */
   tokens: Int32Array;
   numTokens: number;
+  numUnknownTokens = 0;
   /** Positions whose KV is in the block table. */
   numComputedTokens = 0;
+  /** Steps that write into its blocks. */
+  numStepsInFlight = 0;
   /** [≥ numBlocks] page ids, in order of position. */
   blocks = new Int32Array(4);
   numBlocks = 0;
@@ -57,8 +63,14 @@ export class Sequence {
     this.tokens.set(fields.promptTokens);
   }
 
+  /** Those that are known. */
   get numOutputTokens(): number {
-    return this.numTokens - this.numPromptTokens;
+    return this.numTokens - this.numUnknownTokens - this.numPromptTokens;
+  }
+
+  /** It has all it may get: nothing is left to draw. */
+  get isFull(): boolean {
+    return this.numTokens >= this.maxTotalTokens;
   }
 
   /** Tokens that must run before the next one can be drawn: 1 while decoding. */
@@ -71,10 +83,21 @@ export class Sequence {
   }
 
   get outputTokens(): Int32Array {
-    return this.tokens.subarray(this.numPromptTokens, this.numTokens);
+    return this.tokens.subarray(this.numPromptTokens, this.numPromptTokens + this.numOutputTokens);
   }
 
-  appendToken(token: number): void {
+  /** One more token, which the step that is given next draws as its sample `sample`. */
+  expectToken(sample: number): void {
+    this.#append(-1 - sample);
+    this.numUnknownTokens++;
+  }
+
+  /** The first of the unknown tokens is `token`. */
+  learnToken(token: number): void {
+    this.tokens[this.numTokens - this.numUnknownTokens--] = token;
+  }
+
+  #append(token: number): void {
     if (this.numTokens === this.tokens.length) {
       const grown = new Int32Array(Math.min(this.maxTotalTokens, this.tokens.length * 2));
       grown.set(this.tokens);

@@ -269,7 +269,7 @@ function stream(options: ServerOptions, job: Job, format: ReplyFormat, response:
 
   handles = addJob(options, job, (index, output) => {
     if (output.text !== '' || output.logprobs || (output.finishReason && !output.error)) {
-      write(events.delta({ index, ...output }));
+      write(events.delta(index, output));
     }
     if (!output.finishReason) return;
     numOpen--;

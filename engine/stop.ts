@@ -37,27 +37,27 @@ export class StopStrings {
   readonly #strings: readonly string[];
   readonly #includeStop: boolean;
   #held = '';
+  /** The stop string that was found, if one was. */
+  found: string | null = null;
 
   constructor(strings: readonly string[], includeStop: boolean) {
     this.#strings = strings;
     this.#includeStop = includeStop;
   }
 
-  /** @returns the text that may go out now, and the stop string that was found, if one was. */
-  push(piece: string): { text: string; found: string | null } {
-    if (this.#strings.length === 0) return { text: piece, found: null };
+  /** @returns the text that may go out now; up to the stop string when `found` is set. */
+  push(piece: string): string {
+    if (this.#strings.length === 0) return piece;
     const text = this.#held + piece;
     const stop = firstOf(this.#strings, text);
     if (stop) {
       this.#held = '';
-      return {
-        text: text.slice(0, stop.at + (this.#includeStop ? stop.found.length : 0)),
-        found: stop.found,
-      };
+      this.found = stop.found;
+      return text.slice(0, stop.at + (this.#includeStop ? stop.found.length : 0));
     }
     const numHeld = longestBeginning(this.#strings, text);
     this.#held = numHeld === 0 ? '' : text.slice(-numHeld);
-    return { text: text.slice(0, text.length - numHeld), found: null };
+    return text.slice(0, text.length - numHeld);
   }
 
   /** What is still held back; the sequence ended otherwise. */

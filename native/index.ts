@@ -154,7 +154,10 @@ export interface AdapterModule {
 }
 
 export interface StepBatch {
-  /** [numTokens] */
+  /**
+   * [numTokens] A reference, −1 − i, stands for the token that sample i of the step before draws, so that a step can be
+   * given before that one has ended. When that one fails it is token 0. The same in historyIds.
+   */
   tokenIds: Int32Array;
   positions: Int32Array;
   /** [numSequences + 1]: rows of sequence s are sequenceStarts[s] .. sequenceStarts[s + 1] − 1, consecutive positions. */
@@ -190,6 +193,7 @@ export interface StepBatch {
   wantLogits: boolean;
 }
 
+/** Arrays but `logits` are the runtime's: the second step after this one writes them again. */
 export interface StepResult {
   /** [numSamples] */
   tokens: Int32Array;
@@ -199,8 +203,9 @@ export interface StepResult {
   topLogprobs: Float32Array;
   /** [numSamples × vocabSize] raw logits when asked for, else null. */
   logits: Float32Array | null;
-  /** Time inside the step. */
-  durationUs: number;
+  /** When the step began and ended, in milliseconds on the clock of process.hrtime(). */
+  beganMs: number;
+  endedMs: number;
 }
 
 export interface Runtime {
@@ -211,7 +216,9 @@ export interface Runtime {
   readonly numThreads: number;
   /** Bytes of the mapped weights. */
   readonly weightBytes: number;
-  /** One step at a time; a second call while one runs is refused. */
+  /**
+   * Copies the batch and runs it after the steps given before. One may run and one wait behind it; a third is refused.
+   */
   step(batch: StepBatch): Promise<StepResult>;
   /** Pages that an adapter with these modules takes. */
   adapterPages(modules: AdapterModule[]): number;
@@ -220,7 +227,7 @@ export interface Runtime {
    * @returns a handle for StepBatch.adapterHandles. The pages belong to it until `releaseAdapter`.
    */
   loadAdapter(path: string, modules: AdapterModule[], pages: Int32Array): Promise<number>;
-  /** Forgets a handle. Refused while a step that uses it runs; afterwards its pages may be reused. */
+  /** Forgets a handle. Refused while a step that uses it runs or waits; afterwards its pages may be reused. */
   releaseAdapter(handle: number): void;
   /** Unmaps and frees everything; later calls fail with code `closed`. Waits for no one: call it when no step runs. */
   close(): void;

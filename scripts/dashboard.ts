@@ -204,6 +204,12 @@ const engines: Panel[] = [
     'One forward pass of the batch.',
     medianAnd95('motet_step_duration_seconds', ofBase, 'pod', '{{pod}} '),
   ),
+  graph(
+    'Between steps',
+    's',
+    'From the end of a step to the begin of the next while there was work. Far below the step time, or the engine lacks a CPU.',
+    medianAnd95('motet_step_gap_seconds', ofBase, 'pod', '{{pod}} '),
+  ),
   graph('Tokens in a step', 'short', 'Prompt and output tokens together, mean. Prompts in parts raise it.', [
     [mean('vllm:iteration_tokens_total', ofBase, 'pod'), '{{pod}}'],
   ]),

@@ -159,6 +159,8 @@ export class Tokenizer {
   readonly #prefixIds: number[];
   readonly #suffixIds: number[];
   readonly #idsOfWords = new Map<string, number[]>();
+  /** By id; at most one an id of the vocabulary. */
+  readonly #shares = new Map<number, string | Uint8Array>();
 
   constructor({ json, pieces, mergeRanks, bosToken, eosToken }: TokenizerDescription) {
     this.bosToken = bosToken;
@@ -253,7 +255,18 @@ export class Tokenizer {
 
   /** Decodes token by token. What it returns never holds a part of a character; together it is the whole text. */
   createDetokenizer({ skipSpecialTokens = true }: { skipSpecialTokens?: boolean } = {}): Detokenizer {
-    return new Detokenizer((id) => (skipSpecialTokens && this.isSpecial(id) ? noBytes : this.tokenBytes(id)));
+    return new Detokenizer((id) => (skipSpecialTokens && this.isSpecial(id) ? '' : this.#shareOf(id)));
+  }
+
+  /** Kept, as it is asked for every token that is drawn. */
+  #shareOf(id: number): string | Uint8Array {
+    let share = this.#shares.get(id);
+    if (share === undefined && this.#pieces[id] === undefined) return '';
+    if (share === undefined) {
+      share = wholeCharacters(this.tokenBytes(id));
+      this.#shares.set(id, share);
+    }
+    return share;
   }
 
   isSpecial(id: number): boolean {
@@ -271,21 +284,41 @@ export class Tokenizer {
 }
 
 export class Detokenizer {
-  readonly #bytesOf: (id: number) => Uint8Array;
+  readonly #shareOf: (id: number) => string | Uint8Array;
   /** Holds back the bytes of a character that is not complete. A byte order mark is text like any other. */
   readonly #decoder = new TextDecoder('utf-8', { ignoreBOM: true });
 
-  constructor(bytesOf: (id: number) => Uint8Array) {
-    this.#bytesOf = bytesOf;
+  /** The decoder may hold bytes back. Whole characters begin anew, whatever it holds, and leave nothing. */
+  #mayHold = false;
+
+  /** @param shareOf  a token's share of the text: a string when it is whole characters, else bytes */
+  constructor(shareOf: (id: number) => string | Uint8Array) {
+    this.#shareOf = shareOf;
   }
 
   push(id: number): string {
-    return this.#decoder.decode(this.#bytesOf(id), { stream: true });
+    const share = this.#shareOf(id);
+    const isWhole = typeof share === 'string';
+    if (isWhole && (!this.#mayHold || share === '')) return share;
+    this.#mayHold = !isWhole;
+    return this.#decoder.decode(isWhole ? utf8.encode(share) : share, streaming);
   }
 
   /** What was held back, as U+FFFD. The detokenizer is then as new. */
   flush(): string {
+    this.#mayHold = false;
     return this.#decoder.decode();
+  }
+}
+
+const streaming = { stream: true };
+const strict = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
+
+function wholeCharacters(bytes: Uint8Array): string | Uint8Array {
+  try {
+    return strict.decode(bytes);
+  } catch {
+    return bytes;
   }
 }
 

@@ -186,14 +186,14 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
 
   Napi::Value step(const Napi::CallbackInfo& info) {
     require_open(info.Env());
-    OwnedBatch batch = to_batch(info[0]);
+    const Batch& batch = worker_->prepare(info[0]);
     std::vector<std::shared_ptr<Adapter>> adapters;
-    for (const int32_t handle : batch.batch.adapter_handles) {
+    for (const int32_t handle : batch.adapter_handles) {
       const auto it = adapters_.find(handle);
       if (it == adapters_.end()) throw Napi::RangeError::New(info.Env(), "batch.adapterHandles: expected a loaded adapter's handle, got " + std::to_string(handle));
       adapters.push_back(it->second);
     }
-    return worker_->start(info.Env(), info.This().As<Napi::Object>(), std::move(batch), std::move(adapters));
+    return worker_->start(info.Env(), info.This().As<Napi::Object>(), std::move(adapters));
   }
 
   Napi::Value pages(const Napi::CallbackInfo& info) {
@@ -234,7 +234,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     if (!info[0].IsNumber()) throw Napi::TypeError::New(info.Env(), "handle: expected a number");
     const auto it = adapters_.find(info[0].As<Napi::Number>().Int32Value());
     if (it == adapters_.end()) throw Napi::RangeError::New(info.Env(), "handle: expected a loaded adapter's, got " + info[0].ToString().Utf8Value());
-    if (it->second.use_count() > 1) throw Napi::Error::New(info.Env(), "handle: expected one that no running step uses");
+    if (it->second.use_count() > 1) throw Napi::Error::New(info.Env(), "handle: expected one that no running step uses, nor one that waits");
     adapters_.erase(it);
     return info.Env().Undefined();
   }

@@ -3,7 +3,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <vector>
 
@@ -29,10 +28,12 @@ struct Batch {
   int num_samples() const { return static_cast<int>(sample_rows.size()); }
 };
 
-// A batch with the memory that its views point into.
+// A batch with the memory that its views point into: one buffer an array, grown and used again by the next batch.
 struct OwnedBatch {
   Batch batch;
-  std::vector<std::unique_ptr<std::byte[]>> memory;
+  std::vector<std::vector<std::byte>> memory;
+  // The same memory as batch.token_ids and batch.history_ids, which may hold references.
+  std::span<int32_t> token_ids, history_ids;
 };
 
 struct StepOutput {
@@ -41,7 +42,6 @@ struct StepOutput {
   std::vector<int32_t> top_ids;      // [numSamples, maxTop], −1 fills up
   std::vector<float> top_logprobs;   // [numSamples, maxTop]
   std::vector<float> logits;         // [numSamples, vocab] when wanted
-  double duration_us = 0;
 };
 
 }  // namespace motet

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -209,7 +208,6 @@ LoraPlan plan_lora(const Batch& batch, const std::vector<const Adapter*>& adapte
 
 void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output) {
   check(batch);
-  const auto begin = std::chrono::steady_clock::now();
   const int num_tokens = batch.num_tokens();
   const size_t rows = static_cast<size_t>(num_tokens);
   const size_t q_dim = padded(int64_t{dims_.num_heads} * dims_.head_dim), kv_dim = padded(int64_t{dims_.num_kv_heads} * dims_.head_dim);
@@ -244,7 +242,6 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
   for (int l = 0; l < dims_.num_layers; ++l) run_layer(l, batch);
   sample(batch, adapters, output);
   device_->synchronize();
-  output.duration_us = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
 }
 
 void Model::run_layer(int l, const Batch& batch) {

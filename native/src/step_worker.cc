@@ -1,8 +1,26 @@
 #include "step_worker.h"
 
-#include "translate.h"
+#include <chrono>
 
 namespace motet {
+namespace {
+
+double steady_ms() { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Puts what the step before drew in the place of references to it: −1 − i is its sample i. The samples of a step that
+// failed are token 0: whoever counted on them has lost that sequence, and other sequences of the batch have not.
+void resolve(std::span<int32_t> ids, const StepOutput& before, bool has_failed, const char* name) {
+  for (int32_t& id : ids) {
+    if (id >= 0) continue;
+    const size_t sample = static_cast<size_t>(-1 - int64_t{id});
+    if (!has_failed && sample >= before.tokens.size())
+      throw RuntimeError(std::string("batch: ") + name + ": expected tokens, or −1 − i for sample i of the " + std::to_string(before.tokens.size()) +
+                         " of the step before, got " + std::to_string(id));
+    id = has_failed ? 0 : before.tokens[sample];
+  }
+}
+
+}  // namespace
 
 StepWorker::StepWorker(Napi::Env env, std::shared_ptr<Model> model)
     : model_(std::move(model)),
@@ -27,48 +45,73 @@ void StepWorker::stop() {
   done_.Release();
 }
 
-Napi::Promise StepWorker::start(Napi::Env env, Napi::Object owner, OwnedBatch batch, std::vector<std::shared_ptr<Adapter>> adapters) {
-  if (job_) throw Napi::Error::New(env, "step: expected no step to be running, got a second one");
-  auto deferred = Napi::Promise::Deferred::New(env);
-  job_.reset(new Job{deferred, Napi::Persistent(owner), std::move(batch), std::move(adapters), {}, {}});
-  done_.Ref(env);
+const Batch& StepWorker::prepare(const Napi::Value& batch) {
+  if (num_started_ - num_finished_ == kMaxSteps)
+    throw Napi::Error::New(batch.Env(), "step: expected at most one step to be under way, got a third one");
+  OwnedBatch& owned = job(num_started_).batch;
+  to_batch(batch, owned);
+  return owned.batch;
+}
+
+Napi::Promise StepWorker::start(Napi::Env env, Napi::Object owner, std::vector<std::shared_ptr<Adapter>> adapters) {
+  Job& next = job(num_started_);
+  next.deferred = Napi::Promise::Deferred::New(env);
+  next.owner = Napi::Persistent(owner);
+  next.adapters = std::move(adapters);
+  if (num_started_++ == num_finished_) done_.Ref(env);
   {
     const std::lock_guard lock(mutex_);
-    posted_ = true;
+    num_posted_ = num_started_;
   }
   wake_.notify_one();
-  return deferred.Promise();
+  return next.deferred->Promise();
 }
 
 void StepWorker::loop() {
   std::unique_lock lock(mutex_);
-  while (true) {
-    wake_.wait(lock, [this] { return posted_ || stopping_; });
-    if (!posted_) return;
-    posted_ = false;
-    Job* const job = job_.get();
+  for (uint64_t step = 0;; ++step) {
+    wake_.wait(lock, [&] { return num_posted_ > step || stopping_; });
+    if (stopping_) return;
     lock.unlock();
-    try {
-      std::vector<const Adapter*> adapters;
-      for (const auto& a : job->adapters) adapters.push_back(a.get());
-      model_->step(job->batch.batch, adapters, job->output);
-    } catch (const std::exception& e) {
-      job->error = e.what();
-    }
+    run(job(step), job(step + kMaxSteps - 1));
     done_.NonBlockingCall([this](Napi::Env env, Napi::Function) { finish(env); });
     lock.lock();
   }
 }
 
+void StepWorker::run(Job& job, const Job& before) {
+  job.began_ms = steady_ms();
+  job.error.clear();
+  try {
+    const bool has_failed = !before.error.empty();
+    resolve(job.batch.token_ids, before.output, has_failed, "tokenIds");
+    resolve(job.batch.history_ids, before.output, has_failed, "historyIds");
+    std::vector<const Adapter*> adapters;
+    for (const auto& a : job.adapters) adapters.push_back(a.get());
+    model_->step(job.batch.batch, adapters, job.output);
+  } catch (const std::exception& e) {
+    job.error = e.what();
+  }
+  job.ended_ms = steady_ms();
+}
+
 void StepWorker::finish(Napi::Env env) {
   const Napi::HandleScope scope(env);
-  const std::unique_ptr<Job> job = std::move(job_);
-  done_.Unref(env);
-  if (!job->error.empty()) return job->deferred.Reject(Napi::Error::New(env, job->error).Value());
+  Job& job = this->job(num_finished_);
+  // The owner may be collected after this function, and this worker with it.
+  const Napi::ObjectReference owner = std::move(job.owner);
+  const Napi::Promise::Deferred deferred = *job.deferred;
+  job.deferred.reset();
+  job.adapters.clear();
+  if (++num_finished_ == num_started_) done_.Unref(env);
+  if (!job.error.empty()) return deferred.Reject(Napi::Error::New(env, job.error).Value());
   try {
-    job->deferred.Resolve(from_step_output(env, job->output, job->batch.batch.want_logits));
+    Napi::Object result = from_step_output(env, job.output, job.batch.batch.want_logits, job.arrays);
+    result.Set("beganMs", job.began_ms);
+    result.Set("endedMs", job.ended_ms);
+    deferred.Resolve(result);
   } catch (const Napi::Error& e) {  // the result is larger than a typed array can be
-    job->deferred.Reject(e.Value());
+    deferred.Reject(e.Value());
   }
 }
 

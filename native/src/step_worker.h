@@ -1,17 +1,22 @@
 // The thread on which steps run: one, its own, so that a step never waits behind file reads in libuv's pool.
-// A plain struct goes to it and comes back; no JavaScript value is touched there.
+// Steps run in the order they were started. Two may be under way, one that runs and one behind it, so that the thread goes
+// from one to the next without waiting for JavaScript. Plain structs go to it and come back; no JavaScript value is
+// touched there.
 #pragma once
 #include <napi.h>
 
+#include <array>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "batch.h"
 #include "model.h"
+#include "translate.h"
 
 namespace motet {
 
@@ -20,33 +25,45 @@ class StepWorker {
   StepWorker(Napi::Env env, std::shared_ptr<Model> model);
   ~StepWorker();
 
-  // Starts a step. `owner`, the object that this worker belongs to, is kept alive until the step has ended; the adapters
-  // are held by shared pointers. Resolves with StepResult's object. Throws when a step is already running.
-  Napi::Promise start(Napi::Env env, Napi::Object owner, OwnedBatch batch, std::vector<std::shared_ptr<Adapter>> adapters);
-  bool busy() const { return job_ != nullptr; }
+  // Copies the arrays of the next step, which `start` then starts. Throws when two are under way, and what to_batch throws.
+  const Batch& prepare(const Napi::Value& batch);
+  // Starts the step that was prepared. `owner`, the object that this worker belongs to, is kept alive until the step has
+  // ended; the adapters are held by shared pointers. Resolves with StepResult's object.
+  Napi::Promise start(Napi::Env env, Napi::Object owner, std::vector<std::shared_ptr<Adapter>> adapters);
+  bool busy() const { return num_started_ > num_finished_; }
   // Ends the thread, after the step in progress. Runs by itself when the environment ends, before the channel back does.
   void stop();
 
  private:
+  static constexpr int kMaxSteps = 2;
+
+  // Step n lives in jobs_[n % kMaxSteps]. JavaScript's thread writes it before the step is posted and reads it when the step
+  // is done; `output` and `error` are the worker's, and stay until it runs step n + kMaxSteps.
   struct Job {
-    Napi::Promise::Deferred deferred;
+    std::optional<Napi::Promise::Deferred> deferred;
     Napi::ObjectReference owner;
     OwnedBatch batch;
     std::vector<std::shared_ptr<Adapter>> adapters;
     StepOutput output;
     std::string error;
+    double began_ms = 0, ended_ms = 0;  // steady clock
+    ResultArrays arrays;
   };
   static void on_environment_end(void* worker) { static_cast<StepWorker*>(worker)->stop(); }
+  Job& job(uint64_t step) { return jobs_[step % kMaxSteps]; }
   void loop();
+  void run(Job& job, const Job& before);
   void finish(Napi::Env env);
 
   std::shared_ptr<Model> model_;
   Napi::Env env_;
   Napi::ThreadSafeFunction done_;
-  std::unique_ptr<Job> job_;  // JavaScript thread; the worker reads it between posted_ and done_
+  std::array<Job, kMaxSteps> jobs_;
+  uint64_t num_started_ = 0, num_finished_ = 0;  // JavaScript's thread
   std::mutex mutex_;
   std::condition_variable wake_;
-  bool posted_ = false, stopping_ = false;
+  uint64_t num_posted_ = 0;
+  bool stopping_ = false;
   std::thread thread_;
 };
 

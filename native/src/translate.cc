@@ -1,7 +1,7 @@
 #include "translate.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace motet {
 namespace {
@@ -192,18 +192,22 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value) {
   return spec;
 }
 
-OwnedBatch to_batch(const Napi::Value& value) {
+void to_batch(const Napi::Value& value, OwnedBatch& owned) {
   const Fields f(value, "batch");
-  OwnedBatch owned;
   Batch& b = owned.batch;
+  b = {};
+  size_t num_copied = 0;
   const auto copy = [&]<typename T>(std::span<const T>& out, const char* key) {
     const auto view = f.view<T>(key);
-    if (view.empty()) return;
-    owned.memory.push_back(std::make_unique_for_overwrite<std::byte[]>(view.size_bytes()));
-    std::memcpy(owned.memory.back().get(), view.data(), view.size_bytes());
-    out = {reinterpret_cast<const T*>(owned.memory.back().get()), view.size()};
+    if (owned.memory.size() == num_copied) owned.memory.emplace_back();
+    std::vector<std::byte>& memory = owned.memory[num_copied++];
+    if (memory.size() < view.size_bytes()) memory.resize(view.size_bytes());
+    T* const data = reinterpret_cast<T*>(memory.data());
+    std::copy(view.begin(), view.end(), data);
+    out = {data, view.size()};
+    return std::span<T>(data, view.size());
   };
-  copy(b.token_ids, "tokenIds");
+  owned.token_ids = copy(b.token_ids, "tokenIds");
   copy(b.positions, "positions");
   copy(b.sequence_starts, "sequenceStarts");
   copy(b.block_starts, "blockStarts");
@@ -226,9 +230,8 @@ OwnedBatch to_batch(const Napi::Value& value) {
   copy(b.bias_values, "biasValues");
   copy(b.history_starts, "historyStarts");
   copy(b.history_prompt_counts, "historyPromptCounts");
-  copy(b.history_ids, "historyIds");
+  owned.history_ids = copy(b.history_ids, "historyIds");
   b.want_logits = f.boolean("wantLogits");
-  return owned;
 }
 
 std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value) {
@@ -302,6 +305,21 @@ Array from_vector(Napi::Env env, const std::vector<T>& v) {
   return array;
 }
 
+// As from_vector, into the array that is kept. One that was transferred away has length 0 and is replaced as well.
+template <typename Array, typename T>
+Array into_kept(Napi::Env env, Napi::Reference<Array>& kept, const std::vector<T>& v) {
+  if (!kept.IsEmpty()) {
+    Array array = kept.Value();
+    if (array.ElementLength() == v.size()) {
+      std::copy(v.begin(), v.end(), array.Data());
+      return array;
+    }
+  }
+  Array array = from_vector<Array>(env, v);
+  kept = Napi::Persistent(array);
+  return array;
+}
+
 }  // namespace
 
 Napi::Object from_gguf(Napi::Env env, const GgufFile& file) {
@@ -327,14 +345,13 @@ Napi::Object from_gguf(Napi::Env env, const GgufFile& file) {
   return out;
 }
 
-Napi::Object from_step_output(Napi::Env env, const StepOutput& output, bool with_logits) {
+Napi::Object from_step_output(Napi::Env env, const StepOutput& output, bool with_logits, ResultArrays& arrays) {
   auto out = Napi::Object::New(env);
-  out.Set("tokens", from_vector<Napi::Int32Array>(env, output.tokens));
-  out.Set("logprobs", from_vector<Napi::Float32Array>(env, output.logprobs));
-  out.Set("topIds", from_vector<Napi::Int32Array>(env, output.top_ids));
-  out.Set("topLogprobs", from_vector<Napi::Float32Array>(env, output.top_logprobs));
+  out.Set("tokens", into_kept(env, arrays.tokens, output.tokens));
+  out.Set("logprobs", into_kept(env, arrays.logprobs, output.logprobs));
+  out.Set("topIds", into_kept(env, arrays.top_ids, output.top_ids));
+  out.Set("topLogprobs", into_kept(env, arrays.top_logprobs, output.top_logprobs));
   out.Set("logits", with_logits ? Napi::Value(from_vector<Napi::Float32Array>(env, output.logits)) : env.Null());
-  out.Set("durationUs", output.duration_us);
   return out;
 }
 

@@ -59,14 +59,21 @@ struct RuntimeSpec {
 
 PackJob to_pack_job(const Napi::Value& value);
 RuntimeSpec to_runtime_spec(const Napi::Value& value);
-// Copies every array: while a step runs, JavaScript may write, detach, resize or drop those it gave.
-OwnedBatch to_batch(const Napi::Value& value);
+// Copies every array: while a step runs, JavaScript may write, detach, resize or drop those it gave. After a refusal
+// `owned` holds no batch.
+void to_batch(const Napi::Value& value, OwnedBatch& owned);
 std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value);
 // A format's or type's number from its name in native/index.ts; `is_vector` is set for 'vector' when not null.
 WeightFormat to_weight_format(const Napi::Env& env, const std::string& name, bool* is_vector);
 SourceType to_source_type(const Napi::Env& env, const std::string& name);
 
 Napi::Object from_gguf(Napi::Env env, const GgufFile& file);
-Napi::Object from_step_output(Napi::Env env, const StepOutput& output, bool with_logits);
+
+// The arrays of a StepResult, written again while their lengths stay the same.
+struct ResultArrays {
+  Napi::Reference<Napi::Int32Array> tokens, top_ids;
+  Napi::Reference<Napi::Float32Array> logprobs, top_logprobs;
+};
+Napi::Object from_step_output(Napi::Env env, const StepOutput& output, bool with_logits, ResultArrays& arrays);
 
 }  // namespace motet

@@ -150,8 +150,8 @@ describe('cancelling', () => {
     expectNothingHeld(parts);
   });
 
-  test('a sequence in a step gives its blocks back before the next step', async () => {
-    const parts = startEngine();
+  test('a sequence in a step gives its blocks back before the next step is planned', async () => {
+    const parts = startEngine({ maxStepsInFlight: 1 });
     const gate = Promise.withResolvers<void>();
     const other = start(parts, { params: { maxTokens: 30 } });
     const { handle, done } = start(parts, {
@@ -178,6 +178,174 @@ describe('cancelling', () => {
     handle.cancel();
     handle.cancel();
     expect((await done).outputs.length).toBe(1);
+  });
+});
+
+describe('planning ahead', () => {
+  /** No step ends before `open` is called. */
+  function holdSteps(parts: EngineParts): () => void {
+    const gate = Promise.withResolvers<void>();
+    parts.runtime.gate = gate.promise;
+    return gate.resolve;
+  }
+  const untilHandedIn = (parts: EngineParts, numSteps: number) =>
+    vi.waitFor(() => expect(parts.runtime.steps.length).toBe(numSteps), { interval: 1 });
+
+  test('hands a step in while the one before runs, and no third', async () => {
+    const parts = startEngine();
+    const open = holdSteps(parts);
+    const { done } = start(parts, { prompt: 'x'.repeat(40) });
+    await untilHandedIn(parts, 2);
+    start(parts);
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    expect(parts.runtime.steps.map(({ numTokens }) => numTokens)).toEqual([32, 8]);
+    open();
+    await done;
+    await idle(parts);
+  });
+
+  test('takes in who comes while one step runs and nothing is left to plan', async () => {
+    const parts = startEngine();
+    const open = holdSteps(parts);
+    start(parts, { params: { maxTokens: 1 } });
+    await untilHandedIn(parts, 1);
+    start(parts, { params: { maxTokens: 1 } });
+    await untilHandedIn(parts, 2);
+    open();
+    await idle(parts);
+  });
+
+  test('knows the length ahead: no row is computed for nothing', async () => {
+    const parts = startEngine();
+    await Promise.all([3, 5, 8].map((maxTokens) => start(parts, { params: { maxTokens } }).done));
+    await idle(parts);
+    expect(parts.runtime.steps.map(({ numSequences }) => numSequences)).toEqual([3, 3, 3, 2, 2, 1, 1, 1]);
+  });
+
+  test('gives the seat of one that is to end by length to the next in the queue at once', async () => {
+    const parts = startEngine({ limits: { maxSequences: 1 } });
+    await Promise.all([start(parts, { params: { maxTokens: 2 } }).done, start(parts).done]);
+    expect(parts.runtime.steps.length).toBe(2 + 8);
+    await idle(parts);
+  });
+
+  test('throws away what was drawn after an end token', async () => {
+    const parts = startEngine();
+    spell(parts, 5, 'ab\u00ffcdefgh');
+    const { tokens, outputs } = await start(parts, { prompt: 'hello', params: { ignoreEos: false } }).done;
+    expect([tokens.length, outputs.length]).toEqual([3, 3]);
+    await idle(parts);
+    expect(parts.runtime.steps.length).toBe(4);
+  });
+
+  test('throws away what was drawn after a stop string', async () => {
+    const parts = startEngine();
+    spell(parts, 5, 'one two three');
+    const params = { maxTokens: 13, stopStrings: ['two'] };
+    const { tokens, text: said, outputs } = await start(parts, { prompt: 'hello', params }).done;
+    expect([said, tokens.length, outputs.length]).toEqual(['one ', 7, 7]);
+    await idle(parts);
+    expect(parts.runtime.steps.length).toBeLessThanOrEqual(9);
+  });
+
+  test('bans end tokens up to min_tokens and not beyond', async () => {
+    const parts = startEngine();
+    parts.runtime.script = () => 255;
+    const params = { ignoreEos: false, minTokens: 3 };
+    const { tokens } = await start(parts, { params }).done;
+    expect([tokens.length, tokens.indexOf(255)]).toEqual([4, 3]);
+  });
+
+  test('counts the token that is being drawn in penalties', async () => {
+    const params = { ...defaultSampling(), temperature: 0, presencePenalty: 1, maxTokens: 20 };
+    const { tokens } = await start(startEngine(), { params: { ...params, ignoreEos: true } }).done;
+    expect(tokens).toEqual(await generateAlone(text('hello'), params, null, 20));
+  });
+
+  test('a cancelled sequence keeps its blocks until the steps that have it are over', async () => {
+    const parts = startEngine();
+    const open = holdSteps(parts);
+    const other = start(parts, { params: { maxTokens: 30 } });
+    const { handle, done } = start(parts, { prompt: 'x'.repeat(20), params: { maxTokens: 30 } });
+    await untilHandedIn(parts, 2);
+    const numUsed = parts.arena.numUsed('kv');
+    handle.cancel();
+    expect((await done).outputs.length).toBe(1);
+    expect(parts.arena.numUsed('kv')).toBe(numUsed);
+    open();
+    const { tokens } = await other.done;
+    expect(tokens).toEqual(
+      await generateAlone(text('hello'), { ...defaultSampling(), temperature: 0 }, null, 30),
+    );
+    expect(parts.runtime.steps.slice(2).every(({ numSequences }) => numSequences === 1)).toBe(true);
+    await idle(parts);
+  });
+
+  test('a plan that preempts waits for the step that runs', async () => {
+    const parts = startEngine({ runtime: { numPages: 4 } });
+    const open = holdSteps(parts);
+    // Their prompts fill the arena. The third step would have the third token of the first, which needs a page.
+    const prompts = ['x'.repeat(31), 'y'.repeat(31)];
+    const numHandedIn: number[] = [];
+    const onOutput = () => void numHandedIn.push(parts.runtime.steps.length);
+    const runs = prompts.map((prompt) => start(parts, { prompt, params: { maxTokens: 8 }, onOutput }));
+    await untilHandedIn(parts, 2);
+    open();
+    for (const [i, run] of runs.entries()) {
+      const alone = { ...defaultSampling(), temperature: 0 };
+      expect((await run.done).tokens).toEqual(await generateAlone(text(prompts[i]!), alone, null, 8));
+    }
+    // When the first step was told, the second ran, and had all pages.
+    expect(numHandedIn[0]).toBe(2);
+    expect(await parts.metrics.registry.getSingleMetricAsString('vllm:num_preemptions_total')).toMatch(/ 1$/);
+    await idle(parts);
+  });
+
+  test('a failed step fails its own sequences, and not those that the next step has besides', async () => {
+    const parts = startEngine();
+    const open = holdSteps(parts);
+    const first = start(parts, {
+      onOutput: () => {
+        parts.runtime.failNextStep ??= new Error('boom');
+      },
+    });
+    await untilHandedIn(parts, 2);
+    const second = start(parts, { prompt: 'others' });
+    open();
+    expect((await first.done).last.error).toMatchObject({ code: 'step_failed' });
+    // Telling the error has set it once more.
+    parts.runtime.failNextStep = null;
+    const { tokens, last } = await second.done;
+    expect(last.finishReason).toBe('length');
+    expect(tokens).toEqual(
+      await generateAlone(text('others'), { ...defaultSampling(), temperature: 0 }, null, 8),
+    );
+    await idle(parts);
+  });
+
+  test('closing waits for both steps', async () => {
+    const parts = startEngine();
+    const open = holdSteps(parts);
+    start(parts);
+    await untilHandedIn(parts, 2);
+    const closed = parts.engine.close();
+    open();
+    await closed;
+    parts.runtime.close();
+    expectNothingHeld(parts);
+  });
+
+  test('measures the gap between steps while there is work', async () => {
+    const parts = startEngine();
+    await start(parts, { params: { maxTokens: 5 } }).done;
+    await idle(parts);
+    await start(parts, { params: { maxTokens: 5 } }).done;
+    await idle(parts);
+    const { values } = await parts.metrics.registry.getSingleMetric('motet_step_gap_seconds')!.get();
+    expect(
+      values.find((value) => 'metricName' in value && value.metricName === 'motet_step_gap_seconds_count')
+        ?.value,
+    ).toBe(2 * 4);
   });
 });
 

@@ -1,12 +1,15 @@
 /**
- * Random loads on the fake runtime: small arenas that force preemption, small token budgets, cancellations, adapters
- * that come and go. Each sequence must give the tokens that it gives alone, and at the end nothing may be held.
+ * Random loads on the fake runtime: small arenas that force preemption, small token budgets, cancellations, ends of every
+ * kind, adapters that come and go; most with steps planned ahead, some without. Each sequence must give the tokens that
+ * it gives alone, and at the end nothing may be held.
  */
 import { expect, test, vi } from 'vitest';
 import type { Adapter } from '../../engine/adapters/adapter-tiers.ts';
 import { EngineError } from '../../engine/errors.ts';
 import { defaultSampling, type SamplingParams } from '../../engine/sampling.ts';
+import type { FinishReason } from '../../engine/stop.ts';
 import { start, startEngine } from '../fixtures/fake-engine-parts.ts';
+import { fakeEos } from '../fixtures/fake-text.ts';
 import { generateAlone } from '../fixtures/generate-alone.ts';
 import { type SeededRandom, seededRandom } from '../fixtures/seeded-random.ts';
 
@@ -24,7 +27,10 @@ function randomParams(random: SeededRandom): SamplingParams {
     biasIds: random.pick([[], [3], [5, 6]]),
     biasValues: random.pick([[], [1], [2, 3]]),
     maxTokens: random.below(8) === 0 ? null : random.from(1, 24),
-    ignoreEos: true,
+    minTokens: random.pick([0, 0, 3]),
+    ignoreEos: random.pick([true, false]),
+    stopTokenIds: random.pick([[], [7], Array.from({ length: 20 }, (_, i) => 10 * i)]),
+    stopStrings: random.pick([[], [], ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']]),
     numLogprobs: random.pick([null, 0, 3]),
   };
 }
@@ -36,6 +42,7 @@ async function runSchedule(seed: number): Promise<number> {
     runtime: { numPages: random.from(6, 20) },
     limits: { maxBatchTokens: random.from(8, 48), maxSequences: random.from(1, 8), maxModelLen: 96 },
     tiers: { pageWaitMs: 5 },
+    maxStepsInFlight: random.pick([2, 2, 1]),
   });
   const { engine, tiers, arena } = parts;
   const runs: Promise<void>[] = [];
@@ -99,9 +106,22 @@ async function runOne(
     return expectRefusal(error);
   }
   const { tokens, last } = outcome;
-  if (last.finishReason !== 'abort' && params.maxTokens) expect(tokens.length).toBe(params.maxTokens);
+  if (last.finishReason !== 'abort') {
+    for (let count = 1; count < tokens.length; count++) expect(endAfter(tokens, count, params)).toBe(null);
+    const isAtArenaLimit = last.finishReason === 'length' && params.maxTokens === null;
+    if (!isAtArenaLimit) expect(endAfter(tokens, tokens.length, params)).toBe(last.finishReason);
+  }
   const alone = await generateAlone(promptTokens, params, adapter?.file.path ?? null, tokens.length);
   expect(tokens).toEqual(alone);
+}
+
+/** Why a sequence ends after `count` of its output tokens; null: it does not. */
+function endAfter(tokens: readonly number[], count: number, params: SamplingParams): FinishReason | null {
+  const token = tokens[count - 1]!;
+  const isEnd = params.stopTokenIds.includes(token) || (!params.ignoreEos && token === fakeEos);
+  const isStop = isEnd || params.stopStrings.includes(String.fromCharCode(token));
+  if (isStop && count > params.minTokens) return 'stop';
+  return count === params.maxTokens ? 'length' : null;
 }
 
 /** Too little room is an answer; anything else is a fault. */

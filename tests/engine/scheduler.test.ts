@@ -11,11 +11,12 @@ function sequence(fields: {
   numComputed?: number;
   adapterKey?: string;
   wasPreempted?: boolean;
+  maxTotalTokens?: number;
 }) {
   const made = new Sequence({
     id: nextId++,
     promptTokens: new Int32Array(fields.numTokens),
-    maxTotalTokens: 10_000,
+    maxTotalTokens: fields.maxTotalTokens ?? 10_000,
     params: defaultSampling(),
     adapterKey: fields.adapterKey ?? '',
   });
@@ -81,6 +82,31 @@ describe('decode', () => {
       numFreePages: 1,
     });
     expect(made.admitted).toEqual([]);
+  });
+});
+
+describe('while the step before runs', () => {
+  test('gives the next row to a token that is not known yet', () => {
+    const going = sequence({ numTokens: 20, numComputed: 20 });
+    going.expectToken(0);
+    expect(chunks(plan({ running: [going] }))).toEqual([[going, 1]]);
+  });
+
+  test('has no row and no seat for a sequence that gets its last token there, nor for one that ended', () => {
+    const full = sequence({ numTokens: 20, numComputed: 20, maxTotalTokens: 21 });
+    full.expectToken(0);
+    const ended = decoding();
+    ended.status = 'finished';
+    const next = sequence({ numTokens: 5 });
+    const made = plan({ running: [full, ended], waiting: [next], maxSequences: 1 });
+    expect(chunks(made)).toEqual([[next, 5]]);
+  });
+
+  test('does not preempt them for their pages, which come back by themselves', () => {
+    const [old, full] = [decoding(), sequence({ numTokens: 20, numComputed: 19, maxTotalTokens: 20 })];
+    const made = plan({ running: [old, full], numFreePages: 0 });
+    expect(made.preempted).toEqual([old]);
+    expect(chunks(made)).toEqual([]);
   });
 });
 

@@ -7,9 +7,8 @@ function run(stops: string[], pieces: string[], includeStop = false) {
   const strings = new StopStrings(stops, includeStop);
   const sent: string[] = [];
   for (const piece of pieces) {
-    const { text, found } = strings.push(piece);
-    sent.push(text);
-    if (found !== null) return { sent, found };
+    sent.push(strings.push(piece));
+    if (strings.found !== null) return { sent, found: strings.found };
   }
   sent.push(strings.flush());
   return { sent, found: null };

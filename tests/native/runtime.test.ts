@@ -130,7 +130,11 @@ describe('a runtime', () => {
   const ints = (...values: number[]) => Int32Array.from(values);
   test.each<[string, Partial<StepBatch>, RegExp]>([
     ['token ids beyond the vocabulary', { tokenIds: new Int32Array(20).fill(512) }, /tokenIds.*511.*512/],
-    ['negative token ids', { tokenIds: new Int32Array(20).fill(-1) }, /tokenIds/],
+    [
+      'samples that the step before does not have',
+      { tokenIds: new Int32Array(20).fill(-2) },
+      /tokenIds.*got -2/,
+    ],
     [
       'positions that jump',
       { positions: Int32Array.from({ length: 20 }, (_, i) => 2 * i) },
@@ -156,8 +160,15 @@ describe('a runtime', () => {
     ['two temperatures for one sample', { temperature: new Float32Array(2) }, /sampling parameters/],
     ['more alternatives than tokens', { numTop: ints(513) }, /numTop/],
     ['a history with an unknown token', { historyIds: ints(9999), historyStarts: ints(0, 1) }, /historyIds/],
+    [
+      'a history with an unknown sample',
+      { historyIds: ints(-(2 ** 31)), historyStarts: ints(0, 1) },
+      /historyIds.*got -2147483648/,
+    ],
   ])('refuses %s by name, and works on', async (_what, change, names) => {
     const run = async () => runtime.step({ ...good(), ...change });
+    // A step before it that has one sample.
+    await runtime.step(good());
     await expect(run()).rejects.toThrow(names);
     expect((await runtime.step(good())).tokens).toHaveLength(1);
   });
@@ -167,10 +178,45 @@ describe('a runtime', () => {
     expect(() => runtime.step(batch)).toThrow(/batch\.tokenIds: expected an Int32Array/);
   });
 
-  test('refuses a second step while one runs', async () => {
-    const first = runtime.step(good());
-    expect(() => runtime.step(good())).toThrow(/second/);
-    await first;
+  test('takes a second step while one runs, and refuses a third', async () => {
+    const steps = [runtime.step(good()), runtime.step(good())];
+    expect(() => runtime.step(good())).toThrow(/third/);
+    const [first, second] = await Promise.all(steps);
+    expect(second!.tokens).toEqual(first!.tokens);
+    expect(second!.beganMs).toBeGreaterThanOrEqual(first!.endedMs);
+    const nowMs = Number(process.hrtime.bigint()) / 1e6;
+    expect(nowMs - second!.endedMs).toBeLessThan(60_000);
+    expect(nowMs).toBeGreaterThanOrEqual(second!.endedMs);
+  });
+
+  test('is refused to close while a step waits', async () => {
+    const other = await open(model, { deviceMemoryBytes });
+    const steps = [other.step(good()), other.step(good())];
+    expect(() => other.close()).toThrow(/no step/);
+    await steps[0];
+    expect(() => other.close()).toThrow(/no step/);
+    await steps[1];
+    other.close();
+  });
+
+  test('writes the arrays of a result again for the second step after it, and not for the next', async () => {
+    const first = await runtime.step(good());
+    const drawn = Int32Array.from(first.tokens);
+    const other = stepBatch([{ tokens, start: 0, count: 7, blocks: [0] }]);
+    const second = await runtime.step(other);
+    expect(first.tokens).toEqual(drawn);
+    const third = await runtime.step(other);
+    expect(third.tokens).toBe(first.tokens);
+    expect(third.tokens).toEqual(second.tokens);
+  });
+
+  test('makes a new array when the last one was transferred away', async () => {
+    const first = await runtime.step(good());
+    const drawn = Int32Array.from(first.tokens);
+    const buffer = first.tokens.buffer as ArrayBuffer;
+    structuredClone(buffer, { transfer: [buffer] });
+    await runtime.step(good());
+    expect((await runtime.step(good())).tokens).toEqual(drawn);
   });
 
   test('gives the likeliest tokens first, and the drawn one with its logprob', async () => {
@@ -192,8 +238,11 @@ describe('a runtime', () => {
     );
     const batch = stepBatch([{ tokens, start: 0, count: 20, blocks: [0, 1], adapters: [[handle, 1]] }]);
     const running = runtime.step(batch);
+    const waiting = runtime.step(batch);
     expect(() => runtime.releaseAdapter(handle)).toThrow(/running step/);
     await running;
+    expect(() => runtime.releaseAdapter(handle)).toThrow(/waits/);
+    await waiting;
     runtime.releaseAdapter(handle);
     expect(() => runtime.releaseAdapter(handle)).toThrow(/handle/);
     expect(() => runtime.step(batch)).toThrow(/adapterHandles/);
@@ -223,6 +272,61 @@ describe('a runtime', () => {
     other.close();
     other.close();
     expect(() => other.step(good())).toThrow(expect.objectContaining({ code: 'closed' }));
+  });
+});
+
+describe('a step that is given while the one before runs', () => {
+  const folder = join(goldensFolder, 'tiny/llama3');
+  let model: PreparedModel;
+  let runtime: Runtime;
+  beforeAll(async () => {
+    model = await prepare(folder);
+    runtime = await open(model, { deviceMemoryBytes });
+  });
+  afterAll(() => runtime.close());
+  const voices = [tokens.slice(0, 20), tokens.slice(5, 38), tokens.slice(0, 1)];
+  const blocksOf = (i: number) => [3 * i, 3 * i + 1, 3 * i + 2];
+  /** The prompts of `voices`, each of which draws a token. */
+  const prompts = () =>
+    stepBatch(
+      voices.map((voice, i) => ({ tokens: voice, start: 0, count: voice.length, blocks: blocksOf(i) })),
+    );
+  /** The next row of each voice: `next` follows its prompt. Penalties see all of it. */
+  const decode = (next: ArrayLike<number>): StepBatch => {
+    const whole = voices.map((voice, i) => [...voice, next[i]!]);
+    const batch = stepBatch(
+      whole.map((voice, i) => ({ tokens: voice, start: voice.length - 1, count: 1, blocks: blocksOf(i) })),
+    );
+    return {
+      ...batch,
+      repetitionPenalty: new Float32Array(3).fill(1.5),
+      historyIds: Int32Array.from(whole.flat()),
+      historyStarts: Int32Array.from([0, 1, 2, 3], (n) => whole.slice(0, n).flat().length),
+      historyPromptCounts: Int32Array.from(voices, ({ length }) => length),
+    };
+  };
+  const references = [-1, -2, -3];
+
+  test('finds what that one drew in place of references, in rows and in histories', async () => {
+    const drawn = Int32Array.from((await runtime.step(prompts())).tokens);
+    const { tokens: expected, logprobs } = await runtime.step(decode(drawn));
+    const [alone, aloneLogprobs] = [Int32Array.from(expected), Float32Array.from(logprobs)];
+    const [, ahead] = await Promise.all([runtime.step(prompts()), runtime.step(decode(references))]);
+    expect(ahead.tokens).toEqual(alone);
+    expect(ahead.logprobs).toEqual(aloneLogprobs);
+    // And when that one is over already.
+    await runtime.step(prompts());
+    expect((await runtime.step(decode(references))).tokens).toEqual(alone);
+  });
+
+  test('has token 0 in their place when that one fails, and its other rows are what they are alone', async () => {
+    await runtime.step(prompts());
+    const expected = Int32Array.from((await runtime.step(decode([0, 0, 0]))).tokens);
+    await runtime.step(prompts());
+    const failing = runtime.step({ ...prompts(), positions: Int32Array.of(0) });
+    const behind = runtime.step(decode(references));
+    await expect(failing).rejects.toThrow(/positions/);
+    expect((await behind).tokens).toEqual(expected);
   });
 });
 
