@@ -1,0 +1,222 @@
+/** Starts what `motet bench` loads when it is given no URL: an engine, adapters, and a gateway before it. */
+import { existsSync, rmSync } from 'node:fs';
+import { mkdtemp } from 'node:fs/promises';
+import { availableParallelism, tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { readBaseModel } from '../../../engine/model/base-model.ts';
+import { type AdapterList, enginePaths, type ModelList } from '../../../engine/protocol.ts';
+import { cacheFolder, examplesFolder, smollm2Path } from '../../fixtures/models.ts';
+import {
+  exampleAdapters,
+  getJson,
+  loadAdapterOver,
+  type RunningProcess,
+  startGatewayOver,
+  startProcess,
+} from '../../fixtures/processes.ts';
+import { writeRandomAdapter } from '../random-adapter.ts';
+import { OptionError, type OwnServerOptions } from './options.ts';
+
+/** What of it goes into the report. */
+export interface ServerFacts {
+  modelPath: string;
+  through: 'gateway' | 'engine';
+  engineArgs: string[];
+  numAdapters: number;
+  /** Making and loading all adapters. */
+  loadSeconds: number;
+  adapterBytes: number;
+  arenaBytes: number;
+}
+
+export interface OwnServer {
+  url: string;
+  facts: ServerFacts;
+  stop(): Promise<void>;
+}
+
+interface NewAdapter {
+  name: string;
+  /** Makes the folder that is loaded. */
+  folder: () => Promise<string>;
+}
+
+const numLoadsAtOnce = 4;
+/** The gateway looks at its engines twice a second. */
+const gatewayWaitMs = 30_000;
+
+/**
+ * @param signal stops the start
+ * @param say tells a person what happens
+ */
+export async function startOwnServer(
+  options: OwnServerOptions,
+  signal: AbortSignal,
+  say: (text: string) => void,
+): Promise<OwnServer> {
+  const modelPath = options.modelPath ?? smollm2Path;
+  if (!existsSync(modelPath)) {
+    const help = options.modelPath === null ? '; run `npm run setup`, or give --serve' : '';
+    throw new OptionError(`--serve: expected a model, got nothing at ${modelPath}${help}`);
+  }
+  const processes: RunningProcess[] = [];
+  const scratch = await mkdtemp(join(tmpdir(), 'motet-bench-'));
+  const cleanUp = () => {
+    for (const { child } of processes) child.kill('SIGTERM');
+    rmSync(scratch, { recursive: true, force: true });
+  };
+  // Whatever ends this process: nothing of it outlives it.
+  process.once('exit', cleanUp);
+  const stop = async () => {
+    for (const running of processes.splice(0).reverse()) await running.stop();
+    cleanUp();
+    process.off('exit', cleanUp);
+  };
+
+  try {
+    const adapters =
+      options.numRegistered > 0
+        ? await randomAdapters(options, modelPath, scratch)
+        : options.modelPath === null
+          ? exampleAdapters.map(({ name }) => ({ name, folder: async () => join(examplesFolder, name) }))
+          : [];
+    const start = async (extra: string[]) => {
+      const engine = await startProcess('engine', [
+        ...['--model', modelPath, '--served-name', 'base', '--cache', cacheFolder],
+        ...['--host', '127.0.0.1', '--port', '0', '--log-level', 'info', ...options.engineArgs, ...extra],
+      ]);
+      processes.push(engine);
+      return engine;
+    };
+
+    say(`starting an engine with ${modelPath}`);
+    let engine = await start([]);
+    const beginMs = performance.now();
+    const [first, ...others] = adapters;
+    if (first !== undefined) {
+      await load(engine.url, first);
+      const memory = await missingMemory(engine.url, options, adapters.length);
+      if (memory !== null) {
+        say(`starting it again with --device-memory ${memory}, which holds ${adapters.length} adapters`);
+        await processes.pop()!.stop();
+        engine = await start(['--device-memory', String(memory)]);
+        await load(engine.url, first);
+      }
+      let numLoaded = 1;
+      const queue = others.values();
+      await Promise.all(
+        Array.from({ length: Math.min(numLoadsAtOnce, availableParallelism()) }, async () => {
+          for (const adapter of queue) {
+            signal.throwIfAborted();
+            await load(engine.url, adapter);
+            if (++numLoaded % 100 === 0) say(`${numLoaded} of ${adapters.length} adapters are loaded`);
+          }
+        }),
+      );
+    }
+    const loadSeconds = adapters.length === 0 ? 0 : (performance.now() - beginMs) / 1000;
+    const { arena } = await getJson<AdapterList>(`${engine.url}${enginePaths.adapters}`);
+
+    let url = engine.url;
+    if (options.through === 'gateway') {
+      const gateway = await startGatewayOver([engine.url], ['--host', '127.0.0.1', '--log-level', 'info']);
+      processes.push(gateway);
+      url = gateway.url;
+      await untilServed(url, adapters.length + 1, signal);
+    }
+    const { through, engineArgs } = options;
+    return {
+      url,
+      facts: {
+        modelPath,
+        through,
+        engineArgs,
+        numAdapters: adapters.length,
+        loadSeconds,
+        adapterBytes: arena.adapterBytes,
+        arenaBytes: arena.totalBytes,
+      },
+      stop,
+    };
+  } catch (error) {
+    await stop();
+    throw error;
+  }
+}
+
+async function randomAdapters(
+  { numRegistered, rank, targets }: OwnServerOptions,
+  modelPath: string,
+  scratch: string,
+): Promise<NewAdapter[]> {
+  const { dims } = await readBaseModel(modelPath);
+  const numDigits = String(numRegistered).length;
+  return Array.from({ length: numRegistered }, (_, i) => {
+    const name = `random-${String(i + 1).padStart(numDigits, '0')}`;
+    const folder = join(scratch, name);
+    return {
+      name,
+      async folder() {
+        // It may be there already, from an engine that had too little memory.
+        if (!existsSync(folder)) await writeRandomAdapter(folder, dims, rank, targets, i);
+        return folder;
+      },
+    };
+  });
+}
+
+async function load(engineUrl: string, { name, folder }: NewAdapter): Promise<void> {
+  const { status, body } = await loadAdapterOver(engineUrl, name, await folder());
+  if (status !== 200) {
+    throw new Error(`the engine did not load adapter ${name}: ${status} ${body?.error?.message ?? body}`);
+  }
+}
+
+/**
+ * What the device arena must have when it is to hold all adapters, which are as large as the one that is loaded, and as much
+ * for KV as the engine has by itself. Adapters may take half of the arena that is there.
+ * @returns null: it is large enough
+ */
+async function missingMemory(
+  engineUrl: string,
+  { numRegistered, engineArgs }: OwnServerOptions,
+  numAdapters: number,
+): Promise<number | null> {
+  if (numRegistered === 0) return null;
+  const { arena } = await getJson<AdapterList>(`${engineUrl}${enginePaths.adapters}`);
+  const adapterBytes = arena.adapterBytes * numAdapters;
+  if (adapterBytes <= arena.totalBytes / 2) return null;
+  const wanted = arena.totalBytes + adapterBytes;
+  const each = `${numAdapters} adapters of ${arena.adapterBytes} bytes`;
+  if (engineArgs.some((argument) => argument.startsWith('--device-memory'))) {
+    if (adapterBytes < arena.totalBytes) return null;
+    throw new OptionError(
+      `--device-memory: expected at least ${wanted} bytes for ${each} and as much for KV as now, got ${arena.totalBytes}`,
+    );
+  }
+  // The adapters' files are in the page cache meanwhile, which gives way.
+  const available = process.availableMemory() + arena.totalBytes;
+  if (wanted > available * 0.9) {
+    throw new OptionError(
+      `--register: expected ${wanted} bytes of memory for ${each} and KV, this machine has ${available} to give`,
+    );
+  }
+  return wanted;
+}
+
+async function untilServed(url: string, numModels: number, signal: AbortSignal): Promise<void> {
+  const beginMs = performance.now();
+  for (;;) {
+    signal.throwIfAborted();
+    const list = await getJson<ModelList>(`${url}${enginePaths.models}`).catch((error: Error) => error);
+    if (!(list instanceof Error) && list.data.length >= numModels) return;
+    if (performance.now() - beginMs > gatewayWaitMs) {
+      const got = list instanceof Error ? list.message : `${list.data.length} models`;
+      throw new Error(
+        `the gateway: expected ${numModels} models within ${gatewayWaitMs / 1000} s, got ${got}`,
+      );
+    }
+    await sleep(50);
+  }
+}
