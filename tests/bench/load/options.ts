@@ -327,7 +327,9 @@ export function parseOptions(
     try {
       return option.parse(value) as Value<F>;
     } catch (error) {
-      throw new OptionError(`--${flag}: expected ${(error as Error).message}, got ${JSON.stringify(value)}`);
+      // Of a URL, without the password that it may have.
+      const got = JSON.stringify(value.replace(/\/\/.*@/, '//***@'));
+      throw new OptionError(`--${flag}: expected ${(error as Error).message}, got ${got}`);
     }
   };
   /** Each of the flags makes sense beside that condition only. */
@@ -546,8 +548,8 @@ TTFT: time to first token. ITL: pause between two pieces of text, which need not
 output token after the first. E2E: whole request. A request that fails is in none of them.
 ${lines.join('\n')}
 
-What follows -- goes to the engine that is started: -- --device-memory 4GiB --threads 2. Ctrl-C ends the load and reports
-what was measured. Exit code: 0; 1 when no request was answered; 2 for a wrong option; 130 after Ctrl-C.
+What follows -- goes to the engine that is started: -- --device-memory 4GiB --threads 2. Ctrl-C ends the load and
+reports what was measured. Exit code: 0; 1 when no request was answered; 2 for a wrong option; 130 after Ctrl-C.
 `;
 }
 
