@@ -124,6 +124,8 @@ export async function sendStreamed(
       bodyTimeout: 0,
     });
     hasAnswer = true;
+    // Who reads it is told of errors; a body that is left unread has nobody to tell.
+    response.body.on('error', () => {});
     const type = String(response.headers['content-type'] ?? 'none');
     if (response.statusCode !== 200) {
       fail(`http_${response.statusCode}`, errorText(await readSome(response.body)));

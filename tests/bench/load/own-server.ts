@@ -4,6 +4,7 @@ import { mkdtemp } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { request } from 'undici';
 import { readBaseModel } from '../../../engine/model/base-model.ts';
 import { type AdapterList, enginePaths, type ModelList } from '../../../engine/protocol.ts';
 import { cacheFolder, examplesFolder, smollm2Path } from '../../fixtures/models.ts';
@@ -208,15 +209,17 @@ async function missingMemory(
 async function untilServed(url: string, numModels: number, signal: AbortSignal): Promise<void> {
   const beginMs = performance.now();
   for (;;) {
-    signal.throwIfAborted();
-    const list = await getJson<ModelList>(`${url}${enginePaths.models}`).catch((error: Error) => error);
-    if (!(list instanceof Error) && list.data.length >= numModels) return;
+    // A gateway that ends waits for open connections, so none is kept.
+    const { statusCode, body } = await request(`${url}${enginePaths.models}`, { reset: true, signal });
+    const text = await body.text();
+    const numListed = statusCode === 200 ? (JSON.parse(text) as ModelList).data.length : 0;
+    if (numListed >= numModels) return;
     if (performance.now() - beginMs > gatewayWaitMs) {
-      const got = list instanceof Error ? list.message : `${list.data.length} models`;
+      const waited = `within ${gatewayWaitMs / 1000} s`;
       throw new Error(
-        `the gateway: expected ${numModels} models within ${gatewayWaitMs / 1000} s, got ${got}`,
+        `the gateway: expected ${numModels} models ${waited}, got ${numListed} with status ${statusCode}`,
       );
     }
-    await sleep(50);
+    await sleep(50, undefined, { signal });
   }
 }
