@@ -1,5 +1,8 @@
 // One request against a real server that answers as the test says.
 
+import { once } from 'node:events';
+import { createServer } from 'node:http';
+import type { AddressInfo } from 'node:net';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Agent } from 'undici';
 import { describe, expect, onTestFinished, test } from 'vitest';
@@ -300,6 +303,24 @@ describe('which models there are', () => {
     await expect(find(url, { adapters: { kind: 'first', count: 3 } })).rejects.toThrow(
       '--adapters: expected at most the 2 that the server lists, got 3',
     );
+  });
+
+  test("llama-server's adapters are its ids", async () => {
+    const server = createServer((req, res) => {
+      const list = [
+        { id: 0, path: 'a.gguf', scale: 1 },
+        { id: 1, path: 'b.gguf', scale: 1 },
+      ];
+      const models = { data: [{ id: 'smollm2.gguf' }] };
+      res.end(JSON.stringify(req.url === '/lora-adapters' ? list : models));
+    }).listen(0, '127.0.0.1');
+    onTestFinished(() => void server.close());
+    await once(server, 'listening');
+    const url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+    expect(await find(url, { adapterField: 'llama' })).toEqual({
+      baseModel: 'smollm2.gguf',
+      adapters: ['0', '1'],
+    });
   });
 
   test('a server is not asked for what was said', async () => {

@@ -14,7 +14,6 @@ import { getJson, startProcess } from '../fixtures/processes.ts';
 
 const root = join(import.meta.dirname, '../..');
 const tiny = join(root, 'tests/goldens/tiny/llama3');
-const tinyVocab = ['--vocab', '512'];
 
 function motet(args: string[], env: Record<string, string> = {}) {
   const child = spawn(join(root, 'scripts/motet.sh'), args, { env: { ...process.env, ...env } });
@@ -40,16 +39,15 @@ test('counts what a real engine counts: tokens, requests of each adapter, and le
   ]);
   onTestFinished(async () => void (await engine.stop()));
   const json = join(scratch(), 'report.json');
-  const run = motet([
-    ...['bench', '--url', `${engine.url}/v1`, '--requests', '30', '--warmup', '0', '--concurrency', '4'],
-    ...['--prompt-tokens', '5:40', '--output-tokens', '3:9', '--base-share', '0.5', ...tinyVocab],
-    ...['--slo', 'e2e=60000', '--json', json, '--json-samples'],
-  ]);
+  const lengths = '--prompt-tokens 5:40 --output-tokens 3:9 --base-share 0.5 --vocab 512';
+  const load = '--requests 30 --warmup 0 --concurrency 4 --slo e2e=60000';
+  const args = `bench --url ${engine.url}/v1 ${load} ${lengths} --json ${json} --json-samples`;
+  const run = motet(args.split(' '));
   const { code, stdout, stderr } = await run.ended;
   expect(stderr).toBe('');
   expect(code).toBe(0);
 
-  const { summary, samples, load, server } = readJson(json);
+  const { summary, samples, load: shape, server } = readJson(json);
   const metrics = await (await fetch(`${engine.url}/metrics`)).text();
   const counter = (name: string) => Number(new RegExp(`^${name}\\{.*\\} (\\d+)$`, 'm').exec(metrics)![1]);
   expect(summary).toMatchObject({ numDone: 30, numFailed: 0, numOtherLength: 0, numWithoutUsage: 0 });
@@ -60,7 +58,7 @@ test('counts what a real engine counts: tokens, requests of each adapter, and le
   const ofAdapter = summary.voices.find((voice: { adapter: string | null }) => voice.adapter === 'first');
   expect(ofAdapter.numRequests).toBe(data[0]!.requests);
 
-  expect(load).toMatchObject({ seed: 1, promptTokens: { kind: 'uniform', low: 5, high: 40 } });
+  expect(shape).toMatchObject({ seed: 1, promptTokens: { kind: 'uniform', low: 5, high: 40 } });
   expect(server).toMatchObject({ baseModel: 'base', adapters: ['first'], startedHere: null });
   expect(samples).toHaveLength(30);
   for (const { outputTokens, wantedTokens, ttftMs, e2eMs } of samples) {
@@ -73,49 +71,28 @@ test('counts what a real engine counts: tokens, requests of each adapter, and le
 
 test('starts an engine and a gateway with random adapters, loads them, and leaves nothing behind', async () => {
   const json = join(scratch(), 'report.json');
-  const env = { TMPDIR: scratch() };
-  const run = motet(
-    [
-      ...[
-        'bench',
-        '--serve',
-        tiny,
-        '--register',
-        '12',
-        '--register-rank',
-        '2',
-        '--rate',
-        '100',
-        '--requests',
-        '20',
-      ],
-      ...['--adapter-popularity', 'zipf:1', '--shared-prefix-tokens', '16', '--prompt-tokens', '8'],
-      ...[
-        '--output-tokens',
-        '4',
-        '--warmup',
-        '2',
-        '--json',
-        json,
-        ...tinyVocab,
-        '--',
-        '--device-memory',
-        '32MiB',
-      ],
-    ],
-    env,
-  );
+  // Too small an arena for them: it is made larger.
+  const env = { TMPDIR: scratch(), MOTET_DEVICE_MEMORY: '4MiB' };
+  const load = '--rate 100 --requests 20 --warmup 2 --adapter-popularity zipf:1';
+  const lengths = '--shared-prefix-tokens 16 --prompt-tokens 8 --output-tokens 4';
+  const server = `--serve ${tiny} --register 12 --register-rank 2`;
+  const args = `bench ${server} ${load} ${lengths} --vocab 512 --json ${json} -- --max-sequences 8`;
+  const run = motet(args.split(' '), env);
   const { code, stdout, stderr } = await run.ended;
-  expect({ code, stderr }).toEqual({ code: 0, stderr: `starting an engine with ${tiny}\n` });
+  expect(stderr).toBe(
+    `starting an engine with ${tiny}\nstarting it again with --device-memory ${7 << 20}, which holds 12 adapters\n`,
+  );
+  expect(code).toBe(0);
   expect(stdout).toContain('open loop, 100 requests/s, burstiness 1, times count from the scheduled arrival');
-  expect(stdout).toContain('through the gateway, --device-memory 32MiB; 12 adapters');
-  expect(stdout).toContain('12 adapters, by Zipf(1)');
+  expect(stdout).toContain('llama3 on this machine, through the gateway, --max-sequences 8');
+  expect(stdout).toContain('voices      12 adapters, by Zipf(1)');
 
-  const { summary, server, client } = readJson(json);
+  const { summary, server: started, client } = readJson(json);
+  expect(started.startedHere).toMatchObject({ arenaBytes: 7 << 20, adapterBytes: 3 << 20 });
   expect(summary).toMatchObject({ numDone: 20, promptTokens: 20 * 24, outputTokens: 20 * 4 });
-  expect(server.adapters).toHaveLength(12);
+  expect(started.adapters).toHaveLength(12);
   expect(client.isa).toMatch(/^(scalar|avx2|avx512)$/);
-  await expect(fetch(server.url)).rejects.toThrow();
+  await expect(fetch(started.url)).rejects.toThrow();
   expect(readdirSync(env.TMPDIR)).toEqual([]);
 });
 
@@ -138,7 +115,7 @@ test('Ctrl-C ends the load and reports what was measured', async () => {
   const { code, stdout, stderr } = await run.ended;
   expect(stderr).toBe('stopping; what was measured is reported\n');
   expect(stdout).toContain('requests    5 done, 0 failed, 1 cancelled');
-  expect(stdout).toContain('5 answers came without usage; their tokens are not counted');
+  expect(stdout).toContain('answers without usage, whose tokens are not counted: 5');
   expect(code).toBe(130);
 });
 

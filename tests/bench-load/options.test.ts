@@ -76,6 +76,11 @@ test('a duration alone does not bound the number of requests to 64', () => {
   });
 });
 
+test('a path is meant from where npm was called', () => {
+  const { server } = parsed(['--serve', 'models/a.gguf'], { INIT_CWD: '/home/me' });
+  expect(server).toMatchObject({ own: { modelPath: '/home/me/models/a.gguf' } });
+});
+
 test('what follows -- goes to the engine', () => {
   const { server } = parsed(['--register', '9', '--', '--device-memory', '4GiB', '--help']);
   expect(server).toMatchObject({

@@ -206,7 +206,7 @@ describe('a page', () => {
   throughput  2.00 requests/s, 18.0 output tokens/s, 10.0 prompt tokens/s
   tokens      10 prompt, 18 output, by the server's usage
   in flight   1.22 in the mean
-              1 answers were not as long as asked
+              answers of another length than asked: 1
   goodput     1.00 requests/s, 33.3 % of requests (ttft ≤ 250 ms by 1)
 
   ms               mean      p50      p90      p95      p99      max

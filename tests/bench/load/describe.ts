@@ -1,4 +1,5 @@
 /** The head of a report: what was run, in words. Pure. */
+import { basename } from 'node:path';
 import type { Wire } from './client.ts';
 import { type LoadOptions, maxRequests } from './options.ts';
 import type { ServerFacts } from './own-server.ts';
@@ -31,24 +32,33 @@ export function describeLoad(
   const unit = options.endpoint === 'chat' ? 'words' : 'tokens';
   const prefix =
     sharedPrefixTokens > 0 ? `, after one of ${numPrefixes} prefixes of ${sharedPrefixTokens}` : '';
+  const row = (name: string, text: string) => `  ${name.padEnd(12)}${text}`;
+  const isa = machine.isa === null ? '' : ` (${machine.isa})`;
   return [
     `motet bench: ${how}, ${limit}, seed ${seed}`,
-    `  server      ${describeServer(wire, facts)}`,
-    `  requests    ${options.endpoint}: ${lengths(options.promptTokens)} prompt ${unit}${prefix}, ${lengths(options.outputTokens)} output tokens`,
-    `  voices      ${describeVoices(options, wire)}`,
-    `  client      ${machine.cpu}, ${machine.numCpus} CPUs${machine.isa === null ? '' : ` (${machine.isa})`}; took ${figure(clientCores)} of them itself`,
+    row('server', describeServer(wire, facts)),
+    ...(facts === null || facts.numAdapters === 0 ? [] : [row('', describeLoading(facts))]),
+    row(
+      'requests',
+      `${options.endpoint}: ${describeLengths(options.promptTokens)} prompt ${unit}${prefix}, ${describeLengths(options.outputTokens)} output tokens`,
+    ),
+    row('voices', describeVoices(options, wire)),
+    row(
+      'client',
+      `${machine.cpu}, ${machine.numCpus} CPUs${isa}; took ${figure(clientCores)} of them itself`,
+    ),
   ];
 }
 
 function describeServer({ url, baseModel }: Wire, facts: ServerFacts | null): string {
   if (facts === null) return `${baseModel} at ${url}`;
   const args = facts.engineArgs.length > 0 ? `, ${facts.engineArgs.join(' ')}` : '';
+  return `${basename(facts.modelPath)} on this machine, through the ${facts.through}${args}`;
+}
+
+function describeLoading({ numAdapters, loadSeconds, adapterBytes, arenaBytes }: ServerFacts): string {
   const megabytes = (bytes: number) => `${(bytes / 1e6).toFixed(0)} MB`;
-  const adapters =
-    facts.numAdapters === 0
-      ? ''
-      : `; ${facts.numAdapters} adapters, loaded in ${figure(facts.loadSeconds)} s, ${megabytes(facts.adapterBytes)} of an arena of ${megabytes(facts.arenaBytes)}`;
-  return `${facts.modelPath} on this machine, through the ${facts.through}${args}${adapters}`;
+  return `${numAdapters} adapters, loaded in ${figure(loadSeconds)} s, ${megabytes(adapterBytes)} of an arena of ${megabytes(arenaBytes)}`;
 }
 
 function describeVoices({ popularity, baseShare }: LoadOptions, { adapters }: Wire): string {
@@ -63,7 +73,7 @@ function describeVoices({ popularity, baseShare }: LoadOptions, { adapters }: Wi
   return `${adapters.length} adapter${adapters.length === 1 ? '' : 's'}, ${how}${base}`;
 }
 
-function lengths(lengths: Lengths): string {
+function describeLengths(lengths: Lengths): string {
   if (lengths.kind === 'fixed') return String(lengths.tokens);
   if (lengths.kind === 'uniform') return `${lengths.low} to ${lengths.high}`;
   return `${lengths.mean} ± ${lengths.deviation}`;

@@ -34,9 +34,12 @@ export async function bench(args: readonly string[]): Promise<number> {
   }
 
   const interrupt = new AbortController();
+  let interruptedMs: number | null = null;
   const onSignal = () => {
-    // A terminal and npm may each send the same Ctrl-C.
-    if (!interrupt.signal.aborted) say('stopping; what was measured is reported');
+    // A terminal and npm may each send the same Ctrl-C, so only a later one means "at once".
+    if (interruptedMs !== null && performance.now() - interruptedMs > 1000) process.exit(130);
+    if (interruptedMs === null) say('stopping; what was measured is reported');
+    interruptedMs ??= performance.now();
     interrupt.abort();
   };
   for (const name of ['SIGINT', 'SIGTERM'] as const) process.on(name, onSignal);

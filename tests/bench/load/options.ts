@@ -2,7 +2,7 @@
  * Every option of `motet bench`, parsed once: name, unit, default, range. Options that would have no effect together with
  * others are refused by name, so that a report never claims a load that did not run.
  */
-import { isAbsolute, resolve } from 'node:path';
+import { resolve } from 'node:path';
 import { allLinear } from '../random-adapter.ts';
 import type { Lengths, Popularity } from './workload.ts';
 
@@ -383,7 +383,7 @@ export function parseOptions(
         ? { url, apiKey: get('api-key') ?? (env.MOTET_API_KEY || null) }
         : {
             own: {
-              modelPath: ownModelPath(get('serve') ?? (env.MOTET_MODEL || null)),
+              modelPath: ownModelPath(get('serve') ?? (env.MOTET_MODEL || null), env),
               through: get('through'),
               numRegistered: get('register') ?? 0,
               rank: get('register-rank'),
@@ -425,9 +425,8 @@ export function parseOptions(
 }
 
 /** A path of the user's is meant from where the user is; npm runs scripts from the package's folder. */
-function ownModelPath(path: string | null): string | null {
-  if (path === null || isAbsolute(path)) return path;
-  return resolve(process.env.INIT_CWD ?? '.', path);
+function ownModelPath(path: string | null, env: Record<string, string | undefined>): string | null {
+  return path === null ? null : resolve(env.INIT_CWD ?? '.', path);
 }
 
 /** Flags as given, `--flag value` or `--flag=value`; a switch takes its value only with `=`. */
@@ -548,8 +547,9 @@ TTFT: time to first token. ITL: pause between two pieces of text, which need not
 output token after the first. E2E: whole request. A request that fails is in none of them.
 ${lines.join('\n')}
 
-What follows -- goes to the engine that is started: -- --device-memory 4GiB --threads 2. Ctrl-C ends the load and
-reports what was measured. Exit code: 0; 1 when no request was answered; 2 for a wrong option; 130 after Ctrl-C.
+What follows -- goes to the engine that is started: -- --device-memory 4GiB --threads 2.
+Ctrl-C ends the load and reports what was measured; a second one ends at once.
+Exit code: 0; 1 when no request was answered; 2 for a wrong option; 130 after Ctrl-C.
 `;
 }
 

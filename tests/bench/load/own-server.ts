@@ -97,7 +97,12 @@ export async function startOwnServer(
     const [first, ...others] = adapters;
     if (first !== undefined) {
       await load(engine.url, first);
-      const memory = await missingMemory(engine.url, options, adapters.length);
+      const { arena } = await getJson<AdapterList>(`${engine.url}${enginePaths.adapters}`);
+      const isGiven = options.engineArgs.some((argument) => argument.startsWith('--device-memory'));
+      const memory =
+        options.numRegistered === 0
+          ? null
+          : arenaFor(arena, adapters.length, isGiven, process.availableMemory());
       if (memory !== null) {
         say(`starting it again with --device-memory ${memory}, which holds ${adapters.length} adapters`);
         await processes.pop()!.stop();
@@ -175,32 +180,32 @@ async function load(engineUrl: string, { name, folder }: NewAdapter): Promise<vo
 }
 
 /**
- * What the device arena must have when it is to hold all adapters, which are as large as the one that is loaded, and as much
- * for KV as the engine has by itself. Adapters may take half of the arena that is there.
- * @returns null: it is large enough
+ * Bytes that the device arena must have to hold all adapters, which are as large as the first, beside as much for KV as it
+ * has now. Adapters may take half of the arena that is there.
+ *
+ * @param isGiven the user chose its size, which is then not changed
+ * @param availableBytes memory that this machine can give beside that arena
+ * @returns null: the arena is large enough
+ * @throws OptionError when all adapters cannot be held
  */
-async function missingMemory(
-  engineUrl: string,
-  { numRegistered, engineArgs }: OwnServerOptions,
+export function arenaFor(
+  { totalBytes, adapterBytes }: { totalBytes: number; adapterBytes: number },
   numAdapters: number,
-): Promise<number | null> {
-  if (numRegistered === 0) return null;
-  const { arena } = await getJson<AdapterList>(`${engineUrl}${enginePaths.adapters}`);
-  const adapterBytes = arena.adapterBytes * numAdapters;
-  if (adapterBytes <= arena.totalBytes / 2) return null;
-  const wanted = arena.totalBytes + adapterBytes;
-  const each = `${numAdapters} adapters of ${arena.adapterBytes} bytes`;
-  if (engineArgs.some((argument) => argument.startsWith('--device-memory'))) {
-    if (adapterBytes < arena.totalBytes) return null;
+  isGiven: boolean,
+  availableBytes: number,
+): number | null {
+  const wanted = totalBytes + adapterBytes * numAdapters;
+  const what = `${numAdapters} adapters of ${adapterBytes} bytes`;
+  if (isGiven) {
+    if (adapterBytes * numAdapters < totalBytes) return null;
     throw new OptionError(
-      `--device-memory: expected at least ${wanted} bytes for ${each} and as much for KV as now, got ${arena.totalBytes}`,
+      `--device-memory: expected more than ${adapterBytes * numAdapters} bytes for ${what} and KV, got ${totalBytes}`,
     );
   }
-  // The adapters' files are in the page cache meanwhile, which gives way.
-  const available = process.availableMemory() + arena.totalBytes;
-  if (wanted > available * 0.9) {
+  if (adapterBytes * numAdapters <= totalBytes / 2) return null;
+  if (wanted > totalBytes + availableBytes) {
     throw new OptionError(
-      `--register: expected ${wanted} bytes of memory for ${each} and KV, this machine has ${available} to give`,
+      `--register: expected ${wanted} bytes of memory for ${what} and KV, got ${totalBytes + availableBytes}`,
     );
   }
   return wanted;

@@ -246,12 +246,10 @@ export function renderPage(
       row('in flight', `${figure(summary.meanConcurrency)} in the mean`),
     );
     if (summary.numWithoutUsage > 0) {
-      lines.push(
-        row('', `${summary.numWithoutUsage} answers came without usage; their tokens are not counted`),
-      );
+      lines.push(row('', `answers without usage, whose tokens are not counted: ${summary.numWithoutUsage}`));
     }
     if (summary.numOtherLength > 0) {
-      lines.push(row('', `${summary.numOtherLength} answers were not as long as asked`));
+      lines.push(row('', `answers of another length than asked: ${summary.numOtherLength}`));
     }
   }
   if (goodput !== null) {
