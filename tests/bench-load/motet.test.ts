@@ -147,6 +147,11 @@ test.each([
   [[], 2, /^Usage: motet COMMAND/],
   [['serve'], 2, /^motet: unknown command serve\n\nUsage: motet COMMAND/],
   [['bench', '--rate', 'x'], 2, /^motet bench: --rate: expected a number from 0.001 to 100000, got "x"\n$/],
+  [
+    ['bench', '--json', '/nowhere/x.json'],
+    2,
+    /^motet bench: --json: expected a file .*, got ENOENT of \/nowhere\/x.json\n$/,
+  ],
 ])('%j is refused with what would be right', async (args, expected, message) => {
   const { code, stderr } = await motet(args).ended;
   expect(code).toBe(expected);

@@ -77,8 +77,9 @@ test('a duration alone does not bound the number of requests to 64', () => {
 });
 
 test('a path is meant from where npm was called', () => {
-  const { server } = parsed(['--serve', 'models/a.gguf'], { INIT_CWD: '/home/me' });
-  expect(server).toMatchObject({ own: { modelPath: '/home/me/models/a.gguf' } });
+  const { server, jsonPath } = parsed(['--serve', 'a.gguf', '--json', '/x.json'], { INIT_CWD: '/home/me' });
+  expect(server).toMatchObject({ own: { modelPath: '/home/me/a.gguf' } });
+  expect(jsonPath).toBe('/x.json');
 });
 
 test('what follows -- goes to the engine', () => {

@@ -1,7 +1,7 @@
 /** `motet bench`: reads options, finds or starts a server, warms it up, loads it, reports. Wiring only. */
-import { writeFile } from 'node:fs/promises';
+import { access, constants, writeFile } from 'node:fs/promises';
 import { availableParallelism, cpus } from 'node:os';
-import { resolve } from 'node:path';
+import { dirname } from 'node:path';
 import { Agent } from 'undici';
 import packageJson from '../../../package.json' with { type: 'json' };
 import { seededRandom } from '../../fixtures/seeded-random.ts';
@@ -12,8 +12,8 @@ import { type LoadOptions, OptionError, parseOptions } from './options.ts';
 import type { OwnServer, ServerFacts } from './own-server.ts';
 import { startProgress } from './progress.ts';
 import { e2eMs, Reservoir, renderPage, type Summary, summarise, tpotMs, ttftMs } from './report.ts';
-import { runLoad, type Sample, wallClock } from './run.ts';
-import { createWorkload } from './workload.ts';
+import { type RunHooks, runLoad, type Sample, wallClock } from './run.ts';
+import { createWorkload, type Workload } from './workload.ts';
 
 /** Gaps that are kept; a longer run keeps a random sample of that many. */
 const maxGaps = 1 << 20;
@@ -29,6 +29,7 @@ export async function bench(args: readonly string[]): Promise<number> {
       return 0;
     }
     options = parsed;
+    await assertWritable(options.jsonPath);
   } catch (error) {
     return refused(error);
   }
@@ -68,6 +69,16 @@ export async function bench(args: readonly string[]): Promise<number> {
   }
 }
 
+/** Before the run, which would be for nothing otherwise. */
+async function assertWritable(jsonPath: string | null): Promise<void> {
+  if (jsonPath === null) return;
+  await access(dirname(jsonPath), constants.W_OK).catch(({ code }: NodeJS.ErrnoException) => {
+    throw new OptionError(
+      `--json: expected a file in a folder that can be written, got ${code} of ${jsonPath}`,
+    );
+  });
+}
+
 function refused(error: unknown): number {
   process.stderr.write(`motet bench: ${(error as Error).message}\n`);
   return error instanceof OptionError ? 2 : 1;
@@ -91,30 +102,7 @@ async function load(
   const shape = { ...options, numAdapters: wire.adapters.length };
   const send = sendStreamed.bind(null, dispatcher, wire);
 
-  if (options.numWarmup > 0) {
-    const failures: Sample[] = [];
-    const concurrency = pacing.kind === 'closed' ? pacing.concurrency : Math.min(8, pacing.maxInFlight);
-    await runLoad(
-      {
-        workload: createWorkload(shape, 'warmup'),
-        pacing: { kind: 'closed', concurrency },
-        seed,
-        numRequests: options.numWarmup,
-        durationMs: null,
-      },
-      {
-        send,
-        signal,
-        clock: wallClock,
-        onSample: (sample) => void (sample.code !== 'ok' && failures.push(sample)),
-      },
-    );
-    signal.throwIfAborted();
-    if (failures.length === options.numWarmup) {
-      const { code, message } = failures[0]!;
-      throw new Error(`no request of the warm-up was answered; the first one: ${code}: ${message}`);
-    }
-  }
+  if (options.numWarmup > 0) await warmUp(options, createWorkload(shape, 'warmup'), send, signal);
 
   const samples: Sample[] = [];
   const gaps = new Reservoir(maxGaps, seededRandom(seed).unit);
@@ -158,12 +146,41 @@ async function load(
   );
   if (options.jsonPath !== null) {
     const report = { startedAt, options, wire, facts, machine, clientCores, summary, gaps, samples };
-    await writeFile(
-      resolve(process.env.INIT_CWD ?? '.', options.jsonPath),
-      `${JSON.stringify(toJson(report), null, 2)}\n`,
-    );
+    await writeFile(options.jsonPath, `${JSON.stringify(toJson(report), null, 2)}\n`);
   }
   return summary.numDone > 0;
+}
+
+/** Sends requests that are not reported. @throws Error when none is answered: what follows would fail alike */
+async function warmUp(
+  { numWarmup, pacing, seed }: LoadOptions,
+  workload: Workload,
+  send: RunHooks['send'],
+  signal: AbortSignal,
+): Promise<void> {
+  const concurrency = pacing.kind === 'closed' ? pacing.concurrency : Math.min(8, pacing.maxInFlight);
+  const failures: Sample[] = [];
+  await runLoad(
+    {
+      workload,
+      pacing: { kind: 'closed', concurrency },
+      seed,
+      numRequests: numWarmup,
+      durationMs: null,
+    },
+    {
+      send,
+      signal,
+      clock: wallClock,
+      onSample(sample) {
+        if (sample.code !== 'ok') failures.push(sample);
+      },
+    },
+  );
+  signal.throwIfAborted();
+  if (failures.length < numWarmup) return;
+  const { code, message } = failures[0]!;
+  throw new Error(`no request of the warm-up was answered; the first one: ${code}: ${message}`);
 }
 
 async function thisMachine(): Promise<Machine> {

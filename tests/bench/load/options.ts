@@ -383,7 +383,7 @@ export function parseOptions(
         ? { url, apiKey: get('api-key') ?? (env.MOTET_API_KEY || null) }
         : {
             own: {
-              modelPath: ownModelPath(get('serve') ?? (env.MOTET_MODEL || null), env),
+              modelPath: ownPath(get('serve') ?? (env.MOTET_MODEL || null), env),
               through: get('through'),
               numRegistered: get('register') ?? 0,
               rank: get('register-rank'),
@@ -419,13 +419,13 @@ export function parseOptions(
     ignoresEos: get('ignore-eos'),
     timeoutMs: get('timeout-ms'),
     slo: get('slo'),
-    jsonPath: get('json'),
+    jsonPath: ownPath(get('json'), env),
     hasJsonSamples: get('json-samples'),
   };
 }
 
 /** A path of the user's is meant from where the user is; npm runs scripts from the package's folder. */
-function ownModelPath(path: string | null, env: Record<string, string | undefined>): string | null {
+function ownPath(path: string | null, env: Record<string, string | undefined>): string | null {
   return path === null ? null : resolve(env.INIT_CWD ?? '.', path);
 }
 

@@ -1,4 +1,5 @@
 /** Starts what `motet bench` loads when it is given no URL: an engine, adapters, and a gateway before it. */
+import type { ChildProcess } from 'node:child_process';
 import { existsSync, rmSync } from 'node:fs';
 import { mkdtemp } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
@@ -13,7 +14,6 @@ import {
   getJson,
   loadAdapterOver,
   type RunningProcess,
-  startGatewayOver,
   startProcess,
 } from '../../fixtures/processes.ts';
 import { writeRandomAdapter } from '../random-adapter.ts';
@@ -62,9 +62,10 @@ export async function startOwnServer(
     throw new OptionError(`--serve: expected a model, got nothing at ${modelPath}${help}`);
   }
   const processes: RunningProcess[] = [];
+  const children: ChildProcess[] = [];
   const scratch = await mkdtemp(join(tmpdir(), 'motet-bench-'));
   const cleanUp = () => {
-    for (const { child } of processes) child.kill('SIGTERM');
+    for (const child of children) child.kill('SIGTERM');
     rmSync(scratch, { recursive: true, force: true });
   };
   // Whatever ends this process: nothing of it outlives it.
@@ -82,17 +83,20 @@ export async function startOwnServer(
         : options.modelPath === null
           ? exampleAdapters.map(({ name }) => ({ name, folder: async () => join(examplesFolder, name) }))
           : [];
-    const start = async (extra: string[]) => {
-      const engine = await startProcess('engine', [
-        ...['--model', modelPath, '--served-name', 'base', '--cache', cacheFolder],
-        ...['--host', '127.0.0.1', '--port', '0', '--log-level', 'info', ...options.engineArgs, ...extra],
-      ]);
-      processes.push(engine);
-      return engine;
+    const start = async (name: 'engine' | 'gateway', args: string[]) => {
+      // Its log says when it is ready, at that level.
+      const common = ['--host', '127.0.0.1', '--port', '0', '--log-level', 'info'];
+      const running = await startProcess(name, [...common, ...args], (child) => void children.push(child));
+      processes.push(running);
+      return running;
+    };
+    const startEngine = (extra: string[]) => {
+      const model = ['--model', modelPath, '--served-name', 'base', '--cache', cacheFolder];
+      return start('engine', [...model, ...options.engineArgs, ...extra]);
     };
 
     say(`starting an engine with ${modelPath}`);
-    let engine = await start([]);
+    let engine = await startEngine([]);
     const beginMs = performance.now();
     const [first, ...others] = adapters;
     if (first !== undefined) {
@@ -106,7 +110,7 @@ export async function startOwnServer(
       if (memory !== null) {
         say(`starting it again with --device-memory ${memory}, which holds ${adapters.length} adapters`);
         await processes.pop()!.stop();
-        engine = await start(['--device-memory', String(memory)]);
+        engine = await startEngine(['--device-memory', String(memory)]);
         await load(engine.url, first);
       }
       let numLoaded = 1;
@@ -126,9 +130,7 @@ export async function startOwnServer(
 
     let url = engine.url;
     if (options.through === 'gateway') {
-      const gateway = await startGatewayOver([engine.url], ['--host', '127.0.0.1', '--log-level', 'info']);
-      processes.push(gateway);
-      url = gateway.url;
+      url = (await start('gateway', ['--engine', engine.url])).url;
       await untilServed(url, adapters.length + 1, signal);
     }
     const { through, engineArgs } = options;
