@@ -58,7 +58,7 @@ function describeServer({ url, baseModel }: Wire, facts: ServerFacts | null): st
 
 function describeLoading({ numAdapters, loadSeconds, adapterBytes, arenaBytes }: ServerFacts): string {
   const megabytes = (bytes: number) => `${(bytes / 1e6).toFixed(0)} MB`;
-  return `${numAdapters} adapters, loaded in ${figure(loadSeconds)} s, ${megabytes(adapterBytes)} of an arena of ${megabytes(arenaBytes)}`;
+  return `${numAdapters} adapters, ready in ${figure(loadSeconds)} s, ${megabytes(adapterBytes)} of an arena of ${megabytes(arenaBytes)}`;
 }
 
 function describeVoices({ popularity, baseShare }: LoadOptions, { adapters }: Wire): string {

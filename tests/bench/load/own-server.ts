@@ -25,7 +25,7 @@ export interface ServerFacts {
   through: 'gateway' | 'engine';
   engineArgs: string[];
   numAdapters: number;
-  /** Making and loading all adapters. */
+  /** Loading all adapters, and making those that are random. */
   loadSeconds: number;
   adapterBytes: number;
   arenaBytes: number;
@@ -44,6 +44,7 @@ interface NewAdapter {
 }
 
 const numLoadsAtOnce = 4;
+const sayIntervalMs = 5000;
 /** The gateway looks at its engines twice a second. */
 const gatewayWaitMs = 30_000;
 
@@ -97,7 +98,7 @@ export async function startOwnServer(
 
     say(`starting an engine with ${modelPath}`);
     let engine = await startEngine([]);
-    const beginMs = performance.now();
+    let beginMs = performance.now();
     const [first, ...others] = adapters;
     if (first !== undefined) {
       await load(engine.url, first);
@@ -111,16 +112,21 @@ export async function startOwnServer(
         say(`starting it again with --device-memory ${memory}, which holds ${adapters.length} adapters`);
         await processes.pop()!.stop();
         engine = await startEngine(['--device-memory', String(memory)]);
+        beginMs = performance.now();
         await load(engine.url, first);
       }
       let numLoaded = 1;
+      let saidMs = performance.now();
       const queue = others.values();
       await Promise.all(
         Array.from({ length: Math.min(numLoadsAtOnce, availableParallelism()) }, async () => {
           for (const adapter of queue) {
             signal.throwIfAborted();
             await load(engine.url, adapter);
-            if (++numLoaded % 100 === 0) say(`${numLoaded} of ${adapters.length} adapters are loaded`);
+            numLoaded++;
+            if (performance.now() - saidMs < sayIntervalMs) continue;
+            saidMs = performance.now();
+            say(`${numLoaded} of ${adapters.length} adapters are loaded`);
           }
         }),
       );
