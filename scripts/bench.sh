@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# Prints the tables of tests/bench. Run it on a machine that does nothing else.
-# MOTET_LLAMA_BENCH=/path/to/llama-bench adds llama.cpp on the same file.
+# Loads a server and reports: `npm run bench -- [option ...]`; `-- --help` lists the options.
+# `npm run bench -- tables` prints the tables of tests/bench instead. Run it on a machine that does nothing else.
+# MOTET_LLAMA_BENCH=/path/to/llama-bench adds llama.cpp on the same file to them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh
-cmake -S native -B native/build -DMOTET_BENCH=ON >/dev/null
-cmake --build native/build --target read_bandwidth_bench >/dev/null
-node_modules/.bin/node tests/bench/gateway-overhead.ts
-exec node_modules/.bin/node tests/bench/step-speed.ts "$@"
+
+if [[ ${1-} == tables ]]; then
+  bash scripts/setup.sh
+  cmake -S native -B native/build -DMOTET_BENCH=ON >/dev/null
+  cmake --build native/build --target read_bandwidth_bench >/dev/null
+  node_modules/.bin/node tests/bench/gateway-overhead.ts
+  exec node_modules/.bin/node tests/bench/step-speed.ts "${@:2}"
+fi
+
+# Without a URL it starts an engine, which has to be there.
+[[ " $*" == *" --url"* || " $*" == *" --help"* ]] || bash scripts/setup.sh >&2
+exec node_modules/.bin/node scripts/motet.ts bench "$@"
