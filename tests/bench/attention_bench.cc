@@ -2,7 +2,7 @@
 // Prefill: arithmetic per second, which the multiply-adds bound. And decode over a prefix that all sequences share,
 // against the same with copies of it. Median wall time and the middle 80 %. Pages lie in random order.
 //
-//   native/build/attention_bench [threads (0: all)] [decode|prefill|shared]    MOTET_ISA chooses the instruction set
+//   native/build/attention_bench [threads (0: all)] [decode|prefill|shared|all] [model]    MOTET_ISA chooses the instruction set
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -32,13 +32,13 @@ struct Spread {
   double median, low, high;
 };
 
-// Seconds of `work`, over runs for about 0.2 s.
+// Seconds of `work`, over runs for about 0.1 s.
 Spread time_of(const std::function<void()>& work) {
   using Clock = std::chrono::steady_clock;
   std::vector<double> seconds;
   work();
   const auto start = Clock::now();
-  while (seconds.size() < 5 || Clock::now() - start < std::chrono::milliseconds(200)) {
+  while (seconds.size() < 5 || Clock::now() - start < std::chrono::milliseconds(100)) {
     const auto begin = Clock::now();
     work();
     seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
@@ -147,19 +147,20 @@ class Bench {
 int main(int argc, char** argv) {
   using namespace motet;
   const int asked = argc > 1 ? std::atoi(argv[1]) : 0, num_threads = asked > 0 ? asked : available_cpus();
-  const std::string what = argc > 2 ? argv[2] : "";
+  const std::string what = argc > 2 ? argv[2] : "all", model = argc > 3 ? argv[3] : "";
   const bool is_wide = std::string(kernels().name) == "avx512";
   const double peak = num_threads * (is_wide ? peak_gflops<__m512>() : peak_gflops<__m256>());
   std::printf("%s, %d threads, f32 multiply-add peak %.0f GFLOP/s\n", kernels().name, num_threads, peak);
   Bench bench(num_threads);
   for (const Shape& m : kModels) {
+    if (std::string(m.name).find(model) == std::string::npos) continue;
     for (const KvType type : {KvType::kF16, KvType::kInt8}) {
-      if (what.empty() || what == "decode")
+      if (what == "all" || what == "decode")
         for (const int sequences : {1, 8, 32})
           for (const int context : {128, 2048, 8192}) bench.print({m, sequences, context, 1, 0, type}, peak);
-      if (what.empty() || what == "prefill")
+      if (what == "all" || what == "prefill")
         for (const int context : {512, 4096}) bench.print({m, 1, context, 512, 0, type}, peak);
-      if (what.empty() || what == "shared")
+      if (what == "all" || what == "shared")
         for (const int shared : {0, 2048}) bench.print({m, 32, 2048 + 64, 1, shared, type}, peak);
     }
   }

@@ -342,7 +342,9 @@ describe('opening', () => {
   test('refuses a KV type that is unknown, or that f32 activations do not have', async () => {
     const model = await prepare(join(goldensFolder, 'tiny/llama3'));
     const kvType = 'int4' as 'int8';
-    expect(() => open(model, { kvType })).toThrow("options.kvType: expected 'auto', 'f16' or 'int8', got 'int4'");
+    expect(() => open(model, { kvType })).toThrow(
+      "options.kvType: expected 'auto', 'f16' or 'int8', got 'int4'",
+    );
     expect(() => open(model, { kvType: 'int8', activations: 'f32' })).toThrow(
       "options.kvType: expected 'auto' beside activations 'f32', which keep KV in f32, got 'int8'",
     );
