@@ -15,8 +15,6 @@
 #include <string>
 #include <vector>
 
-#include <immintrin.h>
-
 #include "device.h"
 
 namespace motet {
@@ -48,6 +46,7 @@ Spread time_of(const std::function<void()>& work) {
 }
 
 // Multiply-adds of one thread in registers, in GFLOP/s: twelve chains, which outlast the latency.
+#if defined(__x86_64__)
 template <typename Vector>
 __attribute__((target("avx512f,avx2,fma"), noinline)) void multiply_add(int64_t rounds) {
   Vector a[12] = {}, factor = {};
@@ -61,10 +60,18 @@ __attribute__((target("avx512f,avx2,fma"), noinline)) void multiply_add(int64_t 
         : "x"(factor));
 }
 template <typename Vector>
-double peak_gflops() {
+double gflops_of() {
   constexpr int64_t kRounds = 1 << 20;
   return 2.0 * 12 * kRounds * (sizeof(Vector) / 4) / time_of([] { multiply_add<Vector>(kRounds); }).median * 1e-9;
 }
+double peak_gflops() {
+  using Narrow __attribute__((vector_size(32))) = float;
+  using Wide __attribute__((vector_size(64))) = float;
+  return std::string(kernels().name) == "avx512" ? gflops_of<Wide>() : gflops_of<Narrow>();
+}
+#else
+double peak_gflops() { return NAN; }
+#endif
 
 const char* name_of(KvType type) { return type == KvType::kInt8 ? "int8" : type == KvType::kF16 ? "f16" : "f32"; }
 
@@ -148,8 +155,7 @@ int main(int argc, char** argv) {
   using namespace motet;
   const int asked = argc > 1 ? std::atoi(argv[1]) : 0, num_threads = asked > 0 ? asked : available_cpus();
   const std::string what = argc > 2 ? argv[2] : "all", model = argc > 3 ? argv[3] : "";
-  const bool is_wide = std::string(kernels().name) == "avx512";
-  const double peak = num_threads * (is_wide ? peak_gflops<__m512>() : peak_gflops<__m256>());
+  const double peak = num_threads * peak_gflops();
   std::printf("%s, %d threads, f32 multiply-add peak %.0f GFLOP/s\n", kernels().name, num_threads, peak);
   Bench bench(num_threads);
   for (const Shape& m : kModels) {
