@@ -110,6 +110,14 @@ export interface BaseModelSpec {
    * Weights in memory, `keep` as the file has them, or quantised to `int8` or `int4` groups. Default keep.
    */
   quantization: 'keep' | 'int8' | 'int4';
+  /** Keys and values of running sequences. Default, those of its fields. */
+  kv: {
+    /**
+     * `f16`, or `int8`, which holds twice the tokens in the same memory and changes answers a little.
+     * `auto` is f16. Default auto.
+     */
+    dtype: 'auto' | 'f16' | 'int8';
+  };
   /** What the engines compute on. Default, the CPU. */
   accelerator: {
     /**

@@ -135,6 +135,11 @@ const settings = {
   'device-memory': bytes('device arena for KV and adapters', [2 ** 20, 2 ** 46], 2 ** 30),
   quantization: oneOf(['keep', 'int4', 'int8'], 'weights: as the file has them, or quantised', 'keep'),
   activations: oneOf(['int8', 'f32'], 'arithmetic: int8 is fast; f32 is for reference', 'int8'),
+  'kv-cache-dtype': oneOf(
+    ['auto', 'f16', 'int8'],
+    'KV: auto is f16 (f32 beside f32 activations); int8 holds twice the tokens',
+    'auto',
+  ),
   'max-model-len': integer(
     'TOKENS',
     "prompt and output of one sequence; default: the model's, if the arena holds it",
@@ -219,6 +224,7 @@ export interface Config {
   deviceMemoryBytes: number;
   quantization: 'keep' | 'int4' | 'int8';
   activations: 'int8' | 'f32';
+  kvCacheDtype: 'auto' | 'f16' | 'int8';
   maxModelLen: number | null;
   maxBatchTokens: number;
   maxSequences: number;
@@ -272,6 +278,13 @@ export function parseConfig(
   if (!needsDigest(model) && modelDigest !== null) {
     throw new ConfigError('--model-digest: expected only beside an https model; other files are not fetched');
   }
+  const activations = one('activations');
+  const kvCacheDtype = one('kv-cache-dtype');
+  if (activations === 'f32' && kvCacheDtype !== 'auto') {
+    throw new ConfigError(
+      `--kv-cache-dtype: expected auto beside --activations f32, which keeps KV in f32 too, got ${kvCacheDtype}`,
+    );
+  }
   const maxBatchTokens = one('max-batch-tokens');
   const maxSequences = Math.min(one('max-sequences'), maxBatchTokens);
   if (given.has('max-sequences') && maxSequences < one('max-sequences')) {
@@ -306,7 +319,8 @@ export function parseConfig(
     device: one('device'),
     deviceMemoryBytes: one('device-memory'),
     quantization: one('quantization'),
-    activations: one('activations'),
+    activations,
+    kvCacheDtype,
     maxModelLen: one('max-model-len') as number | null,
     maxBatchTokens,
     maxSequences,

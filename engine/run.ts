@@ -86,6 +86,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     dims: prepared.dims,
     tensors: prepared.tensors,
     activations: config.activations,
+    kvType: config.kvCacheDtype,
     deviceMemoryBytes: config.deviceMemoryBytes,
     numThreads: config.numThreads,
   });

@@ -116,8 +116,10 @@ export interface RuntimeOptions {
   packedPath: string;
   dims: ModelDims;
   tensors: PackedTensor[];
-  /** 'int8': activations are quantised per 32, KV is f16. 'f32': everything in f32, for reference. */
+  /** 'int8': activations are quantised per 32. 'f32': everything in f32, for reference. */
   activations: 'int8' | 'f32';
+  /** 'auto': f16, and f32 beside f32 activations, where nothing else is accepted. 'int8' holds twice the positions. */
+  kvType: 'auto' | 'f16' | 'int8';
   deviceMemoryBytes: number;
   /** 0: one per core that this process may use. */
   numThreads: number;

@@ -23,8 +23,14 @@ namespace {
 constexpr int64_t kTaskMacs = 256 * 1024;
 // Tasks per thread that an operation is cut into, so that a thread that was held up is caught up with.
 constexpr int kTasksPerThread = 4;
-// Query rows of one prefill task: enough to share each key load, few enough to spread a prompt over threads.
+// Query rows of one prefill task at most: enough to share each key load.
 constexpr int kAttentionTaskRows = 32;
+// Sequences with more rows than this amortise what they read by themselves, and share no reading.
+constexpr int kSharingRows = 4;
+// What loading and converting a key and a value costs, in multiply-adds of one (row, head) pair with both.
+constexpr int kKeyLoadCost = 4;
+// Memory for partial results of attention: 64 MiB. Rows beyond it are computed in one piece.
+constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -138,26 +144,69 @@ class CpuDevice final : public Device {
     });
   }
 
+  // Finds the partitions of keys that sequences of few rows have in common: those where their block tables begin alike.
+  void begin(const Batch& batch) override {
+    constexpr int kBlocks = kPartitionTokens / kBlockTokens;
+    shared_runs_.clear();
+    own_partition_.assign(batch.num_sequences(), 0);
+    for (int r = static_cast<int>(row_indices_.size()); r < batch.num_tokens(); ++r) row_indices_.push_back(r);
+
+    struct Alike {  // sequences whose block tables agree up to a partition
+      std::vector<int32_t> sequences;
+      int partition, run;  // the run before it; −1: none
+    };
+    std::vector<Alike> open(1, {{}, 0, -1});
+    for (int s = 0; s < batch.num_sequences(); ++s)
+      if (batch.sequence_starts[s + 1] - batch.sequence_starts[s] <= kSharingRows) open[0].sequences.push_back(s);
+    while (!open.empty()) {
+      const Alike alike = std::move(open.back());
+      open.pop_back();
+      const auto ids = [&](int32_t s) { return batch.block_ids.data() + batch.block_starts[s] + alike.partition * kBlocks; };
+      const auto compare = [&](int32_t a, int32_t b) { return std::memcmp(ids(a), ids(b), kBlocks * sizeof(int32_t)); };
+      std::vector<int32_t> sequences;  // those that have this partition whole, before their own rows
+      for (const int32_t s : alike.sequences)
+        if (batch.positions[batch.sequence_starts[s]] >= (alike.partition + 1) * kPartitionTokens) sequences.push_back(s);
+      std::sort(sequences.begin(), sequences.end(), [&](int32_t a, int32_t b) {
+        const int order = compare(a, b);
+        return order != 0 ? order < 0 : a < b;
+      });
+      for (size_t i = 0, end; i < sequences.size(); i = end) {
+        for (end = i + 1; end < sequences.size() && compare(sequences[i], sequences[end]) == 0;) ++end;
+        if (end - i < 2) continue;
+        std::vector<int32_t> group(sequences.begin() + i, sequences.begin() + end);
+        for (const int32_t s : group) own_partition_[s] = alike.partition + 1;
+        int run = alike.run;
+        if (run >= 0 && group.size() == shared_runs_[run].sequences.size()) {
+          shared_runs_[run].end = alike.partition + 1;
+        } else {
+          run = static_cast<int>(shared_runs_.size());
+          shared_runs_.push_back({alike.partition, alike.partition + 1, group});
+        }
+        open.push_back({std::move(group), alike.partition + 1, run});
+      }
+    }
+  }
+
   void attention(const KvLayer& kv, const Batch& batch, const float* q, int64_t ldq, float* out, int64_t ldo, int num_heads, int window,
                  float scale) override {
-    struct Piece {
-      int sequence, kv_head, row, num_rows;
-    };
-    const int heads_per_kv = num_heads / kv.num_kv_heads;
-    static thread_local std::vector<Piece> pieces;
-    pieces.clear();
-    for (int s = 0; s < batch.num_sequences(); ++s)
-      for (int32_t r = batch.sequence_starts[s]; r < batch.sequence_starts[s + 1]; r += kAttentionTaskRows)
-        for (int h = 0; h < kv.num_kv_heads; ++h) pieces.push_back({s, h, r, std::min<int>(kAttentionTaskRows, batch.sequence_starts[s + 1] - r)});
-    const size_t scratch_floats = attention_scratch_floats(heads_per_kv, kv.head_dim);
+    plan_attention(kv, batch, num_heads, window);
+    const size_t scratch_floats = attention_scratch_floats(kv.head_dim);
     grow(scratch_, scratch_floats * pool_.num_threads());
-    const Piece* const list = pieces.data();
-    run(static_cast<int>(pieces.size()), [&, list](int index, int thread) {
-      const Piece& piece = list[index];
-      const int64_t head = int64_t{piece.kv_head} * heads_per_kv * kv.head_dim;
-      kernels_.attention(kv, {q + piece.row * ldq + head, ldq, out + piece.row * ldo + head, ldo, piece.num_rows, batch.positions[piece.row],
-                              heads_per_kv, piece.kv_head, batch.block_ids.data() + batch.block_starts[piece.sequence], window, scale,
-                              scratch_.data.get() + scratch_floats * thread});
+    const int heads_per_kv = num_heads / kv.num_kv_heads;
+    run(static_cast<int>(attention_tasks_.size()), [&](int index, int thread) {
+      const AttentionTask& task = attention_tasks_[index];
+      const int32_t* rows = (task.is_shared ? shared_rows_ : row_indices_).data() + task.first_row;
+      kernels_.attention(kv, {q, ldq, out, ldo, rows, task.num_rows, batch.positions.data(), heads_per_kv, task.kv_head,
+                              batch.block_ids.data() + batch.block_starts[task.sequence], window, scale, task.first_partition, task.end_partition,
+                              task.has_partials ? partials_of_row_.data() : nullptr, scratch_.data.get() + scratch_floats * thread});
+    });
+    if (partial_rows_.empty()) return;
+    const int64_t partials = std::max<int64_t>(1, num_partial_floats_ / static_cast<int64_t>(partial_rows_.size()));
+    over_rows(static_cast<int>(partial_rows_.size()), partials * 4, [&](int begin, int end) {
+      for (int i = begin; i < end; ++i) {
+        const int32_t row = partial_rows_[i];
+        kernels_.attention_fold(out + row * ldo, partials_of_row_[row].data, num_heads, partials_of_row_[row].count, kv.head_dim);
+      }
     });
   }
 
@@ -217,6 +266,122 @@ class CpuDevice final : public Device {
     bool is_shrink;
     int index, begin, end;
   };
+
+  // Partitions [first, end) of keys that these sequences have in common, and no other.
+  struct SharedRun {
+    int first, end;
+    std::vector<int32_t> sequences;
+  };
+  // Some rows against some partitions of the keys of a sequence, for one KV head.
+  struct AttentionTask {
+    bool is_shared, has_partials;
+    int sequence, kv_head;
+    int first_row, num_rows;  // in row_indices_; in shared_rows_ when the rows are of several sequences
+    int first_partition, end_partition;
+    int64_t cost;
+  };
+
+  // Cuts attention into tasks of about equal cost, the longest first. What is cut along the keys has its results folded
+  // afterwards: the rows of partial_rows_. The cuts never change a result.
+  void plan_attention(const KvLayer& kv, const Batch& batch, int num_heads, int window) {
+    const int heads_per_kv = num_heads / kv.num_kv_heads, num_sequences = batch.num_sequences();
+    const auto first_partition = [&](int row) { return window > 0 ? std::max(0, batch.positions[row] - window + 1) / kPartitionTokens : 0; };
+    const auto end_partition = [&](int row) { return batch.positions[row] / kPartitionTokens + 1; };
+    const auto cost_of = [&](int64_t num_rows, int64_t num_keys) {
+      const int64_t groups = ceil_div(num_rows * heads_per_kv, kAttentionRows);
+      return num_keys * 2 * kv.head_dim * (num_rows * heads_per_kv + groups * kKeyLoadCost);
+    };
+    attention_tasks_.clear();
+    shared_rows_.clear();
+    partial_rows_.clear();
+    num_partial_floats_ = 0;
+    partials_of_row_.assign(batch.num_tokens(), {nullptr, 0, 0});
+    // Gives the rows room for a partial result of each of their partitions, if there is any left.
+    const auto take_partials = [&](int begin, int end) {
+      const int64_t floats_of_partition = int64_t{num_heads} * (kv.head_dim + kPartialExtra);
+      int64_t num_floats = 0;
+      for (int r = begin; r < end; ++r) num_floats += (end_partition(r) - first_partition(r)) * floats_of_partition;
+      if (num_partial_floats_ + num_floats > kMaxPartialFloats) return false;
+      for (int r = begin; r < end; ++r) {
+        partials_of_row_[r] = {nullptr, first_partition(r), end_partition(r) - first_partition(r)};
+        partial_rows_.push_back(r);
+      }
+      num_partial_floats_ += num_floats;
+      return true;
+    };
+
+    // Pieces before they are cut along the keys, for all KV heads: of the shared runs, then of each sequence alone.
+    is_sharing_.assign(num_sequences, 0);
+    for (int s = 0; s < num_sequences; ++s) {
+      const int begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+      is_sharing_[s] = own_partition_[s] > first_partition(begin) && take_partials(begin, end);
+    }
+    for (const SharedRun& run : shared_runs_) {
+      // Under a window each partition may have other rows that see it.
+      for (int p = run.first, next; p < run.end; p = next) {
+        next = window > 0 ? p + 1 : run.end;
+        const int first_row = static_cast<int>(shared_rows_.size());
+        int sequence = -1;
+        for (const int32_t s : run.sequences) {
+          if (!is_sharing_[s]) continue;
+          for (int r = batch.sequence_starts[s]; r < batch.sequence_starts[s + 1]; ++r) {
+            if (first_partition(r) > p) continue;
+            shared_rows_.push_back(r);
+            sequence = s;
+          }
+        }
+        const int num_rows = static_cast<int>(shared_rows_.size()) - first_row;
+        if (num_rows == 0) continue;
+        attention_tasks_.push_back({true, true, sequence, 0, first_row, num_rows, p, next, cost_of(num_rows, int64_t{next - p} * kPartitionTokens)});
+      }
+    }
+    const int64_t rows_of_all_heads = int64_t{batch.num_tokens()} * kv.num_kv_heads;
+    const int task_rows = static_cast<int>(std::clamp<int64_t>(ceil_div(rows_of_all_heads, int64_t{pool_.num_threads()} * kTasksPerThread),
+                                                               ceil_div(kAttentionRows, heads_per_kv), kAttentionTaskRows));
+    for (int s = 0; s < num_sequences; ++s) {
+      const int end = batch.sequence_starts[s + 1];
+      for (int r = batch.sequence_starts[s]; r < end; r += task_rows) {
+        const int num_rows = std::min(task_rows, end - r), last = r + num_rows - 1;
+        const int first = is_sharing_[s] ? std::max(own_partition_[s], first_partition(r)) : first_partition(r);
+        // The rows see half of the positions that they are themselves.
+        const int64_t num_keys = batch.positions[r] - std::max(first * kPartitionTokens, window > 0 ? batch.positions[r] - window + 1 : 0) + num_rows / 2 + 1;
+        attention_tasks_.push_back({false, is_sharing_[s] != 0, s, 0, r, num_rows, first, end_partition(last), cost_of(num_rows, num_keys)});
+      }
+    }
+
+    int64_t all = 0;
+    for (const AttentionTask& piece : attention_tasks_) all += piece.cost * kv.num_kv_heads;
+    const int64_t wanted = std::max<int64_t>(kTaskMacs, all / (int64_t{pool_.num_threads()} * kTasksPerThread));
+    const size_t num_pieces = attention_tasks_.size();
+    for (size_t i = 0; i < num_pieces; ++i) {
+      AttentionTask piece = attention_tasks_[i];
+      const int num_partitions = piece.end_partition - piece.first_partition;
+      int num_cuts = pool_.num_threads() == 1 ? 1 : static_cast<int>(std::clamp<int64_t>(ceil_div(piece.cost, wanted), 1, num_partitions));
+      if (num_cuts > 1 && !piece.has_partials) {
+        piece.has_partials = take_partials(piece.first_row, piece.first_row + piece.num_rows);
+        if (!piece.has_partials) num_cuts = 1;
+      }
+      const AttentionTask whole = piece;
+      for (int head = 0; head < kv.num_kv_heads; ++head) {
+        for (int c = 0; c < num_cuts; ++c) {
+          piece.kv_head = head;
+          piece.first_partition = whole.first_partition + num_partitions * c / num_cuts;
+          piece.end_partition = whole.first_partition + num_partitions * (c + 1) / num_cuts;
+          piece.cost = whole.cost / num_cuts;
+          if (head == 0 && c == 0) attention_tasks_[i] = piece;
+          else attention_tasks_.push_back(piece);
+        }
+      }
+    }
+    std::stable_sort(attention_tasks_.begin(), attention_tasks_.end(), [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
+
+    grow(partials_, static_cast<size_t>(num_partial_floats_));
+    float* data = partials_.data.get();
+    for (const int32_t r : partial_rows_) {
+      partials_of_row_[r].data = data;
+      data += int64_t{num_heads} * partials_of_row_[r].count * (kv.head_dim + kPartialExtra);
+    }
+  }
 
   template <typename F>
   void run(int num_tasks, F&& f) {
@@ -319,12 +484,21 @@ class CpuDevice final : public Device {
   size_t arena_bytes_;
   bool reference_mode_;
   ThreadPool pool_;
-  Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, sample_scratch_;
+  Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, partials_, sample_scratch_;
   QuantizedRows quantized_{};
   std::vector<int32_t> q_sums_, q_chunks_, q_highs_;
   std::vector<Delta> deltas_;
   std::vector<Task> tasks_;
-  std::vector<int32_t> row_indices_, page_of_row_;
+  std::vector<int32_t> row_indices_;  // 0, 1, 2, …
+  std::vector<int32_t> page_of_row_;
+
+  std::vector<SharedRun> shared_runs_;     // of this step
+  std::vector<int32_t> own_partition_;     // of each sequence: those before lie in runs
+  std::vector<AttentionTask> attention_tasks_;
+  std::vector<int32_t> shared_rows_, partial_rows_;
+  std::vector<AttentionPartials> partials_of_row_;
+  std::vector<uint8_t> is_sharing_;        // of each sequence
+  int64_t num_partial_floats_ = 0;
 };
 
 }  // namespace

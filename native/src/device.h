@@ -62,6 +62,9 @@ class Device {
   virtual void wait(Event event) = 0;
   virtual void grow(Buffer& buffer, size_t num_floats) = 0;
 
+  // Called once before the operations of a step.
+  virtual void begin(const Batch&) {}
+
   // x[r] = embedding[tokens[r]] · scale
   virtual void embed(float* x, const PackedMatrix& embedding, std::span<const int32_t> tokens, float scale) = 0;
   virtual void rmsnorm(float* y, int64_t ldy, const float* x, int64_t ldx, const float* weight, int num_rows, int n, float eps) = 0;

@@ -14,8 +14,9 @@
 namespace motet {
 namespace {
 
-// Pages are at least this big, so that a row of A or a tile of B fits whatever the model.
-constexpr size_t kMinPageBytes = 256 * 1024;
+// Pages are at least this big, so that a row of A or a tile of B fits whatever the model: in f32 ranks up to 1024, and half of
+// that when int8 KV halves the blocks.
+constexpr size_t min_page_bytes(KvType kv_type) { return (kv_type == KvType::kInt8 ? 128 : 256) * 1024; }
 // Rows of logits computed at a time: bounds their memory to kLogitRows · vocab floats.
 constexpr int kLogitRows = 32;
 
@@ -31,11 +32,14 @@ std::string where(const PackedTensorSpec& t) {
 
 const char* target_name(Target target) { return kTargetNames[static_cast<int>(target)]; }
 
-Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode,
+Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
              size_t device_memory_bytes, int num_threads)
-    : dims_(std::move(dims)), reference_mode_(reference_mode) {
-  const size_t kv_bytes = size_t{2} * dims_.num_layers * dims_.num_kv_heads * dims_.head_dim * kBlockTokens * (reference_mode ? 4 : 2);
-  page_bytes_ = (std::max(kv_bytes, kMinPageBytes) + 4095) / 4096 * 4096;
+    : dims_(std::move(dims)), kv_type_(kv_type) {
+  if (kv_type == KvType::kInt8 && dims_.head_dim > kMaxHeadDimInt8)
+    throw RuntimeError("KV of type int8: expected a head dimension of at most " + std::to_string(kMaxHeadDimInt8) + ", got " +
+                       std::to_string(dims_.head_dim));
+  const size_t kv_bytes = 2 * dims_.num_layers * kv_side_bytes(kv_type, dims_.num_kv_heads, dims_.head_dim);
+  page_bytes_ = (std::max(kv_bytes, min_page_bytes(kv_type)) + 4095) / 4096 * 4096;
   num_pages_ = static_cast<int64_t>(device_memory_bytes / page_bytes_);
   if (num_pages_ < 1)
     throw RuntimeError("device memory: expected at least one page of " + std::to_string(page_bytes_) + " bytes, got " +
@@ -238,6 +242,7 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
     }
   }
 
+  device_->begin(batch);
   device_->embed(act_.x, embedding_, batch.token_ids, dims_.embedding_scale);
   for (int l = 0; l < dims_.num_layers; ++l) run_layer(l, batch);
   sample(batch, adapters, output);
@@ -253,9 +258,8 @@ void Model::run_layer(int l, const Batch& batch) {
   auto projection = [&](Target t, float* y, int64_t ldy) {
     return Projection{t, &layer.projections[static_cast<int>(t)], layer.biases[static_cast<int>(t)], y, ldy};
   };
-  const size_t kv_bytes = size_t{1} * dims_.num_kv_heads * head_dim * kBlockTokens * (reference_mode_ ? 4 : 2);
-  const KvLayer kv{device_->arena(),      page_bytes_,  2 * l * kv_bytes, (2 * l + 1) * kv_bytes, reference_mode_ ? ElementType::kF32 : ElementType::kF16,
-                   dims_.num_kv_heads, head_dim};
+  const size_t kv_bytes = kv_side_bytes(kv_type_, dims_.num_kv_heads, head_dim);
+  const KvLayer kv{device_->arena(), page_bytes_, 2 * l * kv_bytes, (2 * l + 1) * kv_bytes, kv_type_, dims_.num_kv_heads, head_dim};
 
   device_->rmsnorm(h, ldh, x, ldh, layer.attention_norm, rows, hidden, dims_.norm_eps);
   const Projection qkv[] = {projection(Target::kQ, q, ldq), projection(Target::kK, k, ldkv), projection(Target::kV, v, ldkv)};

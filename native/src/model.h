@@ -44,8 +44,8 @@ struct Layer {
 
 class Model {
  public:
-  // Maps `packed_path` read-only. Throws RuntimeError naming the tensor that is missing, misplaced or misshapen.
-  Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode,
+  // Maps `packed_path` read-only; reference mode keeps activations in f32. Throws RuntimeError naming the tensor that is missing, misplaced or misshapen.
+  Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
         size_t device_memory_bytes, int num_threads);
   ~Model();
   Model(const Model&) = delete;
@@ -70,7 +70,7 @@ class Model {
   void sample(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
 
   ModelDims dims_;
-  bool reference_mode_;
+  KvType kv_type_;
   std::unique_ptr<Device> device_;
   uint8_t* map_ = nullptr;
   size_t map_bytes_ = 0;

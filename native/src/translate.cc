@@ -174,6 +174,12 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value) {
   const std::string activations = f.text("activations");
   if (activations != "int8" && activations != "f32") throw Napi::TypeError::New(value.Env(), "options.activations: expected 'int8' or 'f32', got '" + activations + "'");
   spec.reference_mode = activations == "f32";
+  const std::string kv_type = f.text("kvType");
+  if (kv_type != "auto" && kv_type != "f16" && kv_type != "int8")
+    throw Napi::TypeError::New(value.Env(), "options.kvType: expected 'auto', 'f16' or 'int8', got '" + kv_type + "'");
+  if (spec.reference_mode && kv_type != "auto")
+    throw Napi::TypeError::New(value.Env(), "options.kvType: expected 'auto' beside activations 'f32', which keep KV in f32, got '" + kv_type + "'");
+  spec.kv_type = spec.reference_mode ? KvType::kF32 : kv_type == "int8" ? KvType::kInt8 : KvType::kF16;
   spec.device_memory_bytes = static_cast<size_t>(f.integer("deviceMemoryBytes", 1, int64_t{1} << 46));
   spec.num_threads = static_cast<int>(f.integer("numThreads", 0, 1024));
   const Napi::Array tensors = f.array("tensors");

@@ -53,6 +53,7 @@ struct RuntimeSpec {
   ModelDims dims;
   std::vector<PackedTensorSpec> tensors;
   bool reference_mode = false;
+  KvType kv_type = KvType::kF16;
   size_t device_memory_bytes = 0;
   int num_threads = 0;
 };

@@ -16,6 +16,7 @@ describe('engine settings', () => {
       deviceMemoryBytes: 2 ** 30,
       quantization: 'keep',
       activations: 'int8',
+      kvCacheDtype: 'auto',
       maxModelLen: null,
       maxBatchTokens: 256,
       maxSequences: 64,
@@ -58,6 +59,11 @@ describe('engine settings', () => {
   test.each([
     [['--prot', '1'], '--prot: unknown flag; did you mean --port?'],
     [['--max-sequence', '1'], 'did you mean --max-sequences?'],
+    [['--kv-cache-dtype', 'fp8'], '--kv-cache-dtype: expected one of auto, f16, int8, got "fp8"'],
+    [
+      ['--activations', 'f32', '--kv-cache-dtype', 'int8'],
+      '--kv-cache-dtype: expected auto beside --activations f32, which keeps KV in f32 too, got int8',
+    ],
     [['stray'], 'expected a flag, got "stray"'],
     [['--port'], '--port: expected PORT, got nothing'],
     [['--port', '70000'], '--port: expected an integer from 0 to 65535, got "70000"'],

@@ -109,6 +109,7 @@ spec:
   source: { uri: 'file:///models/small.gguf' }
   replicas: 1
   quantization: keep
+  kv: { dtype: auto }
   accelerator: { type: cpu, count: 1, runtimeClassName: nvidia }
   memory: { device: 1Gi }
   limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 }

@@ -84,9 +84,9 @@ class SmallModel : public testing::Test {
       for (const int t : {0, 3, 6}) add_change(1, l, t, 4, ElementType::kF16, true, t == 3);
   }
 
-  std::unique_ptr<Model> open(bool reference_mode, int num_threads) {
+  std::unique_ptr<Model> open(bool reference_mode, int num_threads, KvType kv_type = KvType::kF16) {
     const TemporaryFile file("packed", packed_);
-    return std::make_unique<Model>(file.path(), dims_, tensors_, reference_mode, 32 << 20, num_threads);
+    return std::make_unique<Model>(file.path(), dims_, tensors_, reference_mode, reference_mode ? KvType::kF32 : kv_type, 32 << 20, num_threads);
   }
 
   std::vector<std::shared_ptr<Adapter>> load_adapters(const Model& model) {
@@ -142,6 +142,8 @@ class SmallModel : public testing::Test {
     model.step(batch, adapters, output);
     return output;
   }
+
+  ModelDims dims_;
 
   static int32_t token(int i) { return (i * 37 + 11) % kVocab; }
 
@@ -279,7 +281,6 @@ class SmallModel : public testing::Test {
   }
 
   Random random_{2024};
-  ModelDims dims_;
   Matrix embedding_, lm_head_;
   std::vector<float> final_norm_;
   Layer64 layers_[kLayers];
@@ -310,16 +311,32 @@ TEST_F(SmallModel, InReferenceModeMatchesDoublePrecision) {
 }
 
 TEST_F(SmallModel, GivesTheSameBitsOnAnyNumberOfThreads) {
-  for (const bool reference_mode : {false, true}) {
+  for (const auto& [reference_mode, kv_type] : {std::pair{false, KvType::kF16}, {false, KvType::kInt8}, {true, KvType::kF32}}) {
     std::vector<float> first;
     for (const int num_threads : {1, 2, 3, 7}) {
-      const auto model = open(reference_mode, num_threads);
+      const auto model = open(reference_mode, num_threads, kv_type);
       const std::vector<float> logits = run(*model, kCounts, kVoices).logits;
       if (first.empty()) first = logits;
       ASSERT_EQ(logits.size(), first.size());
       EXPECT_EQ(std::memcmp(logits.data(), first.data(), logits.size() * sizeof(float)), 0) << num_threads << " threads";
     }
   }
+}
+
+TEST_F(SmallModel, Int8KvHasSmallerPagesAndStaysCloseToF16) {
+  const auto f16 = open(false, 2), int8 = open(false, 2, KvType::kInt8);
+  EXPECT_EQ(f16->page_bytes(), 256u * 1024);
+  EXPECT_EQ(int8->page_bytes(), 128u * 1024);
+  const std::vector<float> a = run(*f16, kCounts, kVoices).logits, b = run(*int8, kCounts, kVoices).logits;
+  double squares = 0, errors = 0;
+  for (size_t i = 0; i < a.size(); ++i) squares += double{a[i]} * a[i], errors += (double{a[i]} - b[i]) * (double{a[i]} - b[i]);
+  EXPECT_GT(errors, 0);
+  EXPECT_LT(std::sqrt(errors / squares), 0.06);  // of random weights, whose logits hang on every bit
+}
+
+TEST_F(SmallModel, RefusesInt8KvOfHeadsThatOverflowItsScores) {
+  dims_.head_dim = 528;
+  EXPECT_THROW(open(false, 1, KvType::kInt8), RuntimeError);
 }
 
 TEST_F(SmallModel, RunsWithoutSamples) {

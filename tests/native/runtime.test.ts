@@ -421,6 +421,7 @@ describe('opening', () => {
       dims,
       tensors,
       activations: 'int8' as const,
+      kvType: 'auto' as const,
       deviceMemoryBytes,
       numThreads: 1,
     };
@@ -440,6 +441,17 @@ describe('opening', () => {
     expect(() => openRuntime(dimsOf({ headDim: 24 }))).toThrow(/headDim|multiple/);
     expect(() => openRuntime(dimsOf({ numKvHeads: 3 }))).toThrow(/numHeads/);
     expect(() => openRuntime(dimsOf({ activation: 'relu' }))).toThrow(/activation/);
+  });
+
+  test('refuses a KV type that is unknown, or that f32 activations do not have', async () => {
+    const model = await prepare(join(goldensFolder, 'tiny/llama3'));
+    const kvType = 'int4' as 'int8';
+    expect(() => open(model, { kvType })).toThrow(
+      "options.kvType: expected 'auto', 'f16' or 'int8', got 'int4'",
+    );
+    expect(() => open(model, { kvType: 'int8', activations: 'f32' })).toThrow(
+      "options.kvType: expected 'auto' beside activations 'f32', which keep KV in f32, got 'int8'",
+    );
   });
 
   test('sizes and files are refused by name', async () => {

@@ -24,6 +24,7 @@ export function baseModel(spec: Partial<BaseModel['spec']> = {}, metadata: Metad
       source: { uri: 'file:///models/tiny.gguf' },
       replicas: 1,
       quantization: 'keep',
+      kv: { dtype: 'auto' },
       accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
       memory: { device: '1Gi' },
       limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 },

@@ -52,38 +52,67 @@ inline constexpr int kPeakShift = 4;               // m counts 16ths
 inline constexpr int kWideShift = 11;              // t counts 2048ths
 inline constexpr float kPeakMax = 127 * 128 + 63;  // the greatest |n| of a peak
 
+// What KV blocks hold. kF32: for reference. kF16: saturated to ±65504. kInt8: per position and head n · scale, n from −127 to
+// 127 and the scale in f16, rounded up; keys rotated by a Hadamard matrix, which queries are too. On SmolLM2-135M the rotation
+// brings the divergence from f32 down from 0.0026 to 0.0012 nats; f16 is at 0.0007.
+enum class KvType : int32_t { kF32, kF16, kInt8 };
+
 // The keys and values of one layer in the device arena. A block is one page: kBlockTokens positions, all layers.
 //   keys   at page + k_offset: [numKvHeads, D, kBlockTokens]   (positions innermost: scores of a block in one vector)
 //   values at page + v_offset: [numKvHeads, kBlockTokens, D]
+// kInt8: keys u8 [numKvHeads, D/4, kBlockTokens, 4] with 128 added; values s8; after each, scales f16 [numKvHeads, kBlockTokens].
 inline constexpr int kBlockTokens = 16;
 struct KvLayer {
   uint8_t* arena;
   size_t page_bytes;
   size_t k_offset, v_offset;  // of this layer, in a page
-  ElementType type;
+  KvType type;
   int32_t num_kv_heads, head_dim;
 };
+inline constexpr int kMaxHeadDim = 1024;
+inline constexpr int kMaxHeadDimInt8 = 512;  // a score's integer stays below 2^31
 
-// Attention of consecutive positions of one sequence over its own keys, for one KV head and its query heads.
-//   out[r][h] = softmax(scale · q[r][h] · K[0..p]ᵀ) · V[0..p],   p = first_position + r
+// The keys, or the values, of one layer in one page.
+constexpr size_t kv_side_bytes(KvType type, int num_kv_heads, int head_dim) {
+  const size_t elements = size_t{1} * num_kv_heads * head_dim * kBlockTokens;
+  if (type != KvType::kInt8) return elements * (type == KvType::kF32 ? 4 : 2);
+  return elements + (size_t{2} * num_kv_heads * kBlockTokens + 63) / 64 * 64;
+}
+
+// Keys are attended to in partitions of this many positions, aligned at position 0. Each begins anew and gives a partial
+// result; those of a row are folded in ascending order. So partitions may be computed apart, by anybody, in any order.
+inline constexpr int kPartitionTokens = 256;
+inline constexpr int kPartialExtra = 16;  // floats of a partial beside its D: maximum, sum, and what fills a cache line
+
+// Where the partial results of one row go: [H, count, D + kPartialExtra] f32, of partitions first, first + 1, …
+struct AttentionPartials {
+  float* data;
+  int32_t first, count;
+};
+
+// Attention of some rows over keys that they have in common, for one KV head and its query heads.
+//   out[r][h] = softmax(scale · q[r][h] · K[0..p]ᵀ) · V[0..p],   p = positions[r]
 // Keys at positions ≤ p − window are left out when window > 0.
 struct AttentionJob {
-  const float* q;           // row r, head h at q + r·ldq + h·D; heads are those of this KV head
+  const float* q;            // row r, head h at q + r·ldq + h·D
   int64_t ldq;
-  float* out;               // same shape as q, stride ldo
+  float* out;                // same shape as q, stride ldo
   int64_t ldo;
-  int32_t num_rows, first_position;
-  int32_t heads_per_kv;     // query heads that share the KV head
+  const int32_t* rows;       // [num_rows] indices r
+  int32_t num_rows;
+  const int32_t* positions;  // of row r at [r]
+  int32_t heads_per_kv;      // query heads that share the KV head
   int32_t kv_head;
-  const int32_t* blocks;    // page ids of the sequence, in order
-  int32_t window;           // 0: all
+  const int32_t* blocks;     // page ids, in order: of the rows' one sequence, or those that their sequences begin with
+  int32_t window;            // 0: all
   float scale;
-  float* scratch;           // attention_scratch_floats(heads_per_kv, D) floats of this thread
+  int32_t first_partition, end_partition;  // of the keys; all that the rows see, unless there are partials
+  const AttentionPartials* partials;       // of row r at [r]; null: results go to out
+  float* scratch;            // attention_scratch_floats(D) floats of this thread
 };
 inline constexpr int kAttentionRows = 12;  // (row, head) pairs computed together at most
-constexpr size_t attention_scratch_floats(int heads_per_kv, int head_dim) {
-  (void)heads_per_kv;
-  return static_cast<size_t>(kAttentionRows) * (2 * head_dim + 96);  // queries, sums; scores of 64 positions and more
+constexpr size_t attention_scratch_floats(int head_dim) {
+  return static_cast<size_t>(kAttentionRows) * (3 * head_dim + 128);  // queries, sums, folded; scores of 64 positions; alignment
 }
 
 // One module of one adapter, in arena pages. A is [rank, K], a pointer per row. Bᵀ lies in tiles of
@@ -156,6 +185,9 @@ struct Kernels {
   void (*kv_write)(const KvLayer& kv, int32_t page, int32_t position, const float* k, const float* v);
 
   void (*attention)(const KvLayer& kv, const AttentionJob& job);
+
+  // out[h] = the result of a row's head h from its partials [num_heads, num_partitions, D + kPartialExtra].
+  void (*attention_fold)(float* out, const float* partials, int num_heads, int num_partitions, int head_dim);
 
   // s[i][j] = x[rows[i]] · A[j]  for rank rows j in [j_begin, j_end);  s [numRows, lds] f32
   void (*lora_shrink)(float* s, int64_t lds, const float* x, int64_t ldx, const int32_t* rows, int num_rows, int k, const LoraModule& m, int j_begin, int j_end);

@@ -19,6 +19,7 @@ constinit const Kernels table = {
     .add = add,
     .kv_write = kv_write,
     .attention = attention,
+    .attention_fold = attention_fold,
     .lora_shrink = lora_shrink,
     .lora_expand = lora_expand,
     .sample = sample,

@@ -24,6 +24,7 @@ void gelu_mul(float* out, int64_t ldo, const float* gate, int64_t ldg, const flo
 void add(float* y, const float* x, int64_t n);
 void kv_write(const KvLayer& kv, int32_t page, int32_t position, const float* k, const float* v);
 void attention(const KvLayer& kv, const AttentionJob& job);
+void attention_fold(float* out, const float* partials, int num_heads, int num_partitions, int head_dim);
 void lora_shrink(float* s, int64_t lds, const float* x, int64_t ldx, const int32_t* rows, int num_rows, int k,
                  const LoraModule& m, int j_begin, int j_end);
 void lora_expand(float* y, int64_t ldy, const float* base, int64_t ldb, const float* s, int64_t lds,
