@@ -118,6 +118,11 @@ export interface BaseModelSpec {
      */
     dtype: 'auto' | 'f16' | 'int8';
   };
+  /**
+   * Adapters in memory, `keep` as their files have them, or rounded to `int8`, half the bytes of 16 bits.
+   * Default keep.
+   */
+  adapterQuantization: 'keep' | 'int8';
   /** What the engines compute on. Default, the CPU. */
   accelerator: {
     /**

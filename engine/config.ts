@@ -140,6 +140,11 @@ const settings = {
     'KV: auto is f16 (f32 beside f32 activations); int8 holds twice the tokens',
     'auto',
   ),
+  'adapter-quantization': oneOf(
+    ['keep', 'int8'],
+    'adapters: as their files have them, or rounded to int8, half the bytes of 16 bits',
+    'keep',
+  ),
   'max-model-len': integer(
     'TOKENS',
     "prompt and output of one sequence; default: the model's, if the arena holds it",
@@ -225,6 +230,7 @@ export interface Config {
   quantization: 'keep' | 'int4' | 'int8';
   activations: 'int8' | 'f32';
   kvCacheDtype: 'auto' | 'f16' | 'int8';
+  adapterQuantization: 'keep' | 'int8';
   maxModelLen: number | null;
   maxBatchTokens: number;
   maxSequences: number;
@@ -321,6 +327,7 @@ export function parseConfig(
     quantization: one('quantization'),
     activations,
     kvCacheDtype,
+    adapterQuantization: one('adapter-quantization'),
     maxModelLen: one('max-model-len') as number | null,
     maxBatchTokens,
     maxSequences,

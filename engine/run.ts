@@ -87,6 +87,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     tensors: prepared.tensors,
     activations: config.activations,
     kvType: config.kvCacheDtype,
+    adapterQuantization: config.adapterQuantization,
     deviceMemoryBytes: config.deviceMemoryBytes,
     numThreads: config.numThreads,
   });

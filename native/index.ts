@@ -120,6 +120,8 @@ export interface RuntimeOptions {
   activations: 'int8' | 'f32';
   /** 'auto': f16, and f32 beside f32 activations, where nothing else is accepted. 'int8' holds twice the positions. */
   kvType: 'auto' | 'f16' | 'int8';
+  /** 'keep': adapters stay as their files have them. 'int8': they are rounded to int8 when loaded, half the bytes of 16 bits. */
+  adapterQuantization: 'keep' | 'int8';
   deviceMemoryBytes: number;
   /** 0: one per core that this process may use. */
   numThreads: number;
@@ -222,7 +224,7 @@ export interface Runtime {
    * Copies the batch and runs it after the steps given before. One may run and one wait behind it; a third is refused.
    */
   step(batch: StepBatch): Promise<StepResult>;
-  /** Pages that an adapter with these modules takes. */
+  /** Pages that an adapter with these modules takes; fewer where adapters are rounded to int8. */
   adapterPages(modules: AdapterModule[]): number;
   /**
    * Reads, checks (finite numbers, sizes) and lays an adapter out in the given pages; steps go on meanwhile.

@@ -8,13 +8,12 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "model.h"
 
 namespace motet {
 namespace {
-
-constexpr size_t kPieceAlignment = 64;
 
 std::string module_name(const AdapterModuleSpec& spec) {
   return (spec.layer < 0 ? "" : "layer " + std::to_string(spec.layer) + " ") + target_name(spec.target);
@@ -26,7 +25,7 @@ class PagePacker {
   PagePacker(size_t page_bytes, const std::vector<int32_t>* pages, uint8_t* arena) : page_bytes_(page_bytes), pages_(pages), arena_(arena) {}
 
   uint8_t* place(size_t num_bytes) {
-    num_bytes = (num_bytes + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
+    num_bytes = (num_bytes + kLoraAlignment - 1) / kLoraAlignment * kLoraAlignment;
     if (num_bytes > page_bytes_)
       throw AdapterError("adapter piece of " + std::to_string(num_bytes) + " bytes: expected at most a page of " + std::to_string(page_bytes_));
     if (num_pages_ == 0 || used_bytes_ + num_bytes > page_bytes_) {
@@ -49,19 +48,54 @@ class PagePacker {
   size_t used_bytes_ = 0;
 };
 
-// The places of one module's pieces, in the order in which both counting and loading ask for them.
+// The places of one module's pieces.
 struct Places {
   std::vector<uint8_t*> a_rows, b_tiles, gain_tiles, bias_tiles;
 };
-Places place_module(PagePacker& packer, const AdapterModuleSpec& spec, int64_t k, int64_t n) {
-  Places places;
-  const size_t element = element_bytes(spec.type);
-  const int64_t tiles = (n + kLoraTileColumns - 1) / kLoraTileColumns;
-  for (int r = 0; r < spec.rank; ++r) places.a_rows.push_back(packer.place(static_cast<size_t>(k) * element));
-  for (int64_t t = 0; t < tiles; ++t) {
-    places.b_tiles.push_back(packer.place(static_cast<size_t>(spec.rank) * kLoraTileColumns * element));
-    if (spec.magnitude_offset >= 0) places.gain_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
-    if (spec.bias_offset >= 0) places.bias_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
+
+// Targets that read the same activations: a step shrinks them one right after the other.
+int input_of(Target target) {
+  switch (target) {
+    case Target::kQ:
+    case Target::kK:
+    case Target::kV: return 0;
+    case Target::kO: return 1;
+    case Target::kGate:
+    case Target::kUp: return 2;
+    case Target::kDown: return 3;
+    case Target::kLmHead: return 4;
+  }
+  return -1;
+}
+
+LoraFormat format_of(const Model& model, const AdapterModuleSpec& spec) {
+  if (model.has_int8_adapters()) return LoraFormat::kInt8;
+  switch (spec.type) {
+    case ElementType::kF32: return LoraFormat::kF32;
+    case ElementType::kF16: return LoraFormat::kF16;
+    case ElementType::kBF16: return LoraFormat::kBF16;
+  }
+  return LoraFormat::kF32;
+}
+
+// Places all modules in the order in which a step reads them, so that it reads long streams: the A of modules that share
+// their input, then the B of each.
+std::vector<Places> place_modules(PagePacker& packer, const Model& model, const std::vector<AdapterModuleSpec>& specs) {
+  std::vector<Places> places(specs.size());
+  for (size_t first = 0, end = 0; first < specs.size(); first = end) {
+    while (end < specs.size() && specs[end].layer == specs[first].layer && input_of(specs[end].target) == input_of(specs[first].target)) ++end;
+    for (size_t i = first; i < end; ++i) {
+      const int64_t k = model.matrix(specs[i].layer, specs[i].target).in_features;
+      for (int r = 0; r < specs[i].rank; ++r) places[i].a_rows.push_back(packer.place(lora_a_row_bytes(format_of(model, specs[i]), k)));
+    }
+    for (size_t i = first; i < end; ++i) {
+      const int64_t n = model.matrix(specs[i].layer, specs[i].target).out_features;
+      for (int64_t t = 0; t < (n + kLoraTileColumns - 1) / kLoraTileColumns; ++t) {
+        places[i].b_tiles.push_back(packer.place(lora_b_tile_bytes(format_of(model, specs[i]), specs[i].rank)));
+        if (specs[i].magnitude_offset >= 0) places[i].gain_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
+        if (specs[i].bias_offset >= 0) places[i].bias_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
+      }
+    }
   }
   return places;
 }
@@ -165,16 +199,85 @@ std::vector<uint8_t> read_elements(const File& file, const AdapterModuleSpec& sp
   return bytes;
 }
 
-// B [n, rank] to Bᵀ in tiles of kLoraTileColumns output features, [rank, kLoraTileColumns] each; columns beyond n stay zero.
-template <typename Element>
-void transpose_b(std::vector<uint8_t>& out, const std::vector<uint8_t>& b, int64_t n, int rank) {
-  const auto* from = reinterpret_cast<const Element*>(b.data());
-  auto* to = reinterpret_cast<Element*>(out.data());
-  for (int64_t first = 0; first < n; first += kLoraTileColumns, to += int64_t{rank} * kLoraTileColumns) {
-    const int64_t columns = std::min<int64_t>(kLoraTileColumns, n - first);
-    for (int r = 0; r < rank; ++r)
-      for (int64_t i = 0; i < columns; ++i) to[r * kLoraTileColumns + i] = from[(first + i) * rank + r];
+// Both matrices as pieces of an arena: a row of A, a tile of Bᵀ.
+struct Pieces {
+  size_t a_row_bytes, b_tile_bytes;
+  std::vector<uint8_t> a_rows, b_tiles;
+};
+
+// A row of `count` elements of a float format, as kernels.h lays it out.
+template <LoraFormat kFormat>
+void put_row(uint8_t* to, const uint8_t* from, int64_t count) {
+  if constexpr (kFormat == LoraFormat::kBF16) {
+    for (int64_t first = 0; first < count; first += 32) {
+      uint16_t natural[32] = {}, paired[32];
+      std::memcpy(natural, from + first * 2, static_cast<size_t>(std::min<int64_t>(32, count - first)) * 2);
+      for (int i = 0; i < 16; ++i) paired[2 * i] = natural[i], paired[2 * i + 1] = natural[16 + i];
+      std::memcpy(to + first * 2, paired, sizeof paired);
+    }
+  } else {
+    std::memcpy(to, from, static_cast<size_t>(count) * lora_element_bytes(kFormat));
   }
+}
+
+template <LoraFormat kFormat>
+void put_rows(Pieces& out, const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, int64_t k, int64_t n, int rank) {
+  constexpr size_t kSize = lora_element_bytes(kFormat);
+  for (int r = 0; r < rank; ++r) put_row<kFormat>(out.a_rows.data() + r * out.a_row_bytes, a.data() + static_cast<size_t>(r * k) * kSize, k);
+  uint8_t columns[kLoraTileColumns * kSize];
+  for (int64_t first = 0; first < n; first += kLoraTileColumns) {
+    const int64_t num_columns = std::min<int64_t>(kLoraTileColumns, n - first);
+    uint8_t* tile = out.b_tiles.data() + first / kLoraTileColumns * out.b_tile_bytes;
+    for (int r = 0; r < rank; ++r) {
+      std::memset(columns, 0, sizeof columns);
+      for (int64_t i = 0; i < num_columns; ++i) std::memcpy(columns + i * kSize, b.data() + static_cast<size_t>((first + i) * rank + r) * kSize, kSize);
+      put_row<kFormat>(tile + r * kLoraTileColumns * kSize, columns, kLoraTileColumns);
+    }
+  }
+}
+
+// Numbers to int8, the greatest magnitude to 127. Returns the scale; 0 when all are 0.
+float quantize_row(int8_t* to, const float* from, int64_t count) {
+  float greatest = 0;
+  for (int64_t i = 0; i < count; ++i) greatest = std::max(greatest, std::fabs(from[i]));
+  const float scale = greatest / 127;
+  // Where numbers are so small that their scale is 0 or nearly, they are 0.
+  if (scale < std::numeric_limits<float>::min()) return 0;
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int8_t>(std::clamp(std::nearbyint(from[i] * 127 / greatest), -127.0f, 127.0f));
+  return scale;
+}
+
+// One scale for each row of A and for each rank of a tile of B; their product is what a tile keeps.
+void put_int8(Pieces& out, const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, ElementType type, int64_t k, int64_t n, int rank) {
+  const size_t size = element_bytes(type);
+  std::vector<float> row(k), a_scales(rank);
+  for (int r = 0; r < rank; ++r) {
+    for (int64_t i = 0; i < k; ++i) row[i] = to_float(a.data() + static_cast<size_t>(r * k + i) * size, type);
+    a_scales[r] = quantize_row(reinterpret_cast<int8_t*>(out.a_rows.data() + r * out.a_row_bytes), row.data(), k);
+  }
+  for (int64_t first = 0; first < n; first += kLoraTileColumns) {
+    const int64_t num_columns = std::min<int64_t>(kLoraTileColumns, n - first);
+    uint8_t* tile = out.b_tiles.data() + first / kLoraTileColumns * out.b_tile_bytes;
+    for (int r = 0; r < rank; ++r) {
+      float columns[kLoraTileColumns] = {};
+      for (int64_t i = 0; i < num_columns; ++i) columns[i] = to_float(b.data() + static_cast<size_t>((first + i) * rank + r) * size, type);
+      const float scale = a_scales[r] * quantize_row(reinterpret_cast<int8_t*>(tile + lora_scale_bytes(rank) + r * kLoraTileColumns), columns, kLoraTileColumns);
+      std::memcpy(tile + r * sizeof(float), &scale, sizeof scale);
+    }
+  }
+}
+
+Pieces to_pieces(LoraFormat format, ElementType type, const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, int64_t k, int64_t n, int rank) {
+  Pieces out{lora_a_row_bytes(format, k), lora_b_tile_bytes(format, rank), {}, {}};
+  out.a_rows.resize(rank * out.a_row_bytes);
+  out.b_tiles.resize(static_cast<size_t>((n + kLoraTileColumns - 1) / kLoraTileColumns) * out.b_tile_bytes);
+  switch (format) {
+    case LoraFormat::kF32: put_rows<LoraFormat::kF32>(out, a, b, k, n, rank); break;
+    case LoraFormat::kF16: put_rows<LoraFormat::kF16>(out, a, b, k, n, rank); break;
+    case LoraFormat::kBF16: put_rows<LoraFormat::kBF16>(out, a, b, k, n, rank); break;
+    case LoraFormat::kInt8: put_int8(out, a, b, type, k, n, rank); break;
+  }
+  return out;
 }
 
 std::vector<float> read_floats(const File& file, const AdapterModuleSpec& spec, const char* what, int64_t offset, size_t count, ElementType type) {
@@ -213,11 +316,8 @@ std::vector<float> dora_gains(const PackedMatrix& w, const AdapterModuleSpec& sp
 
 int64_t adapter_pages(const Model& model, const std::vector<AdapterModuleSpec>& specs) {
   PagePacker packer(model.page_bytes(), nullptr, nullptr);
-  for (const auto& spec : specs) {
-    check_spec(model, spec);
-    const PackedMatrix& w = model.matrix(spec.layer, spec.target);
-    place_module(packer, spec, w.in_features, w.out_features);
-  }
+  for (const auto& spec : specs) check_spec(model, spec);
+  place_modules(packer, model, specs);
   return packer.num_pages();
 }
 
@@ -233,12 +333,14 @@ std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& pat
   adapter->modules.resize(static_cast<size_t>(model.dims().num_layers) * kNumLayerTargets + 1);
   Device& device = model.device();
   PagePacker packer(model.page_bytes(), &pages, device.arena());
+  for (const auto& spec : specs) check_spec(model, spec);
+  const std::vector<Places> all_places = place_modules(packer, model, specs);
   // Copies are waited for once per module: their sources live as long as the module's loop turn.
-  for (const auto& spec : specs) {
-    check_spec(model, spec);
+  for (size_t index = 0; index < specs.size(); ++index) {
+    const AdapterModuleSpec& spec = specs[index];
+    const Places& places = all_places[index];
     const PackedMatrix& w = model.matrix(spec.layer, spec.target);
     const int64_t n = w.out_features, k = w.in_features, tiles = (n + kLoraTileColumns - 1) / kLoraTileColumns;
-    const size_t element = element_bytes(spec.type);
     const auto a = read_elements(file, spec, "lora_A", spec.a_offset, static_cast<size_t>(spec.rank) * k, spec.type);
     const auto b = read_elements(file, spec, "lora_B", spec.b_offset, static_cast<size_t>(n) * spec.rank, spec.type);
     std::vector<float> gains, bias;
@@ -248,12 +350,8 @@ std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& pat
     gains.resize(gains.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
     bias.resize(bias.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
 
-    const size_t tile_bytes = static_cast<size_t>(spec.rank) * kLoraTileColumns * element;
-    std::vector<uint8_t> transposed(tiles * tile_bytes, 0);
-    if (element == sizeof(uint32_t)) transpose_b<uint32_t>(transposed, b, n, spec.rank);
-    else transpose_b<uint16_t>(transposed, b, n, spec.rank);
-
-    const Places places = place_module(packer, spec, k, n);
+    const LoraFormat format = format_of(model, spec);
+    const Pieces pieces = to_pieces(format, spec.type, a, b, k, n, spec.rank);
     Event last = 0;
     auto copy = [&]<typename T>(const std::vector<uint8_t*>& targets, const T* source, size_t piece_bytes) -> const T* const* {
       const std::shared_ptr<const T*> table(new const T*[targets.size()], std::default_delete<const T*[]>());
@@ -269,9 +367,9 @@ std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& pat
     if (module.rank != 0) throw AdapterError("adapter module " + module_name(spec) + ": given twice");
     module.rank = spec.rank;
     module.scaling = spec.scaling;
-    module.type = spec.type;
-    module.a_rows = copy(places.a_rows, static_cast<const void*>(a.data()), static_cast<size_t>(k) * element);
-    module.b_tiles = copy(places.b_tiles, static_cast<const void*>(transposed.data()), tile_bytes);
+    module.format = format;
+    module.a_rows = copy(places.a_rows, static_cast<const void*>(pieces.a_rows.data()), pieces.a_row_bytes);
+    module.b_tiles = copy(places.b_tiles, static_cast<const void*>(pieces.b_tiles.data()), pieces.b_tile_bytes);
     if (!gains.empty()) module.gain_tiles = copy(places.gain_tiles, gains.data(), kLoraTileColumns * sizeof(float));
     if (!bias.empty()) module.bias_tiles = copy(places.bias_tiles, bias.data(), kLoraTileColumns * sizeof(float));
     device.wait(last);

@@ -311,7 +311,8 @@ Napi::Value open_runtime(const Napi::CallbackInfo& info) {
   return Task<std::shared_ptr<Model>>::run(
       info.Env(),
       [spec = to_runtime_spec(info[0])] {
-        return std::make_shared<Model>(spec.packed_path, spec.dims, spec.tensors, spec.reference_mode, spec.kv_type, spec.device_memory_bytes, spec.num_threads);
+        return std::make_shared<Model>(spec.packed_path, spec.dims, spec.tensors, spec.reference_mode, spec.kv_type, spec.device_memory_bytes, spec.num_threads,
+                                       spec.int8_adapters);
       },
       [](Napi::Env env, std::shared_ptr<Model>& model) -> Napi::Value {
         return env.GetInstanceData<AddonData>()->runtime.New({Napi::External<std::shared_ptr<Model>>::New(env, &model)});

@@ -31,6 +31,11 @@ constexpr int kSharingRows = 4;
 constexpr int kKeyLoadCost = 4;
 // Memory for partial results of attention: 64 MiB. Rows beyond it are computed in one piece.
 constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
+// Rows of a shrink that are computed together: their x stays in the second-level cache for all ranks.
+constexpr int kShrinkTaskRows = 48;
+// About what one core reads and computes, to cut shrinks into tasks of like time, and the least time of one.
+constexpr double kShrinkBytesPerNs = 25, kShrinkMacsPerNs = 60, kShrinkTaskNs = 2000;
+constexpr int kTilesPerLoraTile = kLoraTileColumns / kTileColumns;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -88,39 +93,29 @@ class CpuDevice final : public Device {
     const bool any_quantized =
         !reference_mode_ && std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return is_quantized(p.weight->format); });
     if (any_quantized) quantize(x, ldx, num_rows, k);
-    plan_deltas(projections, layer, lora);
+    shrink_deltas(projections, x, ldx, num_rows, k, layer, lora);
 
-    // One parallel region: the base's tiles, and the shrink half of every delta, which needs only x.
+    // A task's columns get their deltas as soon as they are there, while they are in the cache.
     tasks_.clear();
-    for (size_t d = 0; d < deltas_.size(); ++d) {
-      const Delta& delta = deltas_[d];
-      const int64_t macs = int64_t{k} * static_cast<int64_t>(delta.group->rows.size());
-      const int per_task = static_cast<int>(std::clamp<int64_t>(kTaskMacs / std::max<int64_t>(macs, 1), 1, delta.module->rank));
-      for (int j = 0; j < delta.module->rank; j += per_task) tasks_.push_back({true, static_cast<int>(d), j, std::min(j + per_task, delta.module->rank)});
-    }
     int64_t all_tiles = 0;
     for (const auto& p : projections) all_tiles += num_tiles(p.weight->out_features);
     const int64_t tile_macs = int64_t{k} * kTileColumns * num_rows;
     const int per_task = static_cast<int>(std::max({int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
     for (size_t p = 0; p < projections.size(); ++p) {
       const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
-      for (int t = 0; t < tiles; t += per_task) tasks_.push_back({false, static_cast<int>(p), t, std::min(t + per_task, tiles)});
+      const int step = deltas_[p].num_jobs > 0 ? static_cast<int>(ceil_div(per_task, kTilesPerLoraTile)) * kTilesPerLoraTile : per_task;
+      for (int t = 0; t < tiles; t += step) tasks_.push_back({static_cast<int>(p), t, std::min(t + step, tiles)});
     }
     run(static_cast<int>(tasks_.size()), [&](int index, int) {
       const Task& task = tasks_[index];
-      if (task.is_shrink) {
-        const Delta& d = deltas_[task.index];
-        kernels_.lora_shrink(d.s, d.lds, x, ldx, d.group->rows.data(), static_cast<int>(d.group->rows.size()), k, *d.module, task.begin, task.end);
-        return;
-      }
       const Projection& p = projections[task.index];
       if (!reference_mode_ && is_quantized(p.weight->format)) {
         kernels_.matmul_q(p.y, p.ldy, *p.weight, quantized_, task.begin, task.end);
       } else {
         kernels_.matmul_f(p.y, p.ldy, *p.weight, x, ldx, num_rows, task.begin, task.end);
       }
+      if (deltas_[task.index].num_jobs > 0) expand_deltas(p, deltas_[task.index], num_rows, task.begin, task.end);
     });
-    expand_deltas(num_rows);
     for (const auto& p : projections)
       if (p.bias)
         for (int r = 0; r < num_rows; ++r) kernels_.add(p.y + r * p.ldy, p.bias, p.weight->out_features);
@@ -253,17 +248,17 @@ class CpuDevice final : public Device {
   }
 
  private:
-  // One module of one group's adapter on one projection: s holds x · Aᵀ of the group's rows.
-  struct Delta {
-    const Projection* projection;
-    const LoraGroup* group;
-    const LoraModule* module;
-    int wave;
-    float* s;
-    int64_t lds;
+  // The jobs of one projection's deltas, wave after wave.
+  struct Deltas {
+    int first_job, num_jobs;
+    bool has_gain, has_waves;  // a DoRA gain; rows with several adapters
+    float* base;               // as y: where the projection without adapters is kept; null: nobody needs it
+  };
+  // Part of a shrink that one thread does: some rows, some rank rows, of one job or of several with one row each.
+  struct Piece {
+    int first_job, num_jobs, row_begin, row_end, j_begin, j_end;
   };
   struct Task {
-    bool is_shrink;
     int index, begin, end;
   };
 
@@ -413,70 +408,121 @@ class CpuDevice final : public Device {
     over_rows(num_rows, int64_t{k} * 2, [&](int begin, int end) { kernels_.quantize_rows(quantized_, x, ldx, begin, end); });
   }
 
-  // Lists the modules that this projection's adapters have, and gives each its place in the shrink buffer.
-  void plan_deltas(std::span<const Projection> projections, int layer, const LoraPlan& lora) {
-    deltas_.clear();
-    size_t num_floats = 0;
-    for (size_t wave = 0; wave < lora.waves.size(); ++wave) {
-      for (const auto& group : lora.waves[wave]) {
-        for (const auto& p : projections) {
-          const LoraModule& module = group.adapter->module(layer, p.target);
-          if (module.rank == 0) continue;
-          const int64_t lds = ceil_div(module.rank, 16) * 16;
-          deltas_.push_back({&p, &group, &module, static_cast<int>(wave), nullptr, lds});
-          num_floats += lds * group.rows.size();
-        }
+  // Lists the modules that the rows' adapters have on these projections, and computes x · Aᵀ of them all.
+  void shrink_deltas(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int k, int layer, const LoraPlan& lora) {
+    plan_jobs(projections, num_rows, layer, lora);
+    if (jobs_.empty()) return;
+    plan_pieces(lora, k);
+    run(static_cast<int>(tasks_.size()), [&](int index, int) {
+      const Task& task = tasks_[index];
+      for (int i = task.begin; i < task.end; ++i) {
+        const Piece& piece = pieces_[i];
+        kernels_.lora_shrink(&jobs_[piece.first_job], piece.num_jobs, x, ldx, k, piece.row_begin, piece.row_end, piece.j_begin, piece.j_end);
       }
+    });
+  }
+
+  void plan_jobs(std::span<const Projection> projections, int num_rows, int layer, const LoraPlan& lora) {
+    jobs_.clear(), group_of_job_.clear(), deltas_.clear();
+    size_t s_floats = 0, base_floats = 0;
+    for (const auto& p : projections) {
+      Deltas deltas{static_cast<int>(jobs_.size()), 0, false, false, nullptr};
+      for (size_t g = 0; g < lora.groups.size(); ++g) {
+        const LoraGroup& group = lora.groups[g];
+        const LoraModule& module = group.adapter->module(layer, p.target);
+        if (module.rank == 0) continue;
+        const int64_t lds = ceil_div(module.rank, 16) * 16;
+        jobs_.push_back({&module, lora.rows.data() + group.first, lora.weights.data() + group.first, nullptr, lds, group.num_rows});
+        group_of_job_.push_back(static_cast<int>(g));
+        s_floats += static_cast<size_t>(lds) * group.num_rows;
+        deltas.has_gain |= module.gain_tiles != nullptr;
+        deltas.has_waves |= group.wave > 0;
+      }
+      deltas.num_jobs = static_cast<int>(jobs_.size()) - deltas.first_job;
+      if (deltas.has_gain && deltas.has_waves) base_floats += static_cast<size_t>(p.ldy) * num_rows;
+      deltas_.push_back(deltas);
     }
-    grow(shrunk_, num_floats);
+    grow(shrunk_, s_floats);
+    grow(base_, base_floats);
     float* s = shrunk_.data.get();
-    for (auto& d : deltas_) {
-      d.s = s;
-      s += d.lds * d.group->rows.size();
+    for (auto& job : jobs_) {
+      job.s = s;
+      s += job.lds * job.num_rows;
+    }
+    float* base = base_.data.get();
+    for (size_t p = 0; p < projections.size(); ++p) {
+      if (!deltas_[p].has_gain || !deltas_[p].has_waves) continue;
+      deltas_[p].base = base;
+      base += projections[p].ldy * num_rows;
     }
   }
 
-  // y[rows] += delta, a wave at a time. DoRA's gain multiplies the projection before any adapter, which is kept aside
-  // when a second wave would otherwise see the first one's sum.
-  void expand_deltas(int num_rows) {
-    if (deltas_.empty()) return;
-    const int last_wave = deltas_.back().wave;
-    std::vector<std::pair<const float*, const float*>> kept;  // y → its copy
-    if (last_wave > 0) {
-      size_t offset = 0;
-      std::vector<const Projection*> with_gain;
-      for (const auto& d : deltas_)
-        if (d.module->gain_tiles && std::find(with_gain.begin(), with_gain.end(), d.projection) == with_gain.end()) with_gain.push_back(d.projection);
-      size_t num_floats = 0;
-      for (const auto* p : with_gain) num_floats += static_cast<size_t>(p->ldy) * num_rows;
-      grow(base_, num_floats);
-      for (const auto* p : with_gain) {
-        std::memcpy(base_.data.get() + offset, p->y, static_cast<size_t>(p->ldy) * num_rows * sizeof(float));
-        kept.emplace_back(p->y, base_.data.get() + offset);
-        offset += static_cast<size_t>(p->ldy) * num_rows;
+  // Cuts the shrinks into pieces and these into tasks of about the same time. An adapter's modules follow one another, as
+  // they do in memory, and adapters of one row each go side by side.
+  void plan_pieces(const LoraPlan& lora, int k) {
+    double all = 0;
+    for (const auto& job : jobs_)
+      for (int row = 0; row < job.num_rows; row += kShrinkTaskRows) all += shrink_ns(job, k, std::min(kShrinkTaskRows, job.num_rows - row)) * job.module->rank;
+    const double per_task = std::max(all / (pool_.num_threads() * kTasksPerThread), kShrinkTaskNs);
+    tasks_.clear(), pieces_.clear(), next_job_.assign(deltas_.size(), 0);
+    double so_far = 0;  // of the last task
+    const int num_groups = static_cast<int>(lora.groups.size());
+    for (int g = 0, end = 0; g < num_groups; g = end) {
+      end = g + 1;
+      while (end < num_groups && end - g < kLoraStreams && lora.groups[g].num_rows == 1 && lora.groups[end].num_rows == 1) ++end;
+      for (size_t p = 0; p < deltas_.size(); ++p) {
+        const int first = deltas_[p].first_job + next_job_[p];
+        int count = 0;
+        while (next_job_[p] < deltas_[p].num_jobs && group_of_job_[first + count] < end) ++next_job_[p], ++count;
+        bool together = count == kLoraStreams;
+        for (int i = 1; together && i < count; ++i)
+          together = jobs_[first + i].module->rank == jobs_[first].module->rank && jobs_[first + i].module->format == jobs_[first].module->format;
+        for (int i = 0; i < count; i += together ? count : 1) add_pieces(first + i, together ? count : 1, k, per_task, so_far);
       }
     }
-    for (int wave = 0; wave <= last_wave; ++wave) {
-      tasks_.clear();
-      for (size_t i = 0; i < deltas_.size(); ++i) {
-        if (deltas_[i].wave != wave) continue;
-        const int tiles = static_cast<int>(ceil_div(deltas_[i].projection->weight->out_features, kLoraTileColumns));
-        const int64_t tile_macs = int64_t{kLoraTileColumns} * deltas_[i].module->rank * static_cast<int64_t>(deltas_[i].group->rows.size());
-        const int per_task = static_cast<int>(std::max<int64_t>(1, kTaskMacs / tile_macs));
-        for (int t = 0; t < tiles; t += per_task) tasks_.push_back({false, static_cast<int>(i), t, std::min(t + per_task, tiles)});
+  }
+
+  // Nanoseconds of one rank row: its bytes come from memory once, and each row takes its arithmetic.
+  static double shrink_ns(const LoraJob& job, int k, int num_rows) {
+    return std::max(k * static_cast<double>(lora_element_bytes(job.module->format)) / kShrinkBytesPerNs, static_cast<double>(k) * num_rows / kShrinkMacsPerNs);
+  }
+
+  void add_pieces(int first_job, int num_jobs, int k, double per_task, double& so_far) {
+    const LoraJob& job = jobs_[first_job];
+    for (int row = 0; row < job.num_rows; row += kShrinkTaskRows) {
+      const int row_end = std::min(row + kShrinkTaskRows, job.num_rows);
+      const double one = shrink_ns(job, k, row_end - row) * num_jobs;
+      for (int j = 0; j < job.module->rank;) {
+        if (tasks_.empty() || so_far >= per_task) {
+          const int first = static_cast<int>(pieces_.size());
+          tasks_.push_back({0, first, first});
+          so_far = 0;
+        }
+        // Runs of at least kLoraStreams rank rows, which one job alone reads side by side.
+        const int fits = static_cast<int>(std::min((per_task - so_far) / one, 1e6)) / kLoraStreams * kLoraStreams;
+        const int j_end = std::min(j + std::max(fits, kLoraStreams), job.module->rank);
+        pieces_.push_back({first_job, num_jobs, row, row_end, j, j_end});
+        ++tasks_.back().end;
+        so_far += one * (j_end - j);
+        j = j_end;
       }
-      if (tasks_.empty()) continue;
-      run(static_cast<int>(tasks_.size()), [&](int index, int) {
-        const Task& task = tasks_[index];
-        const Delta& d = deltas_[task.index];
-        const Projection& p = *d.projection;
-        const float* base = p.y;
-        for (const auto& [y, copy] : kept)
-          if (y == p.y) base = copy;
-        kernels_.lora_expand(p.y, p.ldy, base, p.ldy, d.s, d.lds, d.group->rows.data(), d.group->weights.data(), static_cast<int>(d.group->rows.size()),
-                             p.weight->out_features, *d.module, task.begin, task.end);
-      });
     }
+  }
+
+  // y[rows] += delta for the packed tiles [begin, end), which begin with a tile of the adapters. A row's deltas are added in
+  // its own order. DoRA's gain multiplies the projection before any adapter, which is kept aside where a second wave
+  // would otherwise see the first one's sum.
+  void expand_deltas(const Projection& p, const Deltas& deltas, int num_rows, int begin, int end) {
+    const float* base = p.y;
+    if (deltas.base) {
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const int64_t at = r * p.ldy + int64_t{begin} * kTileColumns;
+        std::memcpy(deltas.base + at, p.y + at, static_cast<size_t>(end - begin) * kTileColumns * sizeof(float));
+      }
+      base = deltas.base;
+    }
+    kernels_.lora_expand(p.y, p.ldy, base, p.ldy, jobs_.data() + deltas.first_job, deltas.num_jobs, p.weight->out_features, begin / kTilesPerLoraTile,
+                         static_cast<int>(ceil_div(end, kTilesPerLoraTile)));
   }
 
   const Kernels& kernels_;
@@ -487,8 +533,11 @@ class CpuDevice final : public Device {
   Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, partials_, sample_scratch_;
   QuantizedRows quantized_{};
   std::vector<int32_t> q_sums_, q_chunks_, q_highs_;
-  std::vector<Delta> deltas_;
   std::vector<Task> tasks_;
+  std::vector<Deltas> deltas_;  // of each projection
+  std::vector<LoraJob> jobs_;   // projection after projection
+  std::vector<int> group_of_job_, next_job_;
+  std::vector<Piece> pieces_;
   std::vector<int32_t> row_indices_;  // 0, 1, 2, …
   std::vector<int32_t> page_of_row_;
 

@@ -30,12 +30,23 @@ struct RopeAngles {
 // The rows of a step that one adapter changes, with each row's weight. Wave w holds the w-th adapter of every row, so that
 // a row's deltas are added in the row's own order whatever the batch.
 struct LoraGroup {
-  const Adapter* adapter = nullptr;
+  const Adapter* adapter;
+  int32_t wave;
+  int32_t first, num_rows;  // in the plan's rows and weights
+};
+// Used again step after step: its memory stays.
+struct LoraPlan {
+  // A run of rows with the same adapter in the same wave.
+  struct Run {
+    int32_t wave;
+    const Adapter* adapter;
+    int32_t row_begin, row_end;
+    float weight;
+  };
+  std::vector<LoraGroup> groups;  // wave after wave
   std::vector<int32_t> rows;
   std::vector<float> weights;
-};
-struct LoraPlan {
-  std::vector<std::vector<LoraGroup>> waves;
+  std::vector<Run> runs;  // what groups are made from
 };
 
 // y = x · wᵀ (+ deltas of the plan's adapters) (+ bias): one of the projections that share an input.

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
 
 namespace motet {
@@ -33,8 +34,8 @@ std::string where(const PackedTensorSpec& t) {
 const char* target_name(Target target) { return kTargetNames[static_cast<int>(target)]; }
 
 Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
-             size_t device_memory_bytes, int num_threads)
-    : dims_(std::move(dims)), kv_type_(kv_type) {
+             size_t device_memory_bytes, int num_threads, bool has_int8_adapters)
+    : dims_(std::move(dims)), kv_type_(kv_type), has_int8_adapters_(has_int8_adapters) {
   if (kv_type == KvType::kInt8 && dims_.head_dim > kMaxHeadDimInt8)
     throw RuntimeError("KV of type int8: expected a head dimension of at most " + std::to_string(kMaxHeadDimInt8) + ", got " +
                        std::to_string(dims_.head_dim));
@@ -186,26 +187,29 @@ void Model::check(const Batch& b) const {
 
 namespace {
 
-// Groups rows by adapter, wave by wave. row_of maps a sequence to its rows; see LoraPlan.
+// Groups rows by adapter, wave after wave. rows_of gives a sequence's rows as [begin, end); see LoraPlan.
 template <typename RowsOf>
-LoraPlan plan_lora(const Batch& batch, const std::vector<const Adapter*>& adapters, RowsOf rows_of) {
-  LoraPlan plan;
+void plan_lora(LoraPlan& plan, const Batch& batch, const std::vector<const Adapter*>& adapters, RowsOf rows_of) {
+  plan.groups.clear(), plan.rows.clear(), plan.weights.clear(), plan.runs.clear();
   for (int s = 0; s < batch.num_sequences(); ++s) {
-    const std::vector<int32_t> rows = rows_of(s);
-    if (rows.empty()) continue;
-    for (int32_t i = batch.adapter_starts[s], wave = 0; i < batch.adapter_starts[s + 1]; ++i, ++wave) {
-      if (plan.waves.size() <= static_cast<size_t>(wave)) plan.waves.emplace_back();
-      auto& groups = plan.waves[wave];
-      auto group = std::find_if(groups.begin(), groups.end(), [&](const LoraGroup& g) { return g.adapter == adapters[i]; });
-      if (group == groups.end()) {
-        groups.push_back({adapters[i], {}, {}});
-        group = groups.end() - 1;
-      }
-      group->rows.insert(group->rows.end(), rows.begin(), rows.end());
-      group->weights.insert(group->weights.end(), rows.size(), batch.adapter_weights[i]);
-    }
+    if (batch.adapter_starts[s] == batch.adapter_starts[s + 1]) continue;
+    const auto [begin, end] = rows_of(s);
+    if (begin == end) continue;
+    for (int32_t i = batch.adapter_starts[s], wave = 0; i < batch.adapter_starts[s + 1]; ++i, ++wave)
+      plan.runs.push_back({wave, adapters[i], begin, end, batch.adapter_weights[i]});
   }
-  return plan;
+  std::sort(plan.runs.begin(), plan.runs.end(), [](const LoraPlan::Run& a, const LoraPlan::Run& b) {
+    if (a.wave != b.wave) return a.wave < b.wave;
+    if (a.adapter != b.adapter) return std::less<>()(a.adapter, b.adapter);
+    return a.row_begin < b.row_begin;
+  });
+  for (const auto& run : plan.runs) {
+    if (plan.groups.empty() || plan.groups.back().adapter != run.adapter || plan.groups.back().wave != run.wave)
+      plan.groups.push_back({run.adapter, run.wave, static_cast<int32_t>(plan.rows.size()), 0});
+    plan.groups.back().num_rows += run.row_end - run.row_begin;
+    for (int32_t r = run.row_begin; r < run.row_end; ++r) plan.rows.push_back(r);
+    plan.weights.insert(plan.weights.end(), run.row_end - run.row_begin, run.weight);
+  }
 }
 
 }  // namespace
@@ -222,11 +226,7 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
     device_->grow(buffers_[i], rows * widths[i]);
     *slots[i] = buffers_[i].data.get();
   }
-  lora_ = plan_lora(batch, adapters, [&](int s) {
-    std::vector<int32_t> r;
-    for (int32_t i = batch.sequence_starts[s]; i < batch.sequence_starts[s + 1]; ++i) r.push_back(i);
-    return r;
-  });
+  plan_lora(lora_, batch, adapters, [&](int s) { return std::pair(batch.sequence_starts[s], batch.sequence_starts[s + 1]); });
   // Angles as transformers computes them: the product in f32, cos and sin of that number.
   const int half = dims_.head_dim / 2;
   for (size_t t = 0; t < angles_.size(); ++t) {
@@ -308,14 +308,12 @@ void Model::sample(const Batch& batch, const std::vector<const Adapter*>& adapte
     const auto rows = batch.sample_rows.subspan(first, n);
     device_->gather_rows(act_.h, act_.x, ldh, rows);
     device_->rmsnorm(act_.h, ldh, act_.h, ldh, final_norm_, n, dims_.hidden_size, dims_.norm_eps);
-    const LoraPlan plan = plan_lora(batch, adapters, [&](int s) {
-      std::vector<int32_t> r;
-      for (int i = 0; i < n; ++i)
-        if (rows[i] >= batch.sequence_starts[s] && rows[i] < batch.sequence_starts[s + 1]) r.push_back(i);
-      return r;
+    plan_lora(head_lora_, batch, adapters, [&](int s) {
+      const auto at = [&](int32_t row) { return static_cast<int32_t>(std::lower_bound(rows.begin(), rows.end(), row) - rows.begin()); };
+      return std::pair(at(batch.sequence_starts[s]), at(batch.sequence_starts[s + 1]));
     });
     const Projection head[] = {{Target::kLmHead, &lm_head_, nullptr, logits, ldl}};
-    device_->project(head, act_.h, ldh, n, -1, plan);
+    device_->project(head, act_.h, ldh, n, -1, head_lora_);
     if (batch.want_logits) {
       device_->synchronize();
       for (int i = 0; i < n; ++i) std::memcpy(output.logits.data() + static_cast<size_t>(first + i) * vocab, logits + i * ldl, size_t{4} * vocab);

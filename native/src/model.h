@@ -46,7 +46,7 @@ class Model {
  public:
   // Maps `packed_path` read-only; reference mode keeps activations in f32. Throws RuntimeError naming the tensor that is missing, misplaced or misshapen.
   Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
-        size_t device_memory_bytes, int num_threads);
+        size_t device_memory_bytes, int num_threads, bool has_int8_adapters = false);
   ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
@@ -60,6 +60,8 @@ class Model {
   Device& device() const { return *device_; }
   size_t page_bytes() const { return page_bytes_; }
   int64_t num_pages() const { return num_pages_; }
+  // Adapters are quantised to int8 when they are loaded; else they stay as their files have them.
+  bool has_int8_adapters() const { return has_int8_adapters_; }
   size_t weight_bytes() const { return map_bytes_; }
 
  private:
@@ -71,6 +73,7 @@ class Model {
 
   ModelDims dims_;
   KvType kv_type_;
+  bool has_int8_adapters_;
   std::unique_ptr<Device> device_;
   uint8_t* map_ = nullptr;
   size_t map_bytes_ = 0;
@@ -84,7 +87,7 @@ class Model {
   std::vector<Buffer> buffers_;
   struct Activations { float *x, *h, *q, *k, *v, *attn, *gate, *up, *o; } act_{};
   std::vector<RopeAngles> angles_;
-  LoraPlan lora_;
+  LoraPlan lora_, head_lora_;
 };
 
 }  // namespace motet

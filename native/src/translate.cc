@@ -180,6 +180,10 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value) {
   if (spec.reference_mode && kv_type != "auto")
     throw Napi::TypeError::New(value.Env(), "options.kvType: expected 'auto' beside activations 'f32', which keep KV in f32, got '" + kv_type + "'");
   spec.kv_type = spec.reference_mode ? KvType::kF32 : kv_type == "int8" ? KvType::kInt8 : KvType::kF16;
+  const std::string adapters = f.text("adapterQuantization");
+  if (adapters != "keep" && adapters != "int8")
+    throw Napi::TypeError::New(value.Env(), "options.adapterQuantization: expected 'keep' or 'int8', got '" + adapters + "'");
+  spec.int8_adapters = adapters == "int8";
   spec.device_memory_bytes = static_cast<size_t>(f.integer("deviceMemoryBytes", 1, int64_t{1} << 46));
   spec.num_threads = static_cast<int>(f.integer("numThreads", 0, 1024));
   const Napi::Array tensors = f.array("tensors");

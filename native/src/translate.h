@@ -52,7 +52,7 @@ struct RuntimeSpec {
   std::string packed_path;
   ModelDims dims;
   std::vector<PackedTensorSpec> tensors;
-  bool reference_mode = false;
+  bool reference_mode = false, int8_adapters = false;
   KvType kv_type = KvType::kF16;
   size_t device_memory_bytes = 0;
   int num_threads = 0;

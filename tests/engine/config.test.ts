@@ -17,6 +17,7 @@ describe('engine settings', () => {
       quantization: 'keep',
       activations: 'int8',
       kvCacheDtype: 'auto',
+      adapterQuantization: 'keep',
       maxModelLen: null,
       maxBatchTokens: 256,
       maxSequences: 64,
@@ -73,6 +74,7 @@ describe('engine settings', () => {
     [['--device-memory', '1TiBi'], '--device-memory: expected bytes from'],
     [['--device-memory', '1'], '--device-memory: expected bytes from'],
     [['--quantization', 'int3'], '--quantization: expected one of keep, int4, int8, got "int3"'],
+    [['--adapter-quantization', 'int4'], '--adapter-quantization: expected one of keep, int8, got "int4"'],
     [['--adapter', 'a'], '--adapter: expected NAME=PATH, got "a"'],
     [['--insecure=maybe'], '--insecure: expected true or false'],
     [

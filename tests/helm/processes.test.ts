@@ -110,6 +110,7 @@ spec:
   replicas: 1
   quantization: keep
   kv: { dtype: auto }
+  adapterQuantization: keep
   accelerator: { type: cpu, count: 1, runtimeClassName: nvidia }
   memory: { device: 1Gi }
   limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 }

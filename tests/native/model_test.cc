@@ -22,6 +22,7 @@ constexpr int kShapes[kNumLayerTargets + 1][2] = {{kHeads * kHeadDim, kHidden}, 
                                                   {kHidden, kHeads* kHeadDim},    {kInter, kHidden},             {kInter, kHidden},
                                                   {kHidden, kInter},              {kVocab, kHidden}};
 constexpr int kHead = static_cast<int>(Target::kLmHead);
+constexpr int kNumAdapters = 8;
 
 class TemporaryFile {
  public:
@@ -49,6 +50,7 @@ int64_t append(std::vector<uint8_t>& file, const Bytes& bytes) {
 struct Change {
   AdapterModuleSpec spec;
   std::vector<float> a, b, magnitude, bias;  // [rank, K], [N, rank], [N], [N]
+  std::vector<double> a8, b8;                // a and b as int8 adapters have them
 };
 using Voice = std::vector<std::pair<int, float>>;  // adapter and weight
 
@@ -84,16 +86,19 @@ class SmallModel : public testing::Test {
       for (const int t : {0, 3, 6}) add_change(1, l, t, 4, ElementType::kF16, true, t == 3);
   }
 
-  std::unique_ptr<Model> open(bool reference_mode, int num_threads, KvType kv_type = KvType::kF16) {
+  std::unique_ptr<Model> open(bool reference_mode, int num_threads, KvType kv_type = KvType::kF16, bool int8_adapters = false) {
     const TemporaryFile file("packed", packed_);
-    return std::make_unique<Model>(file.path(), dims_, tensors_, reference_mode, reference_mode ? KvType::kF32 : kv_type, 32 << 20, num_threads);
+    return std::make_unique<Model>(file.path(), dims_, tensors_, reference_mode, reference_mode ? KvType::kF32 : kv_type, 32 << 20, num_threads,
+                                   int8_adapters);
   }
 
   std::vector<std::shared_ptr<Adapter>> load_adapters(const Model& model) {
     const TemporaryFile file("adapters", adapter_bytes_);
     std::vector<std::shared_ptr<Adapter>> adapters;
     int32_t page = 64;
-    for (const auto& changes : changes_) {
+    // Both, and then the first again and again, each time as another adapter.
+    for (int i = 0; i < kNumAdapters; ++i) {
+      const auto& changes = changes_[i == 1 ? 1 : 0];
       std::vector<AdapterModuleSpec> specs;
       for (const auto& change : changes) specs.push_back(change.spec);
       std::vector<int32_t> pages;
@@ -148,7 +153,8 @@ class SmallModel : public testing::Test {
   static int32_t token(int i) { return (i * 37 + 11) % kVocab; }
 
   // Logits of each row of one sequence.
-  std::vector<Doubles> forward(int count, const Voice& voice) const {
+  std::vector<Doubles> forward(int count, const Voice& voice, bool int8_adapters = false) {
+    has_int8_adapters_ = int8_adapters;
     std::vector<Doubles> x(count, Doubles(kHidden));
     for (int r = 0; r < count; ++r)
       for (int i = 0; i < kHidden; ++i) x[r][i] = double{embedding_.weight(token(r), i)} * dims_.embedding_scale;
@@ -219,9 +225,24 @@ class SmallModel : public testing::Test {
     change.spec.b_offset = put(change.b, static_cast<size_t>(rank) * n, 0.2f, type);
     if (has_gain) change.spec.magnitude_offset = put(change.magnitude, n, 5, ElementType::kF32);
     if (has_bias) change.spec.bias_offset = put(change.bias, n, 1, ElementType::kF32);
+    change.a8.assign(change.a.begin(), change.a.end()), change.b8.assign(change.b.begin(), change.b.end());
+    for (int r = 0; r < rank; ++r) {
+      round_to_int8(change.a8, static_cast<size_t>(r) * k, 1, k);
+      for (int first = 0; first < n; first += kLoraTileColumns)
+        round_to_int8(change.b8, static_cast<size_t>(first) * rank + r, rank, std::min(kLoraTileColumns, n - first));
+    }
     changes_[adapter].push_back(std::move(change));
   }
 
+  // `count` numbers that share a scale, from `first` on, `step` apart.
+  static void round_to_int8(Doubles& numbers, size_t first, size_t step, int count) {
+    double greatest = 0;
+    for (int i = 0; i < count; ++i) greatest = std::max(greatest, std::fabs(numbers[first + i * step]));
+    for (int i = 0; i < count; ++i) {
+      double& x = numbers[first + i * step];
+      x = std::nearbyint(x * 127 / greatest) * greatest / 127;
+    }
+  }
   static void add(Doubles& x, const Doubles& y) {
     for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
   }
@@ -256,10 +277,11 @@ class SmallModel : public testing::Test {
         if (c.spec.layer != layer || static_cast<int>(c.spec.target) != target) continue;
         Doubles shrunk(c.spec.rank);
         for (int r = 0; r < c.spec.rank; ++r)
-          for (int j = 0; j < k; ++j) shrunk[r] += double{c.a[size_t(r) * k + j]} * x[j];
+          for (int j = 0; j < k; ++j) shrunk[r] += (has_int8_adapters_ ? c.a8[size_t(r) * k + j] : double{c.a[size_t(r) * k + j]}) * x[j];
         for (int i = 0; i < n; ++i) {
           double delta = c.bias.empty() ? 0 : c.bias[i];
-          for (int r = 0; r < c.spec.rank; ++r) delta += c.b[size_t(i) * c.spec.rank + r] * shrunk[r];
+          for (int r = 0; r < c.spec.rank; ++r)
+            delta += (has_int8_adapters_ ? c.b8[size_t(i) * c.spec.rank + r] : double{c.b[size_t(i) * c.spec.rank + r]}) * shrunk[r];
           delta *= c.spec.scaling;
           if (!c.magnitude.empty()) {
             double sum = 0;
@@ -285,6 +307,7 @@ class SmallModel : public testing::Test {
   std::vector<float> final_norm_;
   Layer64 layers_[kLayers];
   std::vector<Change> changes_[2];
+  bool has_int8_adapters_ = false;
   std::vector<uint8_t> packed_, adapter_bytes_;
   std::vector<PackedTensorSpec> tensors_;
 };
@@ -293,28 +316,58 @@ class SmallModel : public testing::Test {
 const std::vector<int> kCounts = {18, 1, 7, 9, 3, 34};
 const std::vector<Voice> kVoices = {{}, {{0, 1.0f}}, {{0, -0.5f}}, {{0, 0.7f}, {1, 0.4f}, {0, 0.2f}}, {{1, 1.0f}}, {{1, 0.5f}, {0, 1.0f}}};
 
-TEST_F(SmallModel, InReferenceModeMatchesDoublePrecision) {
-  const auto model = open(true, 2);
-  const StepOutput output = run(*model, kCounts, kVoices);
-  size_t row = 0;
-  for (size_t s = 0; s < kCounts.size(); ++s) {
-    const auto expected = forward(kCounts[s], kVoices[s]);
-    for (int r = 0; r < kCounts[s]; ++r, ++row) {
-      double greatest = 0, error = 0;
-      for (int i = 0; i < kVocab; ++i) {
-        greatest = std::max(greatest, std::fabs(expected[r][i]));
-        error = std::max(error, std::fabs(expected[r][i] - double{output.logits[row * kVocab + i]}));
+class ReferenceMode : public SmallModel {
+ protected:
+  // Greatest difference of a logit, as a share of the greatest logit of its row.
+  void expect_matches(const StepOutput& output, bool int8_adapters) {
+    size_t row = 0;
+    for (size_t s = 0; s < kCounts.size(); ++s) {
+      const auto expected = forward(kCounts[s], kVoices[s], int8_adapters);
+      for (int r = 0; r < kCounts[s]; ++r, ++row) {
+        double greatest = 0, error = 0;
+        for (int i = 0; i < kVocab; ++i) {
+          greatest = std::max(greatest, std::fabs(expected[r][i]));
+          error = std::max(error, std::fabs(expected[r][i] - double{output.logits[row * kVocab + i]}));
+        }
+        EXPECT_LT(error, 1e-4 * greatest) << "sequence " << s << " row " << r;
       }
-      EXPECT_LT(error, 1e-4 * greatest) << "sequence " << s << " row " << r;
     }
   }
+};
+
+TEST_F(ReferenceMode, MatchesDoublePrecision) { expect_matches(run(*open(true, 2), kCounts, kVoices), false); }
+
+// Two numbers that round to other integers than in the test's arithmetic would show: rounding is the same.
+TEST_F(ReferenceMode, MatchesDoublePrecisionWithAdaptersRoundedToInt8) {
+  const auto model = open(true, 2, KvType::kF32, true), as_they_are = open(true, 2);
+  const StepOutput output = run(*model, kCounts, kVoices);
+  expect_matches(output, true);
+  const size_t base_rows = static_cast<size_t>(kCounts[0]) * kVocab;
+  const std::vector<float> others = run(*as_they_are, kCounts, kVoices).logits;
+  EXPECT_EQ(std::memcmp(output.logits.data(), others.data(), base_rows * sizeof(float)), 0);
+  EXPECT_NE(std::memcmp(output.logits.data() + base_rows, others.data() + base_rows, (others.size() - base_rows) * sizeof(float)), 0);
+}
+
+// Half the bytes, and a few for scales: more adapters fit.
+TEST_F(SmallModel, Int8AdaptersTakeFewerPages) {
+  std::vector<AdapterModuleSpec> specs;
+  for (int l = 0; l < kLayers; ++l)
+    for (int t = 0; t < kNumLayerTargets; ++t) specs.push_back({l, static_cast<Target>(t), 500, 1, ElementType::kBF16, 0, 0, -1, -1, ElementType::kF32, ElementType::kF32});
+  const int64_t pages = adapter_pages(*open(false, 1), specs), int8_pages = adapter_pages(*open(false, 1, KvType::kF16, true), specs);
+  EXPECT_LE(int8_pages, pages * 6 / 10);
+  EXPECT_GE(int8_pages, pages / 2);
 }
 
 TEST_F(SmallModel, GivesTheSameBitsOnAnyNumberOfThreads) {
-  for (const auto& [reference_mode, kv_type] : {std::pair{false, KvType::kF16}, {false, KvType::kInt8}, {true, KvType::kF32}}) {
+  struct Mode {
+    bool reference;
+    KvType kv_type;
+    bool int8_adapters;
+  };
+  for (const Mode& mode : {Mode{false, KvType::kF16, false}, {false, KvType::kInt8, true}, {true, KvType::kF32, false}}) {
     std::vector<float> first;
     for (const int num_threads : {1, 2, 3, 7}) {
-      const auto model = open(reference_mode, num_threads, kv_type);
+      const auto model = open(mode.reference, num_threads, mode.kv_type, mode.int8_adapters);
       const std::vector<float> logits = run(*model, kCounts, kVoices).logits;
       if (first.empty()) first = logits;
       ASSERT_EQ(logits.size(), first.size());
@@ -337,6 +390,21 @@ TEST_F(SmallModel, Int8KvHasSmallerPagesAndStaysCloseToF16) {
 TEST_F(SmallModel, RefusesInt8KvOfHeadsThatOverflowItsScores) {
   dims_.head_dim = 528;
   EXPECT_THROW(open(false, 1, KvType::kInt8), RuntimeError);
+}
+
+// Adapters of one row each are read side by side, however many are left over.
+TEST_F(SmallModel, AdaptersSideBySideGiveTheBitsOfOneAlone) {
+  for (const bool int8_adapters : {false, true}) {
+    const auto model = open(false, 2, KvType::kF16, int8_adapters);
+    const std::vector<float> alone = run(*model, {1}, {{{0, 0.6f}}}).logits;
+    for (const int count : {2, 4, 6}) {
+      std::vector<Voice> voices = {{{1, 1.0f}}};
+      for (int i = 0; i < count; ++i) voices.push_back({{2 + i, 0.6f}});
+      const std::vector<float> together = run(*model, std::vector<int>(voices.size(), 1), voices).logits;
+      for (int i = 1; i <= count; ++i)
+        EXPECT_EQ(std::memcmp(&together[size_t(i) * kVocab], alone.data(), kVocab * sizeof(float)), 0) << count << " adapters, row " << i;
+    }
+  }
 }
 
 TEST_F(SmallModel, RunsWithoutSamples) {

@@ -422,6 +422,7 @@ describe('opening', () => {
       tensors,
       activations: 'int8' as const,
       kvType: 'auto' as const,
+      adapterQuantization: 'keep' as const,
       deviceMemoryBytes,
       numThreads: 1,
     };
@@ -441,6 +442,9 @@ describe('opening', () => {
     expect(() => openRuntime(dimsOf({ headDim: 24 }))).toThrow(/headDim|multiple/);
     expect(() => openRuntime(dimsOf({ numKvHeads: 3 }))).toThrow(/numHeads/);
     expect(() => openRuntime(dimsOf({ activation: 'relu' }))).toThrow(/activation/);
+    expect(() => openRuntime({ ...options, adapterQuantization: 'int4' as 'int8' })).toThrow(
+      "adapterQuantization: expected 'keep' or 'int8', got 'int4'",
+    );
   });
 
   test('refuses a KV type that is unknown, or that f32 activations do not have', async () => {

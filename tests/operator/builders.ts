@@ -25,6 +25,7 @@ export function baseModel(spec: Partial<BaseModel['spec']> = {}, metadata: Metad
       replicas: 1,
       quantization: 'keep',
       kv: { dtype: 'auto' },
+      adapterQuantization: 'keep',
       accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
       memory: { device: '1Gi' },
       limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 },

@@ -115,17 +115,45 @@ constexpr size_t attention_scratch_floats(int head_dim) {
   return static_cast<size_t>(kAttentionRows) * (3 * head_dim + 128);  // queries, sums, folded; scores of 64 positions; alignment
 }
 
+// How a module's weights lie. An element of A or Bᵀ is what the name says, but in two layouts of our own:
+//   kBF16: of every 32 elements in a row, element i and element i + 16 are the low and the high half of word i, so that a
+//          shift and a mask bring them to f32 sixteen at a time. Rows are filled up with zeros to a multiple of 32.
+//   kInt8: whole numbers from −127 to 127. Those of A stand for themselves: their scale, one for each row, is part of B's.
+enum class LoraFormat : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kInt8 = 3 };
+constexpr size_t lora_element_bytes(LoraFormat format) { return format == LoraFormat::kF32 ? 4 : format == LoraFormat::kInt8 ? 1 : 2; }
+
 // One module of one adapter, in arena pages. A is [rank, K], a pointer per row. Bᵀ lies in tiles of
-// kLoraTileColumns output features, [rank, kLoraTileColumns] each, so that a tile is one stream and fits a page.
-inline constexpr int kLoraTileColumns = 64;
+// kLoraTileColumns output features, [rank, kLoraTileColumns] each, so that a tile is one stream and fits a page; before an
+// int8 tile lie its scales, f32 [rank]. Pieces start at multiples of kLoraAlignment bytes.
+inline constexpr int kLoraTileColumns = 64, kLoraAlignment = 64;
 struct LoraModule {
   int32_t rank = 0;         // 0: this adapter leaves the module alone
   float scaling = 0;        // alpha / r, or alpha / √r
-  ElementType type = ElementType::kF32;
+  LoraFormat format = LoraFormat::kF32;
   const void* const* a_rows = nullptr;     // [rank]
   const void* const* b_tiles = nullptr;    // [ceil(N / 64)]; columns beyond N are zero
   const float* const* gain_tiles = nullptr;  // DoRA: magnitude / ‖W + scaling·BA‖ per output feature, f32 [64] a tile; null: none
   const float* const* bias_tiles = nullptr;  // lora_B's own bias, f32 [64] a tile; null: none
+};
+// Bytes from the start of an int8 tile to its weights.
+constexpr size_t lora_scale_bytes(int rank) { return (static_cast<size_t>(rank) * 4 + kLoraAlignment - 1) / kLoraAlignment * kLoraAlignment; }
+constexpr size_t lora_a_row_bytes(LoraFormat format, int64_t k) {
+  return (static_cast<size_t>(k) * lora_element_bytes(format) + kLoraAlignment - 1) / kLoraAlignment * kLoraAlignment;
+}
+constexpr size_t lora_b_tile_bytes(LoraFormat format, int rank) {
+  return (format == LoraFormat::kInt8 ? lora_scale_bytes(rank) : 0) + static_cast<size_t>(rank) * kLoraTileColumns * lora_element_bytes(format);
+}
+
+// How many streams of weights are read side by side.
+inline constexpr int kLoraStreams = 4;
+// The rows of a step that one module changes. No row is in two jobs of a wave.
+struct LoraJob {
+  const LoraModule* module;
+  const int32_t* rows;      // [numRows] of x and y
+  const float* weights;     // [numRows]
+  float* s;                 // [numRows, lds]: what shrink writes and expand reads
+  int64_t lds;
+  int32_t num_rows;
 };
 
 struct SampleParams {
@@ -189,15 +217,16 @@ struct Kernels {
   // out[h] = the result of a row's head h from its partials [num_heads, num_partitions, D + kPartialExtra].
   void (*attention_fold)(float* out, const float* partials, int num_heads, int num_partitions, int head_dim);
 
-  // s[i][j] = x[rows[i]] · A[j]  for rank rows j in [j_begin, j_end);  s [numRows, lds] f32
-  void (*lora_shrink)(float* s, int64_t lds, const float* x, int64_t ldx, const int32_t* rows, int num_rows, int k, const LoraModule& m, int j_begin, int j_end);
+  // s[i][j] = x[rows[i]] · A[j]  for each job's rows i in [row_begin, row_end) and rank rows j in [j_begin, j_end).
+  // kLoraStreams jobs of one row each, of the same rank and format, are read side by side.
+  void (*lora_shrink)(const LoraJob* jobs, int num_jobs, const float* x, int64_t ldx, int k, int row_begin, int row_end, int j_begin, int j_end);
 
-  // For the output tiles [tile_begin, tile_end) of 64 columns and i in rows:
+  // For the output tiles [tile_begin, tile_end) of 64 columns, the jobs in their order, and i in a job's rows:
   //   delta = scaling · (s[i] · Bᵀ + bias);  gain g:  delta = g · delta + (g − 1) · base[rows[i]]
   //   y[rows[i]] += weights[i] · delta
-  // base is the projection before any adapter (may be y itself only when each row has one adapter, read before it is
+  // base is the projection before any adapter (may be y itself only when no row is in two jobs: read before it is
   // written); n is N. Columns beyond n are not touched.
-  void (*lora_expand)(float* y, int64_t ldy, const float* base, int64_t ldb, const float* s, int64_t lds, const int32_t* rows, const float* weights, int num_rows, int n, const LoraModule& m, int tile_begin, int tile_end);
+  void (*lora_expand)(float* y, int64_t ldy, const float* base, int64_t ldb, const LoraJob* jobs, int num_jobs, int n, int tile_begin, int tile_end);
 
   // Turns raw logits [vocab] into one token. `logits` stays raw; what is not finite in it is made so. The num_top
   // likeliest tokens of the raw distribution and their logprobs, likeliest first, go to top_ids, top_logprobs; beyond

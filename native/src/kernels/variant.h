@@ -25,11 +25,10 @@ void add(float* y, const float* x, int64_t n);
 void kv_write(const KvLayer& kv, int32_t page, int32_t position, const float* k, const float* v);
 void attention(const KvLayer& kv, const AttentionJob& job);
 void attention_fold(float* out, const float* partials, int num_heads, int num_partitions, int head_dim);
-void lora_shrink(float* s, int64_t lds, const float* x, int64_t ldx, const int32_t* rows, int num_rows, int k,
-                 const LoraModule& m, int j_begin, int j_end);
-void lora_expand(float* y, int64_t ldy, const float* base, int64_t ldb, const float* s, int64_t lds,
-                 const int32_t* rows, const float* weights, int num_rows, int n, const LoraModule& m,
-                 int tile_begin, int tile_end);
+void lora_shrink(const LoraJob* jobs, int num_jobs, const float* x, int64_t ldx, int k, int row_begin,
+                 int row_end, int j_begin, int j_end);
+void lora_expand(float* y, int64_t ldy, const float* base, int64_t ldb, const LoraJob* jobs, int num_jobs,
+                 int n, int tile_begin, int tile_end);
 SampleResult sample(float* logits, int vocab, const SampleParams& params, int32_t* top_ids,
                     float* top_logprobs, void* scratch);
 
