@@ -34,7 +34,7 @@ constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
 // Rows of a shrink that are computed together: their x stays in the second-level cache for all ranks.
 constexpr int kShrinkTaskRows = 48;
 // About what one core reads and computes, to cut shrinks into tasks of like time, and the least time of one.
-constexpr double kShrinkBytesPerNs = 25, kShrinkMacsPerNs = 60, kShrinkTaskNs = 2000;
+constexpr double kShrinkBytesPerNs = 25, kShrinkMacsPerNs = 60, kShrinkTaskNs = 4000;
 constexpr int kTilesPerLoraTile = kLoraTileColumns / kTileColumns;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -103,12 +103,13 @@ class CpuDevice final : public Device {
     const int per_task = static_cast<int>(std::max({int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
     for (size_t p = 0; p < projections.size(); ++p) {
       const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
-      const int step = deltas_[p].num_jobs > 0 ? static_cast<int>(ceil_div(per_task, kTilesPerLoraTile)) * kTilesPerLoraTile : per_task;
+      const int step = deltas_[p].num_jobs > 0 ? std::max(per_task / kTilesPerLoraTile, 1) * kTilesPerLoraTile : per_task;
       for (int t = 0; t < tiles; t += step) tasks_.push_back({static_cast<int>(p), t, std::min(t + step, tiles)});
     }
     run(static_cast<int>(tasks_.size()), [&](int index, int) {
       const Task& task = tasks_[index];
       const Projection& p = projections[task.index];
+      if (deltas_[task.index].num_jobs > 0) prefetch_deltas(deltas_[task.index], task.begin / kTilesPerLoraTile);
       if (!reference_mode_ && is_quantized(p.weight->format)) {
         kernels_.matmul_q(p.y, p.ldy, *p.weight, quantized_, task.begin, task.end);
       } else {
@@ -506,6 +507,16 @@ class CpuDevice final : public Device {
         so_far += one * (j_end - j);
         j = j_end;
       }
+    }
+  }
+
+  // Asks for what expand reads first, so that it comes while the base's tiles are computed.
+  void prefetch_deltas(const Deltas& deltas, int tile) {
+    constexpr size_t kBytes = 2048;
+    for (int i = 0; i < std::min(deltas.num_jobs, kLoraStreams); ++i) {
+      const LoraModule& module = *jobs_[deltas.first_job + i].module;
+      const auto* from = static_cast<const uint8_t*>(module.b_tiles[tile]);
+      for (size_t b = 0; b < std::min(kBytes, lora_b_tile_bytes(module.format, module.rank)); b += 64) __builtin_prefetch(from + b, 0, 2);
     }
   }
 

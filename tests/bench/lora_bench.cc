@@ -342,7 +342,7 @@ class Adapters {
 };
 
 void run_kernels(bool int8) {
-  constexpr size_t kBytes = size_t{400} << 20;
+  constexpr size_t kBytes = size_t{600} << 20;
   uint8_t* const memory = reserve(kBytes);
   std::memset(memory, 0x3c, kBytes);  // a small number in every format
   const int all = available_cpus();
