@@ -82,8 +82,9 @@ test('a stream says the same as the whole answer', async () => {
   expect(usage).toEqual(whole.usage);
 });
 
-test('exact match of every adapter, asked all at once, is within 2 points of PEFT', async () => {
-  const scores = await Promise.all(
+/** How many of its first `numItems` held-out items each adapter solves, all adapters asked at once. */
+function scoresOf(openai: OpenAI, numItems: number) {
+  return Promise.all(
     exampleAdapters.map(async ({ name, maxTokens }) => {
       const items = evalItems(name).slice(0, numItems);
       let correct = 0;
@@ -92,7 +93,7 @@ test('exact match of every adapter, asked all at once, is within 2 points of PEF
       // Eight at a time per adapter: batches mix all adapters, and the engine's queue stays short.
       const worker = async () => {
         for (const { messages, answer, peft } of queue) {
-          const reply = await client.chat.completions.create({
+          const reply = await openai.chat.completions.create({
             model: name,
             messages,
             max_tokens: maxTokens,
@@ -114,12 +115,32 @@ test('exact match of every adapter, asked all at once, is within 2 points of PEF
       };
     }),
   );
+}
+
+test('exact match of every adapter, asked all at once, is within 2 points of PEFT', async () => {
+  const scores = await scoresOf(client, numItems);
   console.table(scores);
   for (const score of scores) {
     const pointsOff = (100 * Math.abs(score.correct - score['PEFT correct'])) / score.items;
     expect(pointsOff, score.adapter).toBeLessThanOrEqual(maxPointsOff);
   }
 }, 300_000);
+
+test('rounded to int8, every adapter solves its task to one item in 25', async () => {
+  const rounded = await startSmollm2(['--adapter-quantization', 'int8']);
+  const openai = new OpenAI({ baseURL: `${rounded.url}/v1`, apiKey: 'none', maxRetries: 0 });
+  const scores = await scoresOf(openai, 25);
+  console.table(scores);
+  for (const score of scores) {
+    expect(Math.abs(score.correct - score['PEFT correct']), score.adapter).toBeLessThanOrEqual(1);
+  }
+  const [kept, halved] = await Promise.all(
+    [engine, rounded].map(({ url }) => getJson<AdapterList>(`${url}/v1/adapters`)),
+  );
+  expect(halved!.arena.adapterBytes).toBeLessThan(kept!.arena.adapterBytes);
+  expect(halved!.data.map(({ digest }) => digest).sort()).toEqual(kept!.data.map(({ digest }) => digest).sort());
+  expect(await rounded.stop()).toBe(0);
+}, 120_000);
 
 test('after all of that no sequence holds memory', async () => {
   const { arena, data } = await getJson<AdapterList>(`${engine.url}/v1/adapters`);
