@@ -125,7 +125,8 @@ std::unique_ptr<Model> random_model(bool int8_adapters) {
   dims.rope_table_index.assign(kLayers, 0);
   dims.rope_tables[0].inverse_frequencies.assign(kHeadDim / 2, 0.01f);
   const TemporaryFile file(bytes);
-  return std::make_unique<Model>(file.path(), dims, tensors, false, size_t{3} << 30, 0, int8_adapters);
+  return std::make_unique<Model>(file.path(), dims, tensors, false, KvType::kF16, size_t{3} << 30, 0,
+                                 int8_adapters);
 }
 
 // What the adapters of a variant are: bf16, one for each row.

@@ -224,7 +224,6 @@ describe('SmolLM2-135M-Instruct with the example adapters', () => {
   }, 120_000);
 
   test('adapters rounded to int8 cost at most 0.001 nats', async () => {
-    const model = await prepare(smollm2Path);
     const rounded = await open(model, { adapterQuantization: 'int8', deviceMemoryBytes: 256 << 20 });
     const both: [Handles, Handles] = [handles[1], await loadAdapters(rounded, model, folders)];
     const total = { kl: 0, sameTop1: 0, positions: 0 };
@@ -238,7 +237,7 @@ describe('SmolLM2-135M-Instruct with the example adapters', () => {
     expect(kl).toBeLessThanOrEqual(0.001);
     expect(top1).toBeGreaterThanOrEqual(0.985);
     rounded.close();
-  });
+  }, 120_000);
 });
 
 describe('Gemma 3 270M', () => {
