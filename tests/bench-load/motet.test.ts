@@ -3,7 +3,7 @@
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtempSync, readdirSync, readFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
@@ -27,7 +27,12 @@ function motet(args: string[], env: Record<string, string> = {}) {
   return { child, ended: once(child, 'close').then(([code]) => ({ code: code as number | null, ...text })) };
 }
 
-const scratch = () => mkdtempSync(join(tmpdir(), 'motet-bench-test-'));
+function scratch(): string {
+  const folder = mkdtempSync(join(tmpdir(), 'motet-bench-test-'));
+  onTestFinished(() => rmSync(folder, { recursive: true }));
+  return folder;
+}
+
 // biome-ignore lint/suspicious/noExplicitAny: the fields are what is asserted
 const readJson = (path: string): any => JSON.parse(readFileSync(path, 'utf8'));
 
