@@ -143,6 +143,7 @@ class CpuDevice final : public Device {
   // Finds the partitions of keys that sequences of few rows have in common: those where their block tables begin alike.
   void begin(const Batch& batch) override {
     constexpr int kBlocks = kPartitionTokens / kBlockTokens;
+    planned_window_ = -1;
     shared_runs_.clear();
     own_partition_.assign(batch.num_sequences(), 0);
     for (int r = static_cast<int>(row_indices_.size()); r < batch.num_tokens(); ++r) row_indices_.push_back(r);
@@ -185,7 +186,8 @@ class CpuDevice final : public Device {
 
   void attention(const KvLayer& kv, const Batch& batch, const float* q, int64_t ldq, float* out, int64_t ldo, int num_heads, int window,
                  float scale) override {
-    plan_attention(kv, batch, num_heads, window);
+    if (window != planned_window_) plan_attention(kv, batch, num_heads, window);  // else as in the layer before
+    planned_window_ = window;
     const size_t scratch_floats = attention_scratch_floats(kv.head_dim);
     grow(scratch_, scratch_floats * pool_.num_threads());
     const int heads_per_kv = num_heads / kv.num_kv_heads;
@@ -287,6 +289,7 @@ class CpuDevice final : public Device {
       const int64_t groups = ceil_div(num_rows * heads_per_kv, kAttentionRows);
       return num_keys * 2 * kv.head_dim * (num_rows * heads_per_kv + groups * kKeyLoadCost);
     };
+    attention_pieces_.clear();
     attention_tasks_.clear();
     shared_rows_.clear();
     partial_rows_.clear();
@@ -328,7 +331,7 @@ class CpuDevice final : public Device {
         }
         const int num_rows = static_cast<int>(shared_rows_.size()) - first_row;
         if (num_rows == 0) continue;
-        attention_tasks_.push_back({true, true, sequence, 0, first_row, num_rows, p, next, cost_of(num_rows, int64_t{next - p} * kPartitionTokens)});
+        attention_pieces_.push_back({true, true, sequence, 0, first_row, num_rows, p, next, cost_of(num_rows, int64_t{next - p} * kPartitionTokens)});
       }
     }
     const int64_t rows_of_all_heads = int64_t{batch.num_tokens()} * kv.num_kv_heads;
@@ -341,32 +344,27 @@ class CpuDevice final : public Device {
         const int first = is_sharing_[s] ? std::max(own_partition_[s], first_partition(r)) : first_partition(r);
         // The rows see half of the positions that they are themselves.
         const int64_t num_keys = batch.positions[r] - std::max(first * kPartitionTokens, window > 0 ? batch.positions[r] - window + 1 : 0) + num_rows / 2 + 1;
-        attention_tasks_.push_back({false, is_sharing_[s] != 0, s, 0, r, num_rows, first, end_partition(last), cost_of(num_rows, num_keys)});
+        attention_pieces_.push_back({false, is_sharing_[s] != 0, s, 0, r, num_rows, first, end_partition(last), cost_of(num_rows, num_keys)});
       }
     }
 
     int64_t all = 0;
-    for (const AttentionTask& piece : attention_tasks_) all += piece.cost * kv.num_kv_heads;
+    for (const AttentionTask& piece : attention_pieces_) all += piece.cost * kv.num_kv_heads;
     const int64_t wanted = std::max<int64_t>(kTaskMacs, all / (int64_t{pool_.num_threads()} * kTasksPerThread));
-    const size_t num_pieces = attention_tasks_.size();
-    for (size_t i = 0; i < num_pieces; ++i) {
-      AttentionTask piece = attention_tasks_[i];
+    for (AttentionTask& piece : attention_pieces_) {
       const int num_partitions = piece.end_partition - piece.first_partition;
       int num_cuts = pool_.num_threads() == 1 ? 1 : static_cast<int>(std::clamp<int64_t>(ceil_div(piece.cost, wanted), 1, num_partitions));
       if (num_cuts > 1 && !piece.has_partials) {
         piece.has_partials = take_partials(piece.first_row, piece.first_row + piece.num_rows);
         if (!piece.has_partials) num_cuts = 1;
       }
-      const AttentionTask whole = piece;
-      for (int head = 0; head < kv.num_kv_heads; ++head) {
-        for (int c = 0; c < num_cuts; ++c) {
-          piece.kv_head = head;
-          piece.first_partition = whole.first_partition + num_partitions * c / num_cuts;
-          piece.end_partition = whole.first_partition + num_partitions * (c + 1) / num_cuts;
-          piece.cost = whole.cost / num_cuts;
-          if (head == 0 && c == 0) attention_tasks_[i] = piece;
-          else attention_tasks_.push_back(piece);
-        }
+      // Heads side by side, since their keys are: of equal tasks one is begun after the other.
+      for (int c = 0; c < num_cuts; ++c) {
+        AttentionTask task = piece;
+        task.first_partition = piece.first_partition + num_partitions * c / num_cuts;
+        task.end_partition = piece.first_partition + num_partitions * (c + 1) / num_cuts;
+        task.cost = piece.cost / num_cuts;
+        for (task.kv_head = 0; task.kv_head < kv.num_kv_heads; ++task.kv_head) attention_tasks_.push_back(task);
       }
     }
     std::stable_sort(attention_tasks_.begin(), attention_tasks_.end(), [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
@@ -554,7 +552,8 @@ class CpuDevice final : public Device {
 
   std::vector<SharedRun> shared_runs_;     // of this step
   std::vector<int32_t> own_partition_;     // of each sequence: those before lie in runs
-  std::vector<AttentionTask> attention_tasks_;
+  int planned_window_ = -1;                // what the tasks below were made for; −1: nothing yet
+  std::vector<AttentionTask> attention_pieces_, attention_tasks_;
   std::vector<int32_t> shared_rows_, partial_rows_;
   std::vector<AttentionPartials> partials_of_row_;
   std::vector<uint8_t> is_sharing_;        // of each sequence
