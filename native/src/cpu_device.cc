@@ -309,11 +309,13 @@ class CpuDevice final : public Device {
       return true;
     };
 
+    // Where one row's heads fill most of a group, company saves no arithmetic, and the caches save the reading.
+    const bool pays = 2 * heads_per_kv <= kAttentionRows;
     // Pieces before they are cut along the keys, for all KV heads: of the shared runs, then of each sequence alone.
     is_sharing_.assign(num_sequences, 0);
     for (int s = 0; s < num_sequences; ++s) {
       const int begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
-      is_sharing_[s] = own_partition_[s] > first_partition(begin) && take_partials(begin, end);
+      is_sharing_[s] = pays && own_partition_[s] > first_partition(begin) && take_partials(begin, end);
     }
     for (const SharedRun& run : shared_runs_) {
       // Under a window each partition may have other rows that see it.
