@@ -3,8 +3,14 @@ import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { ModelDims } from '../../native/index.ts';
 
+/** What an adapter's shapes depend on. */
+export type AdapterDims = Pick<
+  ModelDims,
+  'numLayers' | 'hiddenSize' | 'intermediateSize' | 'numHeads' | 'numKvHeads' | 'headDim'
+>;
+
 const shapes = (
-  dims: ModelDims,
+  dims: AdapterDims,
 ): Record<string, [parent: string, outFeatures: number, inFeatures: number]> => {
   const { hiddenSize: hidden, intermediateSize: inter } = dims;
   const q = dims.numHeads * dims.headDim;
@@ -25,7 +31,7 @@ export const allLinear = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', '
 /** @param seed also says which adapter: another seed, another digest */
 export async function writeRandomAdapter(
   folder: string,
-  dims: ModelDims,
+  dims: AdapterDims,
   rank: number,
   targets: string[],
   seed: number,
