@@ -64,6 +64,13 @@ export async function writeRandomAdapter(
   length.writeBigUInt64LE(BigInt(json.length));
   await mkdir(folder, { recursive: true });
   await writeFile(join(folder, 'adapter_model.safetensors'), Buffer.concat([length, json, ...parts]));
-  const config = { peft_type: 'LORA', r: rank, lora_alpha: rank, target_modules: targets, bias: 'none' };
+  const config = {
+    peft_type: 'LORA',
+    task_type: 'CAUSAL_LM',
+    r: rank,
+    lora_alpha: rank,
+    target_modules: targets,
+    bias: 'none',
+  };
   await writeFile(join(folder, 'adapter_config.json'), JSON.stringify(config));
 }

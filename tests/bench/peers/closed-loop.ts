@@ -74,7 +74,7 @@ export function summarize(answers: readonly Answer[], wallMs: number): Figures {
 }
 
 /** Random ids from 300 on: past special tokens and single bytes. */
-function prompts({ promptTokens, vocabSize, seed }: Load): () => number[] {
+export function prompts({ promptTokens, vocabSize, seed }: Load): () => number[] {
   let state = (seed + 1) >>> 0;
   return () =>
     Array.from({ length: promptTokens }, () => {

@@ -1,7 +1,9 @@
 import { expect, test } from 'vitest';
-import { zipfPicks } from './cases.ts';
+import { show } from './cases.ts';
 import { StreamReader, summarize } from './closed-loop.ts';
+import { zipfPicks } from './growth.ts';
 import { othersShare, parseBusySeconds, parseProcess, treeSeconds } from './other-load.ts';
+import { addRounds, type CaseRecord } from './record.ts';
 import { bars, markdown } from './report.ts';
 import { runRounds } from './rounds.ts';
 import { percentile, ratios, shortNumber, showSpread, spread } from './spread.ts';
@@ -192,4 +194,74 @@ test('bars are to one scale', () => {
     .filter((line) => line.includes('█'))
     .map((line) => [...line].filter((c) => c === '█').length);
   expect(widths).toEqual([25, 50]);
+});
+
+const series = (setting: string, name: string, figures: Record<string, number[]>) => ({
+  ...{ setting, name, figures, othersShare: 0.01, numRepeated: 0 },
+});
+
+test('rounds of a later run are added to those of the same contestant and setting', () => {
+  const record = (values: number[], failure?: string): CaseRecord => ({
+    case: 'prefill',
+    shape: 'qwen05b',
+    series: [
+      { ...series('512', 'motet q4_0_all', { tokensPerSecond: values }), ...(failure ? { failure } : {}) },
+    ],
+    facts: { [`from ${values[0]}`]: 1 },
+  });
+  const whole = addRounds(record([1, 2]), record([3]));
+  expect(whole.series).toHaveLength(1);
+  expect(whole.series[0]!.figures.tokensPerSecond).toEqual([1, 2, 3]);
+  expect(whole.facts).toEqual({ 'from 1': 1, 'from 3': 1 });
+  expect(addRounds(record([1]), record([2], 'ended')).series[0]!.failure).toBe('ended');
+});
+
+test('decode is shown with ratios, shares of both roofs, and who failed', () => {
+  const rates = (value: number) => ({ tokensPerSecond: [value, value] });
+  const text = show({
+    case: 'decode',
+    shape: 'qwen05b',
+    series: [
+      series('1', 'motet q4_0_all', rates(100)),
+      series('1', 'llama.cpp q4_0', rates(50)),
+      { ...series('1', 'llama.cpp q8_0', {}), failure: 'no such file' },
+      series('1', 'roof', { gigabytesPerSecond: [40, 40], vnniGops: [988, 988], amxGops: [0, 0] }),
+    ],
+    facts: { 'weights of motet q4_0_all': 278_000_000 },
+  });
+  // 278 MB and 160 positions of 12 KiB, 100 times a second, of 40 GB/s; 2 × 494 M operations of 988 G.
+  expect(text).toMatch(/motet q4_0_all +\| 100 \(100–100\) +\| +\| 70 % \(70–70\) +\| 10 % \(10–10\)/);
+  expect(text).toMatch(/llama.cpp q4_0 +\| 50.0 \(50.0–50.0\) +\| 2.00 \(2.00–2.00\)/);
+  expect(text).toContain('failed: no such file');
+  expect(text).toContain('roof: read 40.0 GB/s, vpdpbusd 988 GOP/s');
+});
+
+test('the tax is what a step takes longer, against reading the adapters', () => {
+  const text = show({
+    case: 'tax',
+    shape: 'qwen05b',
+    series: [
+      series('8', 'no adapter', { stepMs: [10, 20] }),
+      series('8', 'rank 8 on q, v', { stepMs: [11, 22] }),
+      series('8', 'read rank 8 on q, v', { gigabytesPerSecond: [8.650752, 8.650752] }),
+    ],
+    facts: { 'load ms of rank 8 on q, v': 3 },
+  });
+  // 8 adapters of 24 layers × 8 × (896 + 896 + 896 + 128) × 2 bytes: 1 ms at that rate.
+  expect(text).toMatch(
+    /rank 8 on q, v +\| 16.5 \(11.0–22.0\) +\| 10 % \(10–10\) +\| 1.50 \(1.00–2.00\) +\| 1.00 \(1.00–1.00\) +\| 1.50/,
+  );
+  expect(text).toContain('rank 16 on all linear');
+});
+
+test('growth is shown as a table and as bars', () => {
+  const setting = 'batch, context 128';
+  const text = show({
+    case: 'growth',
+    shape: 'smollm2',
+    series: [series(setting, '1', { stepMs: [5] }), series(setting, '8', { stepMs: [10] })],
+    facts: {},
+  });
+  expect(text).toMatch(/\| 8 +\| 10.0 \(10.0–10.0\) +\| 800 \(800–800\) +\|/);
+  expect(text).toContain('10.0 ms');
 });

@@ -8,8 +8,8 @@ export interface DecodeWork {
   batch: number;
   contextTokens: number;
   steps: number;
-  /** The adapter of a row in a step; none: the base. */
-  handle?: (row: number, step: number) => number;
+  /** The adapter of a row in a step; null, and none at all: the base. */
+  handle?: (row: number, step: number) => number | null;
 }
 
 export interface MotetSteps {
@@ -77,7 +77,7 @@ export async function openMotet(path: string, room: MotetRoom, threads: number):
             ...part,
             start: contextTokens + step,
             count: 1,
-            adapters: handle ? [[handle(row, step), 1]] : [],
+            adapters: adaptersOf(handle?.(row, step) ?? null),
           })),
         ),
       );
@@ -87,7 +87,7 @@ export async function openMotet(path: string, room: MotetRoom, threads: number):
     },
     async prefillMs(numTokens, handle) {
       const [part] = partsOf(1, numTokens);
-      const adapters: [number, number][] = handle === undefined ? [] : [[handle, 1]];
+      const adapters = adaptersOf(handle ?? null);
       const batch = stepBatch([{ ...part!, start: 0, count: numTokens, adapters }]);
       const begin = performance.now();
       await runtime.step(batch);
@@ -108,6 +108,8 @@ export async function openMotet(path: string, room: MotetRoom, threads: number):
   };
 }
 
+const adaptersOf = (handle: number | null): [number, number][] => (handle === null ? [] : [[handle, 1]]);
+
 /** Distinct per sequence, the same in every run, none of them special. */
 export function promptTokens(length: number, sequence: number, vocabSize: number): number[] {
   const first = 300;
@@ -117,7 +119,7 @@ export function promptTokens(length: number, sequence: number, vocabSize: number
   );
 }
 
-/** What a decoding sequence must read beside the weights: its KV in f16. */
-export function kvBytesPerToken({ dims }: PreparedModel): number {
+/** Keys and values of one position, in f16. */
+function kvBytesPerToken({ dims }: PreparedModel): number {
   return dims.numLayers * dims.numKvHeads * dims.headDim * 2 * 2;
 }

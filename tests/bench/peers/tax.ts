@@ -1,0 +1,129 @@
+/** What adapters add to our own decode step when every row has another one, against the time that reading their bytes takes. */
+import { basename } from 'node:path';
+import {
+  adapterBytes,
+  type Bench,
+  compare,
+  contextTokens,
+  largeAdapter,
+  medianNote,
+  smallAdapter,
+} from './bench.ts';
+import { openMotet } from './motet-steps.ts';
+import { adapterFolders, modelGguf } from './peer-files.ts';
+import { bySetting, type CaseRecord, figuresOf, numRounds, type SettingSeries } from './record.ts';
+import { showPercent, type Table } from './report.ts';
+import { readGigabytesPerSecond } from './roofs.ts';
+import type { Contestant } from './rounds.ts';
+import { type ShapeName, shapes } from './shapes.ts';
+import { ratios, type Spread, shortNumber, spread } from './spread.ts';
+
+const voices = { 'rank 8 on q, v': smallAdapter, 'rank 16 on all linear': largeAdapter };
+const silent = 'no adapter';
+const half = 'rank 16 on all linear, every second row';
+const decodeSteps = 64;
+const loadFact = 'load ms of ';
+
+export async function measureTax(bench: Bench, shape: ShapeName): Promise<CaseRecord> {
+  const most = Math.max(...bench.batches);
+  const room = {
+    sequences: most,
+    tokens: contextTokens + decodeSteps,
+    adapterBytes: most * Object.values(voices).reduce((sum, plan) => sum + adapterBytes(shape, plan), 0),
+  };
+  const steps = await openMotet(await modelGguf(shape, 'q4_0_all'), room, bench.threads);
+  const series: SettingSeries[] = [];
+  const facts: CaseRecord['facts'] = {};
+  try {
+    const handles: Record<string, number[]> = {};
+    for (const [voice, plan] of Object.entries(voices)) {
+      const times: number[] = [];
+      handles[voice] = [];
+      for (const folder of await adapterFolders(shape, plan, most)) {
+        bench.onProgress(`${shape}: load ${voice}, ${basename(folder)}`);
+        const begin = performance.now();
+        handles[voice].push(await steps.loadAdapter(folder));
+        times.push(performance.now() - begin);
+      }
+      facts[loadFact + voice] = spread(times).median;
+    }
+    for (const batch of bench.batches) {
+      const work = { batch, contextTokens, steps: decodeSteps };
+      const contestant = (name: string, handle?: (row: number) => number | null): Contestant => {
+        const measure = async () => ({ stepMs: await steps.decodeMs(handle ? { ...work, handle } : work) });
+        return {
+          name,
+          measure,
+          warmUp: async () => {
+            await measure();
+          },
+        };
+      };
+      const large = handles['rank 16 on all linear']!;
+      const contestants = [
+        contestant(silent),
+        ...Object.entries(handles).map(([voice, ofRow]) => contestant(voice, (row) => ofRow[row]!)),
+        ...(batch > 1 ? [contestant(half, (row) => (row % 2 === 0 ? large[row]! : null))] : []),
+        ...Object.entries(voices).map(([voice, plan]) =>
+          reader(voice, batch * adapterBytes(shape, plan), bench),
+        ),
+      ];
+      series.push(...(await compare(bench, `${shape}, tax`, `${batch}`, contestants)));
+    }
+    return { case: 'tax', shape, series, facts };
+  } finally {
+    steps.close();
+  }
+}
+
+const readerName = (voice: string) => `read ${voice}`;
+
+const reader = (voice: string, bytes: number, { threads }: Bench): Contestant => ({
+  name: readerName(voice),
+  measure: async () => ({ gigabytesPerSecond: await readGigabytesPerSecond(bytes, threads) }),
+});
+
+export function showTax(record: CaseRecord): Table[] {
+  const rows = bySetting(record).flatMap(([setting, series]): Table['rows'] => {
+    const base = figuresOf(series, silent, 'stepMs');
+    if (base === undefined) return [[setting, 'failed']];
+    const row = (voice: string, bytes: number, rates: number[] | undefined): (string | Spread)[] => {
+      const times = figuresOf(series, voice, 'stepMs');
+      if (times === undefined || rates === undefined) return [setting, voice, 'not measured'];
+      const added = times.map((ms, round) => ms - base[round]!);
+      const reading = rates.map((rate) => bytes / 1e6 / rate);
+      const tax = showPercent(ratios(added, base));
+      return [setting, voice, spread(times), tax, spread(added), spread(reading), ratios(added, reading)];
+    };
+    const batch = Number(setting);
+    const large = readerName('rank 16 on all linear');
+    return [
+      [setting, silent, spread(base)],
+      ...Object.entries(voices).map(([voice, plan]) =>
+        row(
+          voice,
+          batch * adapterBytes(record.shape, plan),
+          figuresOf(series, readerName(voice), 'gigabytesPerSecond'),
+        ),
+      ),
+      ...(batch > 1
+        ? [
+            row(
+              half,
+              (batch / 2) * adapterBytes(record.shape, largeAdapter),
+              figuresOf(series, large, 'gigabytesPerSecond'),
+            ),
+          ]
+        : []),
+    ];
+  });
+  const loads = Object.entries(record.facts).map(
+    ([name, ms]) => `${name.slice(loadFact.length)} ${shortNumber(ms)} ms`,
+  );
+  const note =
+    `Each row decodes with an adapter of its own, after ${contextTokens} tokens. ${medianNote(numRounds(record))} Reading: the ` +
+    'time that the bytes of those adapters (bf16) take at the read bandwidth measured in the same round. Loading an adapter from ' +
+    `the page cache, verified: ${loads.join(', ')}.`;
+  const columns = ['batch', 'adapters', 'step ms', 'tax', 'added ms', 'reading ms', 'added ÷ reading'];
+  return [{ title: `LoRA tax, ${shapes[record.shape].title}`, note, columns, rows }];
+}
