@@ -36,10 +36,13 @@ interface Report {
 }
 
 const options = parse(process.argv.slice(2));
-if (options.show !== undefined) {
-  print(await readReport(options.show));
-} else {
-  await measure();
+try {
+  if (options.show !== undefined) print(await readReport(options.show));
+  else await measure();
+} catch (error) {
+  showProgress('');
+  console.error(`bench:peers: ${(error as Error).message}`);
+  process.exitCode = 1;
 }
 
 async function measure(): Promise<void> {
@@ -80,8 +83,10 @@ function print(report: Report): void {
   for (const record of report.records) console.log(show(record));
 }
 
-const heading = ({ machine, date }: Report) =>
-  `${machine}; llama.cpp ${versions.llama_version}, vLLM ${versions.vllm_version}, PEFT ${versions.peft_version}; ${date}\n`;
+function heading({ machine, date }: Report): string {
+  const { llama_version, vllm_version, peft_version } = versions;
+  return `${machine}; llama.cpp ${llama_version}, vLLM ${vllm_version}, PEFT ${peft_version}; ${date}\n`;
+}
 
 async function readReport(path: string): Promise<Report> {
   const report = JSON.parse(await readFile(path, 'utf8')) as Partial<Report>;
@@ -170,8 +175,9 @@ function choices<T extends string>(
   });
 }
 
-const integers = (flag: string, given: string, min: number, max: number) =>
-  given.split(',').map((one) => integer(flag, one, min, max));
+function integers(flag: string, given: string, min: number, max: number): number[] {
+  return given.split(',').map((one) => integer(flag, one, min, max));
+}
 
 function integer(flag: string, given: string, min: number, max: number): number {
   const number = Number(given);

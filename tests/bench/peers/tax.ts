@@ -7,6 +7,7 @@ import {
   contextTokens,
   largeAdapter,
   medianNote,
+  roofName,
   smallAdapter,
 } from './bench.ts';
 import { openMotet } from './motet-steps.ts';
@@ -76,18 +77,12 @@ export async function measureTax(bench: Bench, shape: ShapeName): Promise<CaseRe
   }
 }
 
-const readerName = (voice: string) => `read ${voice}`;
-
-const reader = (voice: string, bytes: number, { threads }: Bench): Contestant => ({
-  name: readerName(voice),
-  measure: async () => ({ gigabytesPerSecond: await readGigabytesPerSecond(bytes, threads) }),
-});
-
 export function showTax(record: CaseRecord): Table[] {
   const rows = bySetting(record).flatMap(([setting, series]): Table['rows'] => {
     const base = figuresOf(series, silent, 'stepMs');
     if (base === undefined) return [[setting, 'failed']];
-    const row = (voice: string, bytes: number, rates: number[] | undefined): (string | Spread)[] => {
+    const rates = figuresOf(series, roofName, 'gigabytesPerSecond');
+    const row = (voice: string, bytes: number): (string | Spread)[] => {
       const times = figuresOf(series, voice, 'stepMs');
       if (times === undefined || rates === undefined) return [setting, voice, 'not measured'];
       const added = times.map((ms, round) => ms - base[round]!);
@@ -96,33 +91,18 @@ export function showTax(record: CaseRecord): Table[] {
       return [setting, voice, spread(times), tax, spread(added), spread(reading), ratios(added, reading)];
     };
     const batch = Number(setting);
-    const large = readerName('rank 16 on all linear');
-    return [
-      [setting, silent, spread(base)],
-      ...Object.entries(voices).map(([voice, plan]) =>
-        row(
-          voice,
-          batch * adapterBytes(record.shape, plan),
-          figuresOf(series, readerName(voice), 'gigabytesPerSecond'),
-        ),
-      ),
-      ...(batch > 1
-        ? [
-            row(
-              half,
-              (batch / 2) * adapterBytes(record.shape, largeAdapter),
-              figuresOf(series, large, 'gigabytesPerSecond'),
-            ),
-          ]
-        : []),
-    ];
+    const rows = Object.entries(voices).map(([voice, plan]) =>
+      row(voice, batch * adapterBytes(record.shape, plan)),
+    );
+    const halfRow = batch > 1 ? [row(half, (batch / 2) * adapterBytes(record.shape, largeAdapter))] : [];
+    return [[setting, silent, spread(base)], ...rows, ...halfRow];
   });
   const loads = Object.entries(record.facts).map(
     ([name, ms]) => `${name.slice(loadFact.length)} ${shortNumber(ms)} ms`,
   );
   const note =
     `Each row decodes with an adapter of its own, after ${contextTokens} tokens. ${medianNote(numRounds(record))} Reading: the ` +
-    'time that the bytes of those adapters (bf16) take at the read bandwidth measured in the same round. Loading an adapter from ' +
+    'time that the bytes of those adapters (bf16) take at the read bandwidth of an array as large as weights and adapters, measured in the same round. Loading an adapter from ' +
     `the page cache, verified: ${loads.join(', ')}.`;
   const columns = ['batch', 'adapters', 'step ms', 'tax', 'added ms', 'reading ms', 'added ÷ reading'];
   return [{ title: `LoRA tax, ${shapes[record.shape].title}`, note, columns, rows }];
