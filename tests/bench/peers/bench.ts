@@ -1,4 +1,5 @@
 /** What every case needs: the choices of the command line, and ways to tell what goes on. */
+import type { OpenOptions } from '../../fixtures/models.ts';
 import { findLlamaCpp, type LlamaCpp } from './llama-cpp.ts';
 import type { AdapterPlan, FileKind } from './peer-files.ts';
 import type { CaseRecord, SettingSeries } from './record.ts';
@@ -12,6 +13,8 @@ export interface Bench {
   rounds: Omit<RoundOptions, 'onProgress'>;
   threads: number;
   cpus: number[];
+  /** How we keep adapters and KV. */
+  formats: Required<Pick<OpenOptions, 'adapterQuantization' | 'kvType'>>;
   peers: ReadonlySet<PeerName>;
   /** Files for llama.cpp's bench programs. */
   kinds: FileKind[];
@@ -35,9 +38,20 @@ export const allLinears: readonly Linear[] = [
 export const smallAdapter: AdapterPlan = { rank: 8, targets: ['q_proj', 'v_proj'] };
 export const largeAdapter: AdapterPlan = { rank: 16, targets: allLinears };
 
-/** In bf16. */
+/** In bf16, as the files have them. */
 export const adapterBytes = (shape: ShapeName, plan: AdapterPlan) =>
   2 * adapterElements(shapes[shape], plan.rank, plan.targets);
+
+export const openOptions = ({ threads, formats }: Bench): OpenOptions => ({
+  numThreads: threads,
+  ...formats,
+});
+
+/** Our contestant's name on a file of that kind; what is not the default is part of it. */
+export function ourName(kind: FileKind, { adapterQuantization, kvType }: Bench['formats']): string {
+  const adapters = adapterQuantization === 'keep' ? '' : `, ${adapterQuantization} adapters`;
+  return `${ours} ${kind}${adapters}${kvType === 'auto' ? '' : `, ${kvType} KV`}`;
+}
 
 /** Of one position's keys and values in f16. */
 export function kvBytes(name: ShapeName): number {

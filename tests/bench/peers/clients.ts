@@ -7,6 +7,7 @@ import {
   llamaBuilds,
   medianNote,
   megabytes,
+  ourName,
   ours,
 } from './bench.ts';
 import { type Load, runClosedLoop } from './closed-loop.ts';
@@ -70,7 +71,7 @@ interface Loaded {
 
 async function startAll(bench: Bench, shape: ShapeName): Promise<Map<string, Loaded>> {
   const plan: Omit<ServerPlan, 'kind'> = {
-    ...{ shape, adapters: largeAdapter, numAdapters, threads: bench.threads },
+    ...{ shape, adapters: largeAdapter, numAdapters, threads: bench.threads, formats: bench.formats },
     maxClients: Math.max(...bench.clients),
   };
   const loaded = new Map<string, Loaded>();
@@ -88,7 +89,7 @@ async function startAll(bench: Bench, shape: ShapeName): Promise<Map<string, Loa
     return { pid, run, stop };
   };
   if (bench.peers.has('motet'))
-    await start(`${ours} q4_0_all`, () => serve(startMotet({ ...plan, kind: 'q4_0_all' })));
+    await start(ourName('q4_0_all', bench.formats), () => serve(startMotet({ ...plan, kind: 'q4_0_all' })));
   const [build] = llamaBuilds(bench);
   if (build)
     await start('llama-server q4_0', () => serve(startLlamaServer(build, { ...plan, kind: 'q4_0' })));

@@ -66,7 +66,6 @@ export async function writeGguf(
         throw new RangeError(`tensor '${name}': expected ${expected} bytes, got ${written - begin}`);
       written += await pad(file, written);
     }
-    await file.sync();
   } finally {
     await file.close();
   }

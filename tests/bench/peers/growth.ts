@@ -6,6 +6,7 @@ import {
   compare,
   contextTokens,
   medianNote,
+  openOptions,
   smallAdapter,
 } from './bench.ts';
 import { type DecodeWork, type MotetSteps, openMotet } from './motet-steps.ts';
@@ -52,7 +53,7 @@ export async function measureGrowth(bench: Bench, shape: ShapeName): Promise<Cas
   const long = await openMotet(
     model,
     { sequences: 1, tokens: longest + steps, adapterBytes: 0 },
-    bench.threads,
+    openOptions(bench),
   );
   try {
     await sweep(
@@ -73,7 +74,7 @@ export async function measureGrowth(bench: Bench, shape: ShapeName): Promise<Cas
       Math.max(...counts) * adapterBytes(shape, smallAdapter),
     ),
   };
-  const wide = await openMotet(model, room, bench.threads);
+  const wide = await openMotet(model, room, openOptions(bench));
   // The same folder again and again: every load has pages of its own.
   const loadCopies = async (plan: AdapterPlan, count: number): Promise<number[]> => {
     const [folder] = await adapterFolders(shape, plan, 1);

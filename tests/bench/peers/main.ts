@@ -22,6 +22,8 @@ const usage = `npm run bench:peers -- [options]
   --clients COUNTS   1 to 32; default: 8,16,32
   --rounds N         samples of each contestant, 1 to 100; default: 5
   --threads N        default: one per usable CPU
+  --adapter-quantization keep|int8   how we keep adapters; default: keep, bf16
+  --kv-cache-dtype auto|int8         how we keep KV; default: auto, f16
   --max-others P     percent of the machine that others may take in a sample; above it is taken again; default: 6
   --json FILE        every sample, written after each case
   --add              keep what FILE has and add rounds to it: a long run in pieces
@@ -127,7 +129,16 @@ function parse(args: string[]) {
   const flag = { type: 'boolean' as const };
   const flags = {
     ...{ only: text, shapes: text, peers: text, quants: text, batches: text, clients: text, rounds: text },
-    ...{ threads: text, 'max-others': text, json: text, add: flag, show: text, help: flag },
+    ...{
+      threads: text,
+      'max-others': text,
+      'adapter-quantization': text,
+      'kv-cache-dtype': text,
+      json: text,
+      add: flag,
+      show: text,
+      help: flag,
+    },
   };
   try {
     const { values } = parseArgs({ args, options: flags });
@@ -149,6 +160,13 @@ function parse(args: string[]) {
       rounds: integer('rounds', values.rounds ?? '5', 1, 100),
       threads: integer('threads', values.threads ?? `${cpus.length}`, 1, cpus.length),
       maxOthers: integer('max-others', values['max-others'] ?? '6', 0, 100),
+      formats: {
+        adapterQuantization: choice('adapter-quantization', values['adapter-quantization'] ?? 'keep', [
+          'keep',
+          'int8',
+        ]),
+        kvType: choice('kv-cache-dtype', values['kv-cache-dtype'] ?? 'auto', ['auto', 'int8']),
+      },
       json: values.json,
       add: values.add ?? false,
       show: values.show,
@@ -166,13 +184,14 @@ function choices<T extends string>(
   known: readonly T[],
   fallback: readonly T[],
 ): T[] {
-  if (given === undefined) return [...fallback];
-  return given.split(',').map((one) => {
-    const choice = known.find((name) => name === one);
-    if (choice === undefined)
-      throw new RangeError(`--${flag}: expected some of ${known.join(',')}, got ${one}`);
-    return choice;
-  });
+  return given === undefined ? [...fallback] : given.split(',').map((one) => choice(flag, one, known));
+}
+
+function choice<const T extends string>(flag: string, given: string, known: readonly T[]): T {
+  const found = known.find((name) => name === given);
+  if (found === undefined)
+    throw new RangeError(`--${flag}: expected some of ${known.join(',')}, got ${given}`);
+  return found;
 }
 
 function integers(flag: string, given: string, min: number, max: number): number[] {

@@ -1,7 +1,7 @@
 /** Our native core without HTTP: decode and prefill as llama.cpp's bench programs measure theirs. */
 import type { PreparedModel } from '../../../engine/model/prepare.ts';
 import type { Runtime } from '../../../native/index.ts';
-import { loadAdapter, open, prepare } from '../../fixtures/models.ts';
+import { loadAdapter, type OpenOptions, open, prepare } from '../../fixtures/models.ts';
 import { pagesFor, stepBatch } from '../../fixtures/steps.ts';
 
 export interface DecodeWork {
@@ -31,12 +31,12 @@ export interface MotetRoom {
   adapterBytes: number;
 }
 
-export async function openMotet(path: string, room: MotetRoom, threads: number): Promise<MotetSteps> {
+export async function openMotet(path: string, room: MotetRoom, options: OpenOptions): Promise<MotetSteps> {
   const model = await prepare(path);
   const kvBytes = room.sequences * (room.tokens + 16) * kvBytesPerToken(model);
   const runtime = await open(model, {
     deviceMemoryBytes: 2 ** 26 + kvBytes + Math.ceil(1.1 * room.adapterBytes),
-    numThreads: threads,
+    ...options,
   });
   const pagesEach = Math.ceil(room.tokens / runtime.blockTokens);
   const parts = Array.from({ length: room.sequences }, (_, i) => ({
@@ -82,7 +82,14 @@ export async function openMotet(path: string, room: MotetRoom, threads: number):
         ),
       );
       const begin = performance.now();
-      for (const batch of batches) await runtime.step(batch);
+      // As the engine does: the next step is handed in while one runs.
+      let running = runtime.step(batches[0]!);
+      for (const next of batches.slice(1)) {
+        const waiting = runtime.step(next);
+        await running;
+        running = waiting;
+      }
+      await running;
       return (performance.now() - begin) / steps;
     },
     async prefillMs(numTokens, handle) {

@@ -283,7 +283,6 @@ async function writeBf16(
         await file.write(values);
       }
     }
-    await file.sync();
   } finally {
     await file.close();
   }

@@ -6,6 +6,7 @@ import { createServer } from 'node:net';
 import { basename, join } from 'node:path';
 import { cacheFolder } from '../../fixtures/models.ts';
 import { startProcess } from '../../fixtures/processes.ts';
+import type { Bench } from './bench.ts';
 import type { Completion } from './closed-loop.ts';
 import { type LlamaCpp, llamaProgram } from './llama-cpp.ts';
 import {
@@ -34,6 +35,7 @@ export interface ServerPlan {
   numAdapters: number;
   maxClients: number;
   threads: number;
+  formats: Bench['formats'];
 }
 
 const openAiBody = (model: string, prompt: number[], outputTokens: number): Completion => ({
@@ -55,7 +57,8 @@ export async function startMotet(plan: ServerPlan): Promise<PeerServer> {
   const folders = await adapterFolders(plan.shape, plan.adapters, plan.numAdapters);
   const server = await startProcess('engine', [
     ...['--model', await modelGguf(plan.shape, plan.kind), '--served-name', 'base', '--cache', cacheFolder],
-    ...['--port', '0', '--device-memory', '3GiB', '--threads', `${plan.threads}`, '--log-level', 'info'],
+    ...['--port', '0', '--device-memory', '3GiB', '--threads', `${plan.threads}`],
+    ...['--adapter-quantization', plan.formats.adapterQuantization, '--kv-cache-dtype', plan.formats.kvType],
     ...folders.flatMap((folder) => ['--adapter', `${basename(folder)}=${folder}`]),
   ]);
   return {

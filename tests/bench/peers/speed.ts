@@ -8,6 +8,8 @@ import {
   llamaBuilds,
   medianNote,
   megabytes,
+  openOptions,
+  ourName,
   ours,
   roofName,
 } from './bench.ts';
@@ -23,7 +25,6 @@ import { ratios, type Spread, shortNumber, spread } from './spread.ts';
 
 const decodeSteps = 64;
 const prefillTokens = 512;
-const mine = `${ours} q4_0_all`;
 const weightsFact = 'weights of ';
 
 export async function measureDecode(bench: Bench, shape: ShapeName): Promise<CaseRecord> {
@@ -91,8 +92,12 @@ async function openAll(bench: Bench, shape: ShapeName, room: { sequences: number
   const theirs: { name: string; build: LlamaCpp; model: string }[] = [];
   for (const kind of bench.peers.has('motet') ? ourKinds(shape, bench.kinds) : []) {
     bench.onProgress(`${shape}: prepare ${kind}`);
-    const steps = await openMotet(await modelGguf(shape, kind), { ...room, adapterBytes: 0 }, bench.threads);
-    opened.push({ name: `${ours} ${kind}`, steps });
+    const steps = await openMotet(
+      await modelGguf(shape, kind),
+      { ...room, adapterBytes: 0 },
+      openOptions(bench),
+    );
+    opened.push({ name: ourName(kind, bench.formats), steps });
   }
   const theirKinds: FileKind[] = shape === 'smollm2' ? [...bench.kinds, 'real'] : bench.kinds;
   for (const build of llamaBuilds(bench)) {
@@ -176,7 +181,7 @@ function speedRows(
 ): Table['rows'] {
   return bySetting(record).flatMap(([setting, series]) => {
     const roofs = series.find(({ name }) => name === roofName)?.figures ?? {};
-    const ourRates = series.find(({ name }) => name === mine)?.figures.tokensPerSecond;
+    const ourRates = series.find(({ name }) => name.startsWith(`${ours} q4_0_all`))?.figures.tokensPerSecond;
     const rows = series
       .filter(({ name }) => name !== roofName)
       .map(({ name, figures, othersShare, failure }): (string | Spread)[] => {

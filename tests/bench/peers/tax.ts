@@ -7,11 +7,12 @@ import {
   contextTokens,
   largeAdapter,
   medianNote,
+  openOptions,
   roofName,
   smallAdapter,
 } from './bench.ts';
 import { openMotet } from './motet-steps.ts';
-import { adapterFolders, modelGguf } from './peer-files.ts';
+import { type AdapterPlan, adapterFolders, modelGguf } from './peer-files.ts';
 import { bySetting, type CaseRecord, figuresOf, numRounds, type SettingSeries } from './record.ts';
 import { showPercent, type Table } from './report.ts';
 import { readGigabytesPerSecond } from './roofs.ts';
@@ -24,6 +25,7 @@ const silent = 'no adapter';
 const half = 'rank 16 on all linear, every second row';
 const decodeSteps = 64;
 const loadFact = 'load ms of ';
+const bytesFact = 'bytes of an adapter element';
 
 export async function measureTax(bench: Bench, shape: ShapeName): Promise<CaseRecord> {
   const most = Math.max(...bench.batches);
@@ -32,9 +34,9 @@ export async function measureTax(bench: Bench, shape: ShapeName): Promise<CaseRe
     tokens: contextTokens + decodeSteps,
     adapterBytes: most * Object.values(voices).reduce((sum, plan) => sum + adapterBytes(shape, plan), 0),
   };
-  const steps = await openMotet(await modelGguf(shape, 'q4_0_all'), room, bench.threads);
+  const steps = await openMotet(await modelGguf(shape, 'q4_0_all'), room, openOptions(bench));
   const series: SettingSeries[] = [];
-  const facts: CaseRecord['facts'] = {};
+  const facts: CaseRecord['facts'] = { [bytesFact]: bench.formats.adapterQuantization === 'int8' ? 1 : 2 };
   try {
     const handles: Record<string, number[]> = {};
     for (const [voice, plan] of Object.entries(voices)) {
@@ -65,9 +67,14 @@ export async function measureTax(bench: Bench, shape: ShapeName): Promise<CaseRe
         contestant(silent),
         ...Object.entries(handles).map(([voice, ofRow]) => contestant(voice, (row) => ofRow[row]!)),
         ...(batch > 1 ? [contestant(half, (row) => (row % 2 === 0 ? large[row]! : null))] : []),
-        ...Object.entries(voices).map(([voice, plan]) =>
-          reader(voice, batch * adapterBytes(shape, plan), bench),
-        ),
+        // As far from the caches as a step finds them: it reads all weights between two looks at an adapter.
+        {
+          name: roofName,
+          measure: async () => {
+            const bytes = steps.runtime.weightBytes + batch * adapterBytes(shape, largeAdapter);
+            return { gigabytesPerSecond: await readGigabytesPerSecond(bytes, bench.threads) };
+          },
+        },
       ];
       series.push(...(await compare(bench, `${shape}, tax`, `${batch}`, contestants)));
     }
@@ -78,6 +85,8 @@ export async function measureTax(bench: Bench, shape: ShapeName): Promise<CaseRe
 }
 
 export function showTax(record: CaseRecord): Table[] {
+  const elementBytes = record.facts[bytesFact] ?? 2;
+  const bytesOf = (plan: AdapterPlan) => (adapterBytes(record.shape, plan) / 2) * elementBytes;
   const rows = bySetting(record).flatMap(([setting, series]): Table['rows'] => {
     const base = figuresOf(series, silent, 'stepMs');
     if (base === undefined) return [[setting, 'failed']];
@@ -91,19 +100,18 @@ export function showTax(record: CaseRecord): Table[] {
       return [setting, voice, spread(times), tax, spread(added), spread(reading), ratios(added, reading)];
     };
     const batch = Number(setting);
-    const rows = Object.entries(voices).map(([voice, plan]) =>
-      row(voice, batch * adapterBytes(record.shape, plan)),
-    );
-    const halfRow = batch > 1 ? [row(half, (batch / 2) * adapterBytes(record.shape, largeAdapter))] : [];
+    const rows = Object.entries(voices).map(([voice, plan]) => row(voice, batch * bytesOf(plan)));
+    const halfRow = batch > 1 ? [row(half, (batch / 2) * bytesOf(largeAdapter))] : [];
     return [[setting, silent, spread(base)], ...rows, ...halfRow];
   });
-  const loads = Object.entries(record.facts).map(
-    ([name, ms]) => `${name.slice(loadFact.length)} ${shortNumber(ms)} ms`,
-  );
+  const loads = Object.entries(record.facts)
+    .filter(([name]) => name.startsWith(loadFact))
+    .map(([name, ms]) => `${name.slice(loadFact.length)} ${shortNumber(ms)} ms`);
   const note =
     `Each row decodes with an adapter of its own, after ${contextTokens} tokens. ${medianNote(numRounds(record))} Reading: the ` +
-    'time that the bytes of those adapters (bf16) take at the read bandwidth of an array as large as weights and adapters, measured in the same round. Loading an adapter from ' +
-    `the page cache, verified: ${loads.join(', ')}.`;
+    `time that the bytes of those adapters (${8 * elementBytes} bits an element) take at the read bandwidth of an array as large as ` +
+    'weights and adapters, measured in the same round. Loading an adapter from the page cache, verified: ' +
+    `${loads.join(', ')}.`;
   const columns = ['batch', 'adapters', 'step ms', 'tax', 'added ms', 'reading ms', 'added ÷ reading'];
   return [{ title: `LoRA tax, ${shapes[record.shape].title}`, note, columns, rows }];
 }

@@ -1,12 +1,12 @@
 import { expect, test } from 'vitest';
-import { show } from './cases.ts';
-import { StreamReader, summarize } from './closed-loop.ts';
-import { zipfPicks } from './growth.ts';
-import { othersShare, parseBusySeconds, parseProcess, treeSeconds } from './other-load.ts';
-import { addRounds, type CaseRecord } from './record.ts';
-import { bars, markdown } from './report.ts';
-import { runRounds } from './rounds.ts';
-import { percentile, ratios, shortNumber, showSpread, spread } from './spread.ts';
+import { show } from '../bench/peers/cases.ts';
+import { StreamReader, summarize } from '../bench/peers/closed-loop.ts';
+import { zipfPicks } from '../bench/peers/growth.ts';
+import { othersShare, parseBusySeconds, parseProcess, treeSeconds } from '../bench/peers/other-load.ts';
+import { addRounds, type CaseRecord } from '../bench/peers/record.ts';
+import { bars, markdown } from '../bench/peers/report.ts';
+import { runRounds } from '../bench/peers/rounds.ts';
+import { percentile, ratios, shortNumber, showSpread, spread } from '../bench/peers/spread.ts';
 
 test('a spread is the median with the lowest and the highest', () => {
   expect(spread([3, 1, 2])).toEqual({ median: 2, low: 1, high: 3, count: 3 });

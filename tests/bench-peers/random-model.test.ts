@@ -2,16 +2,13 @@ import { mkdtemp, open, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
-import { readAdapterFile } from '../../../engine/adapters/adapter-file.ts';
-import { readBaseModel } from '../../../engine/model/base-model.ts';
-import { prepareModel } from '../../../engine/model/prepare.ts';
-import { readSafetensors } from '../../../engine/model/safetensors.ts';
-import { openTextModel } from '../../../engine/model/text-model.ts';
-import { readGguf } from '../../../native/index.ts';
-import { open as openRuntime } from '../../fixtures/models.ts';
-import { sequenceLogits } from '../../fixtures/steps.ts';
-import { writeRandomAdapter } from '../random-adapter.ts';
-import { ggmlTypes, tensorBytes, writeGguf } from './gguf-file.ts';
+import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
+import { readBaseModel } from '../../engine/model/base-model.ts';
+import { prepareModel } from '../../engine/model/prepare.ts';
+import { readSafetensors } from '../../engine/model/safetensors.ts';
+import { openTextModel } from '../../engine/model/text-model.ts';
+import { readGguf } from '../../native/index.ts';
+import { ggmlTypes, tensorBytes, writeGguf } from '../bench/peers/gguf-file.ts';
 import {
   bf16ToF16,
   firstWordId,
@@ -20,8 +17,18 @@ import {
   writeAdapterGguf,
   writeRandomFolder,
   writeRandomGguf,
-} from './random-model.ts';
-import { adapterElements, linears, matrixType, quantizations, type Shape, shapes } from './shapes.ts';
+} from '../bench/peers/random-model.ts';
+import {
+  adapterElements,
+  linears,
+  matrixType,
+  quantizations,
+  type Shape,
+  shapes,
+} from '../bench/peers/shapes.ts';
+import { writeRandomAdapter } from '../bench/random-adapter.ts';
+import { open as openRuntime } from '../fixtures/models.ts';
+import { sequenceLogits } from '../fixtures/steps.ts';
 
 const tiny: Shape = {
   title: 'tiny',
