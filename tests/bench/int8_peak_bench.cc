@@ -2,9 +2,10 @@
 //
 //   int8_peak_bench [threads] [runs]      default: one thread per usable CPU, 5 runs
 //
-// Independent accumulators, operands in registers. One multiply and one add are two operations. Prints one JSON object,
-// in 10^9 operations a second, best of the runs; null where the CPU lacks the instruction:
-//   {"threads", "vnni512": vpdpbusd on 64 bytes, "vnni256": vpdpbusd on 32, "amx": tdpbusd on tiles of 16 × 64}
+// Independent accumulators, operands in registers. One multiply and one add are two operations. Prints one
+// JSON object, in 10^9 operations a second, best of the runs; null where the CPU lacks the instruction:
+//   {"threads", "vnni512": vpdpbusd on 64 bytes, "vnni256": vpdpbusd on 32, "amx": tdpbusd on tiles of 16 ×
+//   64}
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -24,22 +25,24 @@ namespace {
 #if defined(__x86_64__)
 
 #define MOTET_SIXTEEN(I) I(0) I(1) I(2) I(3) I(4) I(5) I(6) I(7) I(8) I(9) I(10) I(11) I(12) I(13) I(14) I(15)
-#define MOTET_CLOBBERS                                                                                        \
+#define MOTET_CLOBBERS                                                                                       \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", \
       "xmm13", "xmm14", "xmm15"
 
 // Assembly, because compilers put moves between the intrinsics of such a loop, which halves the rate.
 #define MOTET_DOT512(n) "vpdpbusd %%zmm16, %%zmm17, %%zmm" #n "\n\t"
 __attribute__((target("avx512f,avx512vnni"))) void dots_512(int64_t turns) {
-  for (int64_t i = 0; i < turns; ++i) asm volatile(MOTET_SIXTEEN(MOTET_DOT512)::: MOTET_CLOBBERS, "xmm16", "xmm17");
+  for (int64_t i = 0; i < turns; ++i)
+    asm volatile(MOTET_SIXTEEN(MOTET_DOT512)::: MOTET_CLOBBERS, "xmm16", "xmm17");
 }
 
 #define MOTET_DOT256(n) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #n "\n\t"
 __attribute__((target("avxvnni"))) void dots_256(int64_t turns) {
   for (int64_t i = 0; i < turns; ++i)
-    asm volatile(MOTET_DOT256(0) MOTET_DOT256(1) MOTET_DOT256(2) MOTET_DOT256(3) MOTET_DOT256(4) MOTET_DOT256(5)
-                     MOTET_DOT256(6) MOTET_DOT256(7) MOTET_DOT256(8) MOTET_DOT256(9) MOTET_DOT256(10)
-                         MOTET_DOT256(11)::: MOTET_CLOBBERS);
+    asm volatile(MOTET_DOT256(0) MOTET_DOT256(1) MOTET_DOT256(2) MOTET_DOT256(3) MOTET_DOT256(4)
+                     MOTET_DOT256(5) MOTET_DOT256(6) MOTET_DOT256(7) MOTET_DOT256(8) MOTET_DOT256(9)
+                         MOTET_DOT256(10) MOTET_DOT256(11)::
+                             : MOTET_CLOBBERS);
 }
 
 struct alignas(64) TileConfig {

@@ -2,11 +2,12 @@
 //
 //   read_bandwidth_bench [MiB] [threads] [runs]      default: 2048 MiB, one thread per usable CPU, 5 runs
 //
-// Reads an array of that size again and again, each thread its own share, in several patterns: 1 to 8 streams, with
-// and without prefetch, on huge pages where the kernel grants them. The fastest pattern is the roof. The size matters:
-// a model that fits into the last-level cache has that cache's roof, so ask with the bytes that a step reads.
-// Prints one JSON object: {"threads", "bytes", "gigabytesPerSecond": best run of the best pattern, "median": the
-// median of that pattern's runs, "streams", "prefetchBytes", "smallPages": the best on pages of 4 KiB}.
+// Reads an array of that size again and again, each thread its own share, in several patterns: 1 to 8
+// streams, with and without prefetch, on huge pages where the kernel grants them. The fastest pattern is the
+// roof. The size matters: a model that fits into the last-level cache has that cache's roof, so ask with the
+// bytes that a step reads. Prints one JSON object: {"threads", "bytes", "gigabytesPerSecond": best run of the
+// best pattern, "median": the median of that pattern's runs, "streams", "prefetchBytes", "smallPages": the
+// best on pages of 4 KiB}.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -32,26 +33,27 @@ constexpr size_t kSlackBytes = 1 << 16;  // prefetches past the end stay inside 
 #else
 #define MOTET_READ_CLONES
 #endif
-#define MOTET_READ(kStreams)                                                                                  \
-  MOTET_READ_CLONES uint64_t read_##kStreams(const uint8_t* begin, size_t num_bytes, size_t prefetch_bytes) { \
-    const size_t stream_bytes = num_bytes / kStreams / (2 * kLineBytes) * (2 * kLineBytes);                   \
-    Line sum[kStreams][2] = {};                                                                               \
-    for (size_t i = 0; i < stream_bytes; i += 2 * kLineBytes) {                                               \
-      for (int s = 0; s < kStreams; ++s) {                                                                    \
-        const uint8_t* p = begin + s * stream_bytes + i;                                                      \
-        if (prefetch_bytes > 0) {                                                                             \
-          __builtin_prefetch(p + prefetch_bytes);                                                             \
-          __builtin_prefetch(p + prefetch_bytes + kLineBytes);                                                \
-        }                                                                                                     \
-        sum[s][0] += reinterpret_cast<const Line*>(p)[0];                                                     \
-        sum[s][1] += reinterpret_cast<const Line*>(p)[1];                                                     \
-      }                                                                                                       \
-    }                                                                                                         \
-    Line all = {};                                                                                            \
-    for (int s = 0; s < kStreams; ++s) all += sum[s][0] + sum[s][1];                                          \
-    uint64_t total = 0;                                                                                       \
-    for (int i = 0; i < 8; ++i) total += all[i];                                                              \
-    return total;                                                                                             \
+#define MOTET_READ(kStreams)                                                                \
+  MOTET_READ_CLONES uint64_t read_##kStreams(const uint8_t* begin, size_t num_bytes,        \
+                                             size_t prefetch_bytes) {                       \
+    const size_t stream_bytes = num_bytes / kStreams / (2 * kLineBytes) * (2 * kLineBytes); \
+    Line sum[kStreams][2] = {};                                                             \
+    for (size_t i = 0; i < stream_bytes; i += 2 * kLineBytes) {                             \
+      for (int s = 0; s < kStreams; ++s) {                                                  \
+        const uint8_t* p = begin + s * stream_bytes + i;                                    \
+        if (prefetch_bytes > 0) {                                                           \
+          __builtin_prefetch(p + prefetch_bytes);                                           \
+          __builtin_prefetch(p + prefetch_bytes + kLineBytes);                              \
+        }                                                                                   \
+        sum[s][0] += reinterpret_cast<const Line*>(p)[0];                                   \
+        sum[s][1] += reinterpret_cast<const Line*>(p)[1];                                   \
+      }                                                                                     \
+    }                                                                                       \
+    Line all = {};                                                                          \
+    for (int s = 0; s < kStreams; ++s) all += sum[s][0] + sum[s][1];                        \
+    uint64_t total = 0;                                                                     \
+    for (int i = 0; i < 8; ++i) total += all[i];                                            \
+    return total;                                                                           \
   }
 MOTET_READ(1)
 MOTET_READ(2)
@@ -96,7 +98,8 @@ Rate measure(motet::ThreadPool& pool, const uint8_t* data, size_t num_bytes, int
 }
 
 uint8_t* map(size_t num_bytes, int advice) {
-  void* const address = mmap(nullptr, num_bytes + kSlackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const address =
+      mmap(nullptr, num_bytes + kSlackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (address == MAP_FAILED) {
     std::fprintf(stderr, "read_bandwidth_bench: expected %zu bytes of memory, got none\n", num_bytes);
     std::exit(1);
@@ -125,6 +128,6 @@ int main(int argc, char** argv) {
   std::printf(
       "{\"threads\": %d, \"bytes\": %zu, \"gigabytesPerSecond\": %.1f, \"median\": %.1f, \"streams\": %d, "
       "\"prefetchBytes\": %zu, \"smallPages\": %.1f, \"check\": %llu}\n",
-      threads, num_bytes, best.best, best.median, best.pattern.streams, best.pattern.prefetch_bytes, small.best,
-      static_cast<unsigned long long>(check & 1));
+      threads, num_bytes, best.best, best.median, best.pattern.streams, best.pattern.prefetch_bytes,
+      small.best, static_cast<unsigned long long>(check & 1));
 }
