@@ -3,8 +3,14 @@ import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { ModelDims } from '../../native/index.ts';
 
+/** What an adapter's shapes depend on. */
+export type AdapterDims = Pick<
+  ModelDims,
+  'numLayers' | 'hiddenSize' | 'intermediateSize' | 'numHeads' | 'numKvHeads' | 'headDim'
+>;
+
 const shapes = (
-  dims: ModelDims,
+  dims: AdapterDims,
 ): Record<string, [parent: string, outFeatures: number, inFeatures: number]> => {
   const { hiddenSize: hidden, intermediateSize: inter } = dims;
   const q = dims.numHeads * dims.headDim;
@@ -25,7 +31,7 @@ export const allLinear = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', '
 /** @param seed also says which adapter: another seed, another digest */
 export async function writeRandomAdapter(
   folder: string,
-  dims: ModelDims,
+  dims: AdapterDims,
   rank: number,
   targets: string[],
   seed: number,
@@ -58,6 +64,13 @@ export async function writeRandomAdapter(
   length.writeBigUInt64LE(BigInt(json.length));
   await mkdir(folder, { recursive: true });
   await writeFile(join(folder, 'adapter_model.safetensors'), Buffer.concat([length, json, ...parts]));
-  const config = { peft_type: 'LORA', r: rank, lora_alpha: rank, target_modules: targets, bias: 'none' };
+  const config = {
+    peft_type: 'LORA',
+    task_type: 'CAUSAL_LM',
+    r: rank,
+    lora_alpha: rank,
+    target_modules: targets,
+    bias: 'none',
+  };
   await writeFile(join(folder, 'adapter_config.json'), JSON.stringify(config));
 }
