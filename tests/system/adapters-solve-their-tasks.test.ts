@@ -138,7 +138,9 @@ test('rounded to int8, every adapter solves its task to one item in 25', async (
     [engine, rounded].map(({ url }) => getJson<AdapterList>(`${url}/v1/adapters`)),
   );
   expect(halved!.arena.adapterBytes).toBeLessThan(kept!.arena.adapterBytes);
-  expect(halved!.data.map(({ digest }) => digest).sort()).toEqual(kept!.data.map(({ digest }) => digest).sort());
+  expect(halved!.data.map(({ digest }) => digest).sort()).toEqual(
+    kept!.data.map(({ digest }) => digest).sort(),
+  );
   expect(await rounded.stop()).toBe(0);
 }, 120_000);
 
