@@ -368,6 +368,9 @@ std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& pat
     module.rank = spec.rank;
     module.scaling = spec.scaling;
     module.format = format;
+    for (const uint64_t part : {static_cast<uint64_t>(spec.layer + 1), static_cast<uint64_t>(spec.target), static_cast<uint64_t>(spec.rank),
+                                static_cast<uint64_t>(format)})
+      adapter->shape = (adapter->shape ^ part) * 0x100000001b3;  // FNV-1a
     module.a_rows = copy(places.a_rows, static_cast<const void*>(pieces.a_rows.data()), pieces.a_row_bytes);
     module.b_tiles = copy(places.b_tiles, static_cast<const void*>(pieces.b_tiles.data()), pieces.b_tile_bytes);
     if (!gains.empty()) module.gain_tiles = copy(places.gain_tiles, gains.data(), kLoraTileColumns * sizeof(float));

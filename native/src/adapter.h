@@ -34,6 +34,7 @@ class Model;
 struct Adapter {
   std::vector<LoraModule> modules;  // [numLayers, kNumLayerTargets], then lm_head
   std::vector<std::shared_ptr<const void>> tables;  // owns the modules' tables of pointers
+  uint64_t shape = 0;  // the same for adapters whose modules have the same ranks and formats
   const LoraModule& module(int layer, Target target) const {
     return target == Target::kLmHead ? modules.back() : modules[layer * kNumLayerTargets + static_cast<int>(target)];
   }

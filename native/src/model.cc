@@ -200,6 +200,7 @@ void plan_lora(LoraPlan& plan, const Batch& batch, const std::vector<const Adapt
   }
   std::sort(plan.runs.begin(), plan.runs.end(), [](const LoraPlan::Run& a, const LoraPlan::Run& b) {
     if (a.wave != b.wave) return a.wave < b.wave;
+    if (a.adapter->shape != b.adapter->shape) return a.adapter->shape < b.adapter->shape;  // those are read side by side
     if (a.adapter != b.adapter) return std::less<>()(a.adapter, b.adapter);
     return a.row_begin < b.row_begin;
   });
