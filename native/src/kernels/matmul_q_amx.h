@@ -118,18 +118,50 @@ struct Amx {
     }
   }
 
-  // Adds the groups to the sums of one block of rows for one tile of weights: kNum rows, or, when that is 0, num_rows.
+  // One block of rows, one tile of weights, the groups of a chunk.
+  struct Block {
+    const QuantizedRows& x;
+    const uint8_t* unpacked;
+    const int32_t* wide;  // of each group: not 0 when a row has a high part
+    int64_t first;        // place of the first row's first group
+    int rows;
+
+    template <int kSet>
+    MOTET_INLINE void multiply(int64_t g, int32_t* products) const {
+      const uint8_t* const w = unpacked + g * U::kBytes;
+      const int64_t at = first + g * rows;
+      start<kSet>(x.q + at * 2 * kActivationGroup, w);
+      finish<kSet>(products);
+      if (__builtin_expect(wide[g] != 0, 0)) add_highs(products, x, at, rows, w);
+    }
+
+    // kNum rows in acc, or `rows` of them in kept when kNum is 0.
+    template <int kNum>
+    MOTET_INLINE void add(int64_t g, const int32_t* products, f32x16 (&acc)[kNum == 0 ? 1 : kNum],
+                          float (*kept)[kTileColumns]) const {
+      const uint8_t* const w = unpacked + g * U::kBytes;
+      const float* const scales = x.scale + first + g * rows;
+      const float* const offsets = x.offsets + first + g * rows;
+      const f32x16 scale = load(reinterpret_cast<const float*>(w + U::kScaleAt));
+      const f32x16 min = kInfo.has_min ? load(reinterpret_cast<const float*>(w + U::kMinAt)) : f32_zero();
+#pragma GCC unroll 16
+      for (int r = 0; r < kNum; ++r)
+        acc[r] = add_group(acc[r], products + r * kTileColumns, scale, min, scales[r], offsets[r]);
+      for (int r = 0; kNum == 0 && r < rows; ++r)
+        store(kept[r], add_group(load(kept[r]), products + r * kTileColumns, scale, min, scales[r], offsets[r]));
+    }
+  };
+
+  // Adds the groups to the sums of one block of rows for one tile of weights. A group is multiplied while the one before it
+  // is added.
   template <int kNum>
-  static void block(const Many& m, int t, int64_t row, int num_rows, const int32_t* wide) {
-    const QuantizedRows& x = *m.x;
-    const int64_t first = x.at(row, m.g_begin), n = m.num_groups;
-    const int rows = kNum == 0 ? num_rows : kNum;
-    const uint8_t* const unpacked = m.unpacked[t];
+  static void block(const Many& m, int t, int64_t row, int rows, const int32_t* wide) {
+    const Block b{*m.x, m.unpacked[t], wide, m.x->at(row, m.g_begin), kNum == 0 ? rows : kNum};
+    const int64_t n = m.num_groups;
     float* const sums = m.sums + (row - m.first_row) * kSumStride + t * kTileColumns;
     float* const out = m.is_last ? m.y + row * m.ldy + t * kTileColumns : sums;
     const int64_t out_stride = m.is_last ? m.ldy : kSumStride;
-    // Two groups are multiplied while the two before are added.
-    alignas(64) int32_t products[2][2][2 * kBlockBytes / 4];
+    alignas(64) int32_t products[2][2 * kBlockBytes / 4];
     alignas(64) float kept[kNum == 0 ? kRows : 1][kTileColumns];
     f32x16 acc[kNum == 0 ? 1 : kNum];
 #pragma GCC unroll 16
@@ -137,30 +169,13 @@ struct Amx {
     for (int r = 0; kNum == 0 && r < rows; ++r)
       store(kept[r], m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride));
 
-    for (int64_t g = 0; g < n + 2; g += 2) {
-      const int64_t pair = g / 2 % 2;
-      if (g < n) {
-        start<0>(x.q + (first + g * rows) * 2 * kActivationGroup, unpacked + g * U::kBytes);
-        if (g + 1 < n)
-          start<1>(x.q + (first + (g + 1) * rows) * 2 * kActivationGroup, unpacked + (g + 1) * U::kBytes);
-        finish<0>(products[pair][0]);
-        if (g + 1 < n) finish<1>(products[pair][1]);
-      }
-      if (g == 0) continue;
-      for (int64_t done = g - 2; done < g && done < n; ++done) {
-        int32_t* const from = products[1 - pair][done % 2];
-        const uint8_t* const w = unpacked + done * U::kBytes;
-        const int64_t at = first + done * rows;
-        if (__builtin_expect(wide[done] != 0, 0)) add_highs(from, x, at, rows, w);
-        const f32x16 scale = load(reinterpret_cast<const float*>(w + U::kScaleAt));
-        const f32x16 min = kInfo.has_min ? load(reinterpret_cast<const float*>(w + U::kMinAt)) : f32_zero();
-#pragma GCC unroll 16
-        for (int r = 0; r < kNum; ++r)
-          acc[r] = add_group(acc[r], from + r * kTileColumns, scale, min, x.scale[at + r], x.offsets[at + r]);
-        for (int r = 0; kNum == 0 && r < rows; ++r)
-          store(kept[r], add_group(load(kept[r]), from + r * kTileColumns, scale, min, x.scale[at + r],
-                                   x.offsets[at + r]));
-      }
+    b.template multiply<0>(0, products[0]);
+    for (int64_t g = 0; g < n; g += 2) {
+      if (g + 1 < n) b.template multiply<1>(g + 1, products[1]);
+      b.template add<kNum>(g, products[0], acc, kept);
+      if (g + 1 == n) break;
+      if (g + 2 < n) b.template multiply<0>(g + 2, products[0]);
+      b.template add<kNum>(g + 1, products[1], acc, kept);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kNum; ++r) store(out + r * out_stride, acc[r]);
