@@ -96,7 +96,7 @@ test('starts an engine and a gateway with random adapters, loads them, and leave
   expect(started.startedHere).toMatchObject({ arenaBytes: 7 << 20, adapterBytes: 3 << 20 });
   expect(summary).toMatchObject({ numDone: 20, promptTokens: 20 * 24, outputTokens: 20 * 4 });
   expect(started.adapters).toHaveLength(12);
-  expect(client.isa).toMatch(/^(scalar|avx2|avx512)$/);
+  expect(client.isa).toMatch(/^(scalar|avx2|avxvnni|avx512|amx)$/);
   await expect(fetch(started.url)).rejects.toThrow();
   expect(readdirSync(env.TMPDIR)).toEqual([]);
 });
