@@ -197,6 +197,25 @@ export interface StepBatch {
   wantLogits: boolean;
 }
 
+/**
+ * Parts of a step: a projection is counted with its quantising, adapters and biases; `norm` with the residual sums; `plan`
+ * is what a step prepares before its first operation. See src/step_clock.h.
+ */
+export type StepPart =
+  | 'plan'
+  | 'embed'
+  | 'norm'
+  | 'qkv'
+  | 'rope'
+  | 'kv_write'
+  | 'attention'
+  | 'out'
+  | 'gate_up'
+  | 'activation'
+  | 'down'
+  | 'head'
+  | 'sample';
+
 /** Arrays but `logits` are the runtime's: the second step after this one writes them again. */
 export interface StepResult {
   /** [numSamples] */
@@ -233,6 +252,8 @@ export interface Runtime {
   loadAdapter(path: string, modules: AdapterModule[], pages: Int32Array): Promise<number>;
   /** Forgets a handle. Refused while a step that uses it runs or waits; afterwards its pages may be reused. */
   releaseAdapter(handle: number): void;
+  /** Milliseconds that steps spent in each part of the forward pass since the runtime was opened. */
+  stepParts(): Record<StepPart, number>;
   /** Unmaps and frees everything; later calls fail with code `closed`. Waits for no one: call it when no step runs. */
   close(): void;
 }

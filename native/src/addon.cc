@@ -162,7 +162,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     return DefineClass(env, "Runtime",
                        {InstanceMethod<&RuntimeObject::step>("step"), InstanceMethod<&RuntimeObject::pages>("adapterPages"),
                         InstanceMethod<&RuntimeObject::load>("loadAdapter"), InstanceMethod<&RuntimeObject::release>("releaseAdapter"),
-                        InstanceMethod<&RuntimeObject::close>("close")});
+                        InstanceMethod<&RuntimeObject::step_parts>("stepParts"), InstanceMethod<&RuntimeObject::close>("close")});
   }
   explicit RuntimeObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RuntimeObject>(info) {
     if (info.Length() != 1 || !info[0].IsExternal()) throw Napi::TypeError::New(info.Env(), "Runtime: use openRuntime");
@@ -237,6 +237,14 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     if (it->second.use_count() > 1) throw Napi::Error::New(info.Env(), "handle: expected one that no running step uses, nor one that waits");
     adapters_.erase(it);
     return info.Env().Undefined();
+  }
+
+  Napi::Value step_parts(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    auto parts = Napi::Object::New(info.Env());
+    for (size_t i = 0; i < kStepPartNames.size(); ++i)
+      parts.Set(kStepPartNames[i], static_cast<double>(model_->clock().nanoseconds(static_cast<StepPart>(i))) / 1e6);
+    return parts;
   }
 
   Napi::Value close(const Napi::CallbackInfo& info) {

@@ -216,6 +216,7 @@ void plan_lora(LoraPlan& plan, const Batch& batch, const std::vector<const Adapt
 }  // namespace
 
 void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output) {
+  clock_.start();
   check(batch);
   const int num_tokens = batch.num_tokens();
   const size_t rows = static_cast<size_t>(num_tokens);
@@ -244,7 +245,9 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
   }
 
   device_->begin(batch);
+  clock_.lap(StepPart::kPlan);
   device_->embed(act_.x, embedding_, batch.token_ids, dims_.embedding_scale);
+  clock_.lap(StepPart::kEmbed);
   for (int l = 0; l < dims_.num_layers; ++l) run_layer(l, batch);
   sample(batch, adapters, output);
   device_->synchronize();
@@ -263,32 +266,44 @@ void Model::run_layer(int l, const Batch& batch) {
   const KvLayer kv{device_->arena(), page_bytes_, 2 * l * kv_bytes, (2 * l + 1) * kv_bytes, kv_type_, dims_.num_kv_heads, head_dim};
 
   device_->rmsnorm(h, ldh, x, ldh, layer.attention_norm, rows, hidden, dims_.norm_eps);
+  clock_.lap(StepPart::kNorm);
   const Projection qkv[] = {projection(Target::kQ, q, ldq), projection(Target::kK, k, ldkv), projection(Target::kV, v, ldkv)};
   device_->project(qkv, h, ldh, rows, l, lora_);
+  clock_.lap(StepPart::kQkv);
   // Heads of a row are adjacent, so a norm per head is a norm over rows · heads short rows.
   auto norm_heads = [&](float* y, int64_t ld, int num_heads, const float* weight) {
     for (int i = 0; i < num_heads; ++i) device_->rmsnorm(y + i * head_dim, ld, y + i * head_dim, ld, weight, rows, head_dim, dims_.norm_eps);
   };
   if (layer.q_norm) norm_heads(q, ldq, dims_.num_heads, layer.q_norm);
   if (layer.k_norm) norm_heads(k, ldkv, dims_.num_kv_heads, layer.k_norm);
+  clock_.lap(StepPart::kNorm);
   const RopeAngles& angles = angles_[dims_.rope_table_index[l]];
   device_->rope(q, ldq, dims_.num_heads, head_dim, rows, angles);
   device_->rope(k, ldkv, dims_.num_kv_heads, head_dim, rows, angles);
+  clock_.lap(StepPart::kRope);
   device_->store_kv(kv, batch, k, ldkv, v, ldkv);
+  clock_.lap(StepPart::kKvWrite);
   device_->attention(kv, batch, q, ldq, attn, ldq, dims_.num_heads, dims_.sliding_windows[l], dims_.attention_scale);
+  clock_.lap(StepPart::kAttention);
   const Projection out[] = {projection(Target::kO, o, ldh)};
   device_->project(out, attn, ldq, rows, l, lora_);
+  clock_.lap(StepPart::kOut);
   if (layer.post_attention_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_attention_norm, rows, hidden, dims_.norm_eps);
   device_->add(x, o, int64_t{rows} * ldh);
 
   device_->rmsnorm(h, ldh, x, ldh, layer.mlp_norm, rows, hidden, dims_.norm_eps);
+  clock_.lap(StepPart::kNorm);
   const Projection gate_up[] = {projection(Target::kGate, gate, ldi), projection(Target::kUp, up, ldi)};
   device_->project(gate_up, h, ldh, rows, l, lora_);
+  clock_.lap(StepPart::kGateUp);
   device_->activate(gate, up, ldi, rows, dims_.intermediate_size, dims_.gelu);
+  clock_.lap(StepPart::kActivation);
   const Projection down[] = {projection(Target::kDown, o, ldh)};
   device_->project(down, gate, ldi, rows, l, lora_);
+  clock_.lap(StepPart::kDown);
   if (layer.post_mlp_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_mlp_norm, rows, hidden, dims_.norm_eps);
   device_->add(x, o, int64_t{rows} * ldh);
+  clock_.lap(StepPart::kNorm);
 }
 
 // The head only for rows that sample, a bounded number at a time.
@@ -314,12 +329,15 @@ void Model::sample(const Batch& batch, const std::vector<const Adapter*>& adapte
       return std::pair(at(batch.sequence_starts[s]), at(batch.sequence_starts[s + 1]));
     });
     const Projection head[] = {{Target::kLmHead, &lm_head_, nullptr, logits, ldl}};
+    clock_.lap(StepPart::kNorm);
     device_->project(head, act_.h, ldh, n, -1, head_lora_);
+    clock_.lap(StepPart::kHead);
     if (batch.want_logits) {
       device_->synchronize();
       for (int i = 0; i < n; ++i) std::memcpy(output.logits.data() + static_cast<size_t>(first + i) * vocab, logits + i * ldl, size_t{4} * vocab);
     }
     device_->sample(logits, ldl, vocab, batch, first, n, max_top, output);
+    clock_.lap(StepPart::kSample);
   }
 }
 

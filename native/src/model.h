@@ -10,6 +10,7 @@
 #include "adapter.h"
 #include "batch.h"
 #include "device.h"
+#include "step_clock.h"
 #include "weights.h"
 
 namespace motet {
@@ -63,6 +64,7 @@ class Model {
   // Adapters are quantised to int8 when they are loaded; else they stay as their files have them.
   bool has_int8_adapters() const { return has_int8_adapters_; }
   size_t weight_bytes() const { return map_bytes_; }
+  const StepClock& clock() const { return clock_; }
 
  private:
   void map(const std::string& packed_path);
@@ -87,6 +89,7 @@ class Model {
   std::vector<Buffer> buffers_;
   struct Activations { float *x, *h, *q, *k, *v, *attn, *gate, *up, *o; } act_{};
   std::vector<RopeAngles> angles_;
+  StepClock clock_;
   LoraPlan lora_, head_lora_;
 };
 

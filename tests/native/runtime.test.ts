@@ -275,6 +275,20 @@ describe('a runtime', () => {
   });
 });
 
+test('the parts of a step take the time that the step takes', async () => {
+  const runtime = await open(await prepare(join(goldensFolder, 'tiny/llama3')), { deviceMemoryBytes });
+  expect(Object.values(runtime.stepParts()).every((ms) => ms === 0)).toBe(true);
+  const batch = stepBatch([{ tokens: tokens.slice(0, 30), start: 0, count: 30, blocks: [0, 1] }]);
+  const { beganMs, endedMs } = await runtime.step(batch);
+  const parts = runtime.stepParts();
+  for (const part of ['qkv', 'attention', 'out', 'gate_up', 'down', 'head', 'sample'] as const)
+    expect(parts[part], part).toBeGreaterThan(0);
+  const sum = Object.values(parts).reduce((a, b) => a + b, 0);
+  expect(sum).toBeLessThanOrEqual(endedMs - beganMs);
+  runtime.close();
+  expect(() => runtime.stepParts()).toThrow(expect.objectContaining({ code: 'closed' }));
+});
+
 describe('a step that is given while the one before runs', () => {
   const folder = join(goldensFolder, 'tiny/llama3');
   let model: PreparedModel;
