@@ -1,4 +1,4 @@
-import { expect, test } from 'vitest';
+import { expect, test, vi } from 'vitest';
 import { show } from '../bench/peers/cases.ts';
 import { StreamReader, summarize } from '../bench/peers/closed-loop.ts';
 import { zipfPicks } from '../bench/peers/growth.ts';
@@ -62,7 +62,7 @@ function moments(...shares: number[]) {
   };
 }
 // One CPU's worth of shares would depend on the machine: 0 and 1000 do not.
-const quiet = { maxOthersShare: 0.5, maxTries: 2, pauseMs: 0 };
+const quiet = { maxOthersShare: 0.5, maxTries: 2, maxWaitMs: 0, watchMs: 1 };
 
 test('contestants take turns, and a warm-up does not count', async () => {
   const order: string[] = [];
@@ -101,6 +101,20 @@ test('a machine that stays busy ends the tries, and the share is told', async ()
     moment: moments(1, 1, 0),
   });
   expect(series).toMatchObject({ figures: { ms: [1] }, numRepeated: 1, othersShare: 1 });
+});
+
+test('a sample waits for a quiet machine, and no longer than it may', async () => {
+  let value = 0;
+  const measure = async () => ({ ms: ++value });
+  const run = async (...shares: number[]) => {
+    const moment = vi.fn(moments(...shares));
+    await runRounds([{ name: 'a', measure }], { ...quiet, maxWaitMs: 3, rounds: 1, moment });
+    return moment.mock.calls.length / 2;
+  };
+  // Watched until it is quiet, then the sample itself.
+  expect(await run(1, 1, 0, 0)).toBe(4);
+  expect(await run(1, 1, 1, 0)).toBe(4);
+  expect(await run(0, 0)).toBe(2);
 });
 
 test('one that fails is left out of the rounds that follow; the others go on', async () => {

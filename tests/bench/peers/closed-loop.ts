@@ -38,7 +38,8 @@ export async function runClosedLoop(
   completion: (prompt: number[], client: number) => Completion,
   load: Load,
 ): Promise<Figures> {
-  const agent = new Agent({ keepAlive: true, maxSockets: load.clients });
+  // A connection each time: llama-server closes them after some requests, and one that is about to be closed loses a request.
+  const agent = new Agent({ keepAlive: false, maxSockets: load.clients });
   const answers: Answer[] = [];
   const random = prompts(load);
   const begin = performance.now();

@@ -25,6 +25,7 @@ const usage = `npm run bench:peers -- [options]
   --adapter-quantization keep|int8   how we keep adapters; default: keep, bf16
   --kv-cache-dtype auto|int8         how we keep KV; default: auto, f16
   --max-others P     percent of the machine that others may take in a sample; above it is taken again; default: 6
+  --max-wait S       seconds to wait for a quiet machine before each try, 0 to 600; default: 20
   --json FILE        every sample, written after each case
   --add              keep what FILE has and add rounds to it: a long run in pieces
   --show FILE        print the tables of such a file and measure nothing
@@ -61,7 +62,13 @@ async function measure(): Promise<void> {
   };
   const bench: Bench = {
     ...options,
-    rounds: { rounds: options.rounds, maxOthersShare: options.maxOthers / 100, maxTries: 3 },
+    rounds: {
+      rounds: options.rounds,
+      maxOthersShare: options.maxOthers / 100,
+      maxTries: 3,
+      maxWaitMs: options.maxWait * 1000,
+      watchMs: 500,
+    },
     onProgress: showProgress,
     skip: tellOnce(),
   };
@@ -132,6 +139,7 @@ function parse(args: string[]) {
     ...{
       threads: text,
       'max-others': text,
+      'max-wait': text,
       'adapter-quantization': text,
       'kv-cache-dtype': text,
       json: text,
@@ -160,6 +168,7 @@ function parse(args: string[]) {
       rounds: integer('rounds', values.rounds ?? '5', 1, 100),
       threads: integer('threads', values.threads ?? `${cpus.length}`, 1, cpus.length),
       maxOthers: integer('max-others', values['max-others'] ?? '6', 0, 100),
+      maxWait: integer('max-wait', values['max-wait'] ?? '20', 0, 600),
       formats: {
         adapterQuantization: choice('adapter-quantization', values['adapter-quantization'] ?? 'keep', [
           'keep',

@@ -1,7 +1,7 @@
 /**
  * Runs the peers of one case in turns: round 1 of each, round 2 of each, and so on, so that a slow moment of the machine
- * meets all of them. A sample during which others took too much of the machine is taken again, a bounded number of times;
- * the quietest try counts, and the share that others had is reported with the case.
+ * meets all of them. A sample waits, for a bounded time, until others leave the machine alone. One during which they took too
+ * much of it is taken again, a bounded number of times; the quietest try counts, and the share that others had is reported.
  */
 import { cpuMoment, othersShare } from './other-load.ts';
 
@@ -34,8 +34,10 @@ export interface RoundOptions {
   /** Most tries of one sample. */
   maxTries: number;
   onProgress?: (text: string) => void;
-  /** Between two tries of a disturbed sample. Default 2000. */
-  pauseMs?: number;
+  /** Longest wait for a quiet machine before a try. */
+  maxWaitMs: number;
+  /** How long the machine is watched to find it quiet. */
+  watchMs: number;
   /** Moments of CPU use; tests put their own here. */
   moment?: typeof cpuMoment;
 }
@@ -63,13 +65,11 @@ export async function runRounds(contestants: Contestant[], options: RoundOptions
 }
 
 async function takeSample({ measure }: Contestant, series: Series, options: RoundOptions): Promise<void> {
-  const { maxOthersShare, maxTries, pauseMs = 2000, moment = cpuMoment } = options;
+  const { maxOthersShare, maxTries, moment = cpuMoment } = options;
   let best: { figures: Figures; share: number } | null = null;
   for (let tries = 1; tries <= maxTries; tries++) {
-    if (tries > 1) {
-      series.numRepeated++;
-      await new Promise((resolve) => setTimeout(resolve, pauseMs));
-    }
+    if (tries > 1) series.numRepeated++;
+    await waitForQuiet(options);
     const before = moment();
     const figures = await measure();
     const share = othersShare(before, moment());
@@ -81,4 +81,17 @@ async function takeSample({ measure }: Contestant, series: Series, options: Roun
     series.figures[name].push(value);
   }
   series.othersShare = Math.max(series.othersShare, best!.share);
+}
+
+async function waitForQuiet({
+  maxOthersShare,
+  maxWaitMs,
+  watchMs,
+  moment = cpuMoment,
+}: RoundOptions): Promise<void> {
+  for (let waitedMs = 0; waitedMs < maxWaitMs; waitedMs += watchMs) {
+    const before = moment();
+    await new Promise((resolve) => setTimeout(resolve, watchMs));
+    if (othersShare(before, moment()) <= maxOthersShare) return;
+  }
 }
