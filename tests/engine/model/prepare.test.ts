@@ -290,10 +290,10 @@ describe('several processes', () => {
     await begun(timed);
     const begin = performance.now();
     await once(timed, 'exit');
-    const durationMs = performance.now() - begin;
+    let durationMs = performance.now() - begin;
 
     let numKilled = 0;
-    for (let round = 0; round < 20; round++) {
+    for (let round = 0; numKilled < 15 && round < 100; round++) {
       const process = child(folder, cacheFolder);
       await begun(process);
       await sleep((random.below(1000) / 1000) * durationMs);
@@ -303,6 +303,8 @@ describe('several processes', () => {
           ? await once(process, 'exit')
           : [0, process.signalCode];
       if (signal === 'SIGKILL') numKilled++;
+      // The timed one had a slow moment of the machine.
+      else durationMs *= 0.9;
       const files = (await packedFiles(cacheFolder)).filter((file) => file.endsWith('.motet'));
       // What stands under its name is whole. It is taken away so that the next round works again.
       for (const file of files) {
@@ -311,7 +313,7 @@ describe('several processes', () => {
         await unlink(join(cacheFolder, 'packed', file));
       }
     }
-    expect(numKilled).toBeGreaterThanOrEqual(10);
+    expect(numKilled).toBe(15);
     expect(await prepare()).toMatchObject({ isReused: false, dataSha256: expected.dataSha256 });
     expect(await packedFiles(cacheFolder)).toHaveLength(1);
   });
