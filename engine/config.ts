@@ -133,6 +133,7 @@ const settings = {
   ),
   device: oneOf(['cpu', 'nvidia'], 'what computes', 'cpu'),
   'device-memory': bytes('device arena for KV and adapters', [2 ** 20, 2 ** 46], 2 ** 30),
+  'host-memory': bytes('host arena, for what the device arena has no room for; 0: none', [0, 2 ** 46], 0),
   quantization: oneOf(['keep', 'int4', 'int8'], 'weights: as the file has them, or quantised', 'keep'),
   activations: oneOf(['int8', 'f32'], 'arithmetic: int8 is fast; f32 is for reference', 'int8'),
   'kv-cache-dtype': oneOf(
@@ -227,6 +228,7 @@ export interface Config {
   sourceCacheBytes: number;
   device: 'cpu' | 'nvidia';
   deviceMemoryBytes: number;
+  hostMemoryBytes: number;
   quantization: 'keep' | 'int4' | 'int8';
   activations: 'int8' | 'f32';
   kvCacheDtype: 'auto' | 'f16' | 'int8';
@@ -324,6 +326,7 @@ export function parseConfig(
     sourceCacheBytes: one('source-cache'),
     device: one('device'),
     deviceMemoryBytes: one('device-memory'),
+    hostMemoryBytes: one('host-memory'),
     quantization: one('quantization'),
     activations,
     kvCacheDtype,

@@ -89,6 +89,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     kvType: config.kvCacheDtype,
     adapterQuantization: config.adapterQuantization,
     deviceMemoryBytes: config.deviceMemoryBytes,
+    hostMemoryBytes: config.hostMemoryBytes,
     numThreads: config.numThreads,
   });
   const arena = new Arena(runtime.numPages, runtime.pageBytes);

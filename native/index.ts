@@ -123,6 +123,8 @@ export interface RuntimeOptions {
   /** 'keep': adapters stay as their files have them. 'int8': they are rounded to int8 when loaded, half the bytes of 16 bits. */
   adapterQuantization: 'keep' | 'int8';
   deviceMemoryBytes: number;
+  /** Of the host arena behind the device arena, in pages of the same size; 0: none. */
+  hostMemoryBytes: number;
   /** 0: one per core that this process may use. */
   numThreads: number;
 }
@@ -235,6 +237,8 @@ export interface Runtime {
   /** Page (= KV block of 16 positions, all layers) size and count of the device arena. */
   readonly pageBytes: number;
   readonly numPages: number;
+  /** Pages of the host arena. */
+  readonly numHostPages: number;
   readonly blockTokens: number;
   readonly numThreads: number;
   /** Bytes of the mapped weights. */
@@ -250,11 +254,29 @@ export interface Runtime {
    * @returns a handle for StepBatch.adapterHandles. The pages belong to it until `releaseAdapter`.
    */
   loadAdapter(path: string, modules: AdapterModule[], pages: Int32Array): Promise<number>;
+  /**
+   * A handle for an adapter whose bytes lie in these pages already: copied, page for page, from those that `loadAdapter`
+   * wrote. `modules` are the same ones. Reads no file.
+   */
+  attachAdapter(modules: AdapterModule[], pages: Int32Array): number;
   /** Forgets a handle. Refused while a step that uses it runs or waits; afterwards its pages may be reused. */
   releaseAdapter(handle: number): void;
+  /**
+   * Copies page from[i] of one arena to page to[i] of the other, on a thread of its own: steps go on, and copies are done in
+   * the order in which they were asked for. At most 256 may be under way. The pages of both sides are the caller's until it
+   * resolves: nobody else may read or write them.
+   * @returns how long the copying took, without the wait before it
+   */
+  copyPages(direction: 'toHost' | 'toDevice', from: Int32Array, to: Int32Array): Promise<{ seconds: number }>;
+  /** Writes zeros over pages that no step and no copy uses, before it returns: some tens of microseconds a page. */
+  clearPages(tier: 'device' | 'host', pages: Int32Array): void;
+  /** A copy of host pages, [pages × pageBytes], made before it returns: give it a few at a time. */
+  readHostPages(pages: Int32Array): Buffer;
+  /** Writes bytes [pages × pageBytes] to host pages that no copy uses, before it returns. */
+  writeHostPages(pages: Int32Array, bytes: Uint8Array): void;
   /** Milliseconds that steps spent in each part of the forward pass since the runtime was opened. */
   stepParts(): Record<StepPart, number>;
-  /** Unmaps and frees everything; later calls fail with code `closed`. Waits for no one: call it when no step runs. */
+  /** Unmaps and frees everything; later calls fail with code `closed`. Refused while a step or a copy runs: waits for no one. */
   close(): void;
 }
 
@@ -279,5 +301,5 @@ export const packedBytes = addon.packedBytes;
 export const sourceBytes = addon.sourceBytes;
 /** Reads one tensor, converts or quantises it, and writes it packed at its place in the output file. */
 export const packTensor = addon.packTensor;
-/** Maps a packed file, makes the device arena and the threads. */
+/** Maps a packed file, makes the arenas and the threads. */
 export const openRuntime = addon.openRuntime;

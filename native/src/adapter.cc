@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "model.h"
+#include "pages.h"
 
 namespace motet {
 namespace {
@@ -78,6 +79,8 @@ LoraFormat format_of(const Model& model, const AdapterModuleSpec& spec) {
   return LoraFormat::kF32;
 }
 
+int64_t num_lora_tiles(int64_t out_features) { return (out_features + kLoraTileColumns - 1) / kLoraTileColumns; }
+
 // Places all modules in the order in which a step reads them, so that it reads long streams: the A of modules that share
 // their input, then the B of each.
 std::vector<Places> place_modules(PagePacker& packer, const Model& model, const std::vector<AdapterModuleSpec>& specs) {
@@ -90,7 +93,7 @@ std::vector<Places> place_modules(PagePacker& packer, const Model& model, const 
     }
     for (size_t i = first; i < end; ++i) {
       const int64_t n = model.matrix(specs[i].layer, specs[i].target).out_features;
-      for (int64_t t = 0; t < (n + kLoraTileColumns - 1) / kLoraTileColumns; ++t) {
+      for (int64_t t = 0; t < num_lora_tiles(n); ++t) {
         places[i].b_tiles.push_back(packer.place(lora_b_tile_bytes(format_of(model, specs[i]), specs[i].rank)));
         if (specs[i].magnitude_offset >= 0) places[i].gain_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
         if (specs[i].bias_offset >= 0) places[i].bias_tiles.push_back(packer.place(kLoraTileColumns * sizeof(float)));
@@ -312,6 +315,42 @@ std::vector<float> dora_gains(const PackedMatrix& w, const AdapterModuleSpec& sp
   return gains;
 }
 
+// Finds every piece's place in the pages, and makes the adapter that looks there.
+std::shared_ptr<Adapter> lay_out(const Model& model, const std::vector<AdapterModuleSpec>& specs, const std::vector<int32_t>& pages,
+                                 std::vector<Places>& all_places) {
+  check_pages(pages, model.num_pages(), "pages");
+  auto adapter = std::make_shared<Adapter>();
+  adapter->modules.resize(static_cast<size_t>(model.dims().num_layers) * kNumLayerTargets + 1);
+  PagePacker packer(model.page_bytes(), &pages, model.device().arena());
+  for (const auto& spec : specs) check_spec(model, spec);
+  all_places = place_modules(packer, model, specs);
+  for (size_t index = 0; index < specs.size(); ++index) {
+    const AdapterModuleSpec& spec = specs[index];
+    const Places& places = all_places[index];
+    auto table = [&]<typename T>(const std::vector<uint8_t*>& places, const T*) -> const T* const* {
+      if (places.empty()) return nullptr;
+      const std::shared_ptr<const T*> table(new const T*[places.size()], std::default_delete<const T*[]>());
+      for (size_t i = 0; i < places.size(); ++i) table.get()[i] = reinterpret_cast<const T*>(places[i]);
+      adapter->tables.push_back(table);
+      return table.get();
+    };
+    LoraModule& module = spec.layer < 0 ? adapter->modules.back()
+                                        : adapter->modules[static_cast<size_t>(spec.layer) * kNumLayerTargets + static_cast<int>(spec.target)];
+    if (module.rank != 0) throw AdapterError("adapter module " + module_name(spec) + ": given twice");
+    module.rank = spec.rank;
+    module.scaling = spec.scaling;
+    module.format = format_of(model, spec);
+    for (const uint64_t part : {static_cast<uint64_t>(spec.layer + 1), static_cast<uint64_t>(spec.target), static_cast<uint64_t>(spec.rank),
+                                static_cast<uint64_t>(module.format)})
+      adapter->shape = (adapter->shape ^ part) * 0x100000001b3;  // FNV-1a
+    module.a_rows = table(places.a_rows, static_cast<const void*>(nullptr));
+    module.b_tiles = table(places.b_tiles, static_cast<const void*>(nullptr));
+    module.gain_tiles = table(places.gain_tiles, static_cast<const float*>(nullptr));
+    module.bias_tiles = table(places.bias_tiles, static_cast<const float*>(nullptr));
+  }
+  return adapter;
+}
+
 }  // namespace
 
 int64_t adapter_pages(const Model& model, const std::vector<AdapterModuleSpec>& specs) {
@@ -323,24 +362,17 @@ int64_t adapter_pages(const Model& model, const std::vector<AdapterModuleSpec>& 
 
 std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& path, const std::vector<AdapterModuleSpec>& specs,
                                       const std::vector<int32_t>& pages) {
-  std::vector<bool> seen(model.num_pages());
-  for (const int32_t page : pages) {
-    if (page < 0 || page >= model.num_pages() || seen[page]) throw AdapterError("pages: expected distinct ids below " + std::to_string(model.num_pages()));
-    seen[page] = true;
-  }
+  std::vector<Places> all_places;
+  auto adapter = lay_out(model, specs, pages, all_places);
   const File file(path);
-  auto adapter = std::make_shared<Adapter>();
-  adapter->modules.resize(static_cast<size_t>(model.dims().num_layers) * kNumLayerTargets + 1);
   Device& device = model.device();
-  PagePacker packer(model.page_bytes(), &pages, device.arena());
-  for (const auto& spec : specs) check_spec(model, spec);
-  const std::vector<Places> all_places = place_modules(packer, model, specs);
+  for (const int32_t page : pages) device.wait(device.clear_arena(device.arena() + static_cast<size_t>(page) * model.page_bytes(), model.page_bytes()));
   // Copies are waited for once per module: their sources live as long as the module's loop turn.
   for (size_t index = 0; index < specs.size(); ++index) {
     const AdapterModuleSpec& spec = specs[index];
     const Places& places = all_places[index];
     const PackedMatrix& w = model.matrix(spec.layer, spec.target);
-    const int64_t n = w.out_features, k = w.in_features, tiles = (n + kLoraTileColumns - 1) / kLoraTileColumns;
+    const int64_t n = w.out_features, k = w.in_features, tiles = num_lora_tiles(n);
     const auto a = read_elements(file, spec, "lora_A", spec.a_offset, static_cast<size_t>(spec.rank) * k, spec.type);
     const auto b = read_elements(file, spec, "lora_B", spec.b_offset, static_cast<size_t>(n) * spec.rank, spec.type);
     std::vector<float> gains, bias;
@@ -350,34 +382,23 @@ std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& pat
     gains.resize(gains.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
     bias.resize(bias.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
 
-    const LoraFormat format = format_of(model, spec);
-    const Pieces pieces = to_pieces(format, spec.type, a, b, k, n, spec.rank);
+    const Pieces pieces = to_pieces(format_of(model, spec), spec.type, a, b, k, n, spec.rank);
     Event last = 0;
-    auto copy = [&]<typename T>(const std::vector<uint8_t*>& targets, const T* source, size_t piece_bytes) -> const T* const* {
-      const std::shared_ptr<const T*> table(new const T*[targets.size()], std::default_delete<const T*[]>());
-      for (size_t i = 0; i < targets.size(); ++i) {
-        last = device.copy_to_arena(targets[i], reinterpret_cast<const uint8_t*>(source) + i * piece_bytes, piece_bytes);
-        table.get()[i] = reinterpret_cast<const T*>(targets[i]);
-      }
-      adapter->tables.push_back(table);
-      return table.get();
+    auto copy = [&](const std::vector<uint8_t*>& targets, const void* source, size_t piece_bytes) {
+      for (size_t i = 0; i < targets.size(); ++i) last = device.copy_to_arena(targets[i], static_cast<const uint8_t*>(source) + i * piece_bytes, piece_bytes);
     };
-    LoraModule& module = spec.layer < 0 ? adapter->modules.back()
-                                        : adapter->modules[static_cast<size_t>(spec.layer) * kNumLayerTargets + static_cast<int>(spec.target)];
-    if (module.rank != 0) throw AdapterError("adapter module " + module_name(spec) + ": given twice");
-    module.rank = spec.rank;
-    module.scaling = spec.scaling;
-    module.format = format;
-    for (const uint64_t part : {static_cast<uint64_t>(spec.layer + 1), static_cast<uint64_t>(spec.target), static_cast<uint64_t>(spec.rank),
-                                static_cast<uint64_t>(format)})
-      adapter->shape = (adapter->shape ^ part) * 0x100000001b3;  // FNV-1a
-    module.a_rows = copy(places.a_rows, static_cast<const void*>(pieces.a_rows.data()), pieces.a_row_bytes);
-    module.b_tiles = copy(places.b_tiles, static_cast<const void*>(pieces.b_tiles.data()), pieces.b_tile_bytes);
-    if (!gains.empty()) module.gain_tiles = copy(places.gain_tiles, gains.data(), kLoraTileColumns * sizeof(float));
-    if (!bias.empty()) module.bias_tiles = copy(places.bias_tiles, bias.data(), kLoraTileColumns * sizeof(float));
+    copy(places.a_rows, pieces.a_rows.data(), pieces.a_row_bytes);
+    copy(places.b_tiles, pieces.b_tiles.data(), pieces.b_tile_bytes);
+    copy(places.gain_tiles, gains.data(), kLoraTileColumns * sizeof(float));
+    copy(places.bias_tiles, bias.data(), kLoraTileColumns * sizeof(float));
     device.wait(last);
   }
   return adapter;
+}
+
+std::shared_ptr<Adapter> attach_adapter(const Model& model, const std::vector<AdapterModuleSpec>& specs, const std::vector<int32_t>& pages) {
+  std::vector<Places> all_places;
+  return lay_out(model, specs, pages, all_places);
 }
 
 }  // namespace motet

@@ -44,8 +44,12 @@ struct Adapter {
 int64_t adapter_pages(const Model& model, const std::vector<AdapterModuleSpec>& specs);
 
 // Reads the tensors from `path`, refuses numbers that are not finite (naming layer and module), computes DoRA's gains
-// over the base weights, and writes all of it to the pages of the model's arena. Touches nothing but those pages.
+// over the base weights, and writes all of it to the pages of the model's arena. Touches nothing but those pages, and leaves
+// nothing in them of what they held before.
 std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& path, const std::vector<AdapterModuleSpec>& specs,
                                       const std::vector<int32_t>& pages);
+
+// The same adapter over pages that hold already, page for page, what load_adapter wrote to others. Reads no file.
+std::shared_ptr<Adapter> attach_adapter(const Model& model, const std::vector<AdapterModuleSpec>& specs, const std::vector<int32_t>& pages);
 
 }  // namespace motet

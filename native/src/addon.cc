@@ -12,6 +12,7 @@
 #include <functional>
 #include <map>
 
+#include "copy_worker.h"
 #include "step_worker.h"
 #include "translate.h"
 
@@ -161,16 +162,21 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
   static Napi::Function define(Napi::Env env) {
     return DefineClass(env, "Runtime",
                        {InstanceMethod<&RuntimeObject::step>("step"), InstanceMethod<&RuntimeObject::pages>("adapterPages"),
-                        InstanceMethod<&RuntimeObject::load>("loadAdapter"), InstanceMethod<&RuntimeObject::release>("releaseAdapter"),
+                        InstanceMethod<&RuntimeObject::load>("loadAdapter"), InstanceMethod<&RuntimeObject::attach>("attachAdapter"),
+                        InstanceMethod<&RuntimeObject::release>("releaseAdapter"), InstanceMethod<&RuntimeObject::copy_pages_of>("copyPages"),
+                        InstanceMethod<&RuntimeObject::clear>("clearPages"), InstanceMethod<&RuntimeObject::read_host>("readHostPages"),
+                        InstanceMethod<&RuntimeObject::write_host>("writeHostPages"),
                         InstanceMethod<&RuntimeObject::step_parts>("stepParts"), InstanceMethod<&RuntimeObject::close>("close")});
   }
   explicit RuntimeObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RuntimeObject>(info) {
     if (info.Length() != 1 || !info[0].IsExternal()) throw Napi::TypeError::New(info.Env(), "Runtime: use openRuntime");
     model_ = *info[0].As<Napi::External<std::shared_ptr<Model>>>().Data();
     worker_ = std::make_unique<StepWorker>(info.Env(), model_);
+    copier_ = std::make_unique<CopyWorker>(info.Env(), model_);
     auto self = info.This().As<Napi::Object>();
     self.Set("pageBytes", static_cast<double>(model_->page_bytes()));
     self.Set("numPages", static_cast<double>(model_->num_pages()));
+    self.Set("numHostPages", static_cast<double>(model_->num_host_pages()));
     self.Set("blockTokens", kBlockTokens);
     self.Set("numThreads", model_->device().num_threads());
     self.Set("weightBytes", static_cast<double>(model_->weight_bytes()));
@@ -196,37 +202,103 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     return worker_->start(info.Env(), info.This().As<Napi::Object>(), std::move(adapters));
   }
 
-  Napi::Value pages(const Napi::CallbackInfo& info) {
-    require_open(info.Env());
+  // What `work` returns; an AdapterError becomes an Error with its code.
+  template <typename Work>
+  static auto refusing_adapters(Napi::Env env, Work work) {
     try {
-      return Napi::Number::New(info.Env(), static_cast<double>(adapter_pages(*model_, to_adapter_modules(info[0]))));
+      return work();
     } catch (const AdapterError& e) {
-      auto error = Napi::Error::New(info.Env(), e.what());
+      auto error = Napi::Error::New(env, e.what());
       error.Value().As<Napi::Object>().Set("code", "adapter_invalid");
       throw error;
     }
   }
 
+  Napi::Value pages(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const int64_t count = refusing_adapters(info.Env(), [&] { return adapter_pages(*model_, to_adapter_modules(info[0])); });
+    return Napi::Number::New(info.Env(), static_cast<double>(count));
+  }
+
+  Napi::Value keep(Napi::Env env, std::shared_ptr<Adapter> adapter) {
+    const int32_t handle = next_handle_++;
+    adapters_[handle] = std::move(adapter);
+    return Napi::Number::New(env, handle);
+  }
+
   Napi::Value load(const Napi::CallbackInfo& info) {
     require_open(info.Env());
     if (!info[0].IsString()) throw Napi::TypeError::New(info.Env(), "path: expected a string");
-    if (!info[2].IsTypedArray() || info[2].As<Napi::TypedArray>().TypedArrayType() != napi_int32_array)
-      throw Napi::TypeError::New(info.Env(), "pages: expected an Int32Array");
-    const auto array = info[2].As<Napi::Int32Array>();
-    const std::vector<int32_t> pages(array.Data(), array.Data() + array.ElementLength());
     // Held by the task, so that this object outlives the load.
     const auto self = std::make_shared<Napi::ObjectReference>(Napi::Persistent(info.This().As<Napi::Object>()));
     return Task<std::shared_ptr<Adapter>>::run(
         info.Env(),
-        [model = model_, path = info[0].As<Napi::String>().Utf8Value(), modules = to_adapter_modules(info[1]), pages] {
+        [model = model_, path = info[0].As<Napi::String>().Utf8Value(), modules = to_adapter_modules(info[1]),
+         pages = to_page_ids(info[2], "pages")] {
           return load_adapter(*model, path, modules, pages);
         },
         [this, self](Napi::Env env, std::shared_ptr<Adapter>& adapter) -> Napi::Value {
           require_open(env);  // closed meanwhile
-          const int32_t handle = next_handle_++;
-          adapters_[handle] = std::move(adapter);
-          return Napi::Number::New(env, handle);
+          return keep(env, std::move(adapter));
         });
+  }
+
+  Napi::Value attach(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const auto modules = to_adapter_modules(info[0]);
+    const auto pages = to_page_ids(info[1], "pages");
+    return keep(info.Env(), refusing_adapters(info.Env(), [&] { return attach_adapter(*model_, modules, pages); }));
+  }
+
+  // Page ids of a tier, distinct and there.
+  std::vector<int32_t> to_pages(const Napi::Value& value, Tier tier, const char* name) const {
+    auto pages = to_page_ids(value, name);
+    try {
+      check_pages(pages, num_pages_of(*model_, tier), name);
+    } catch (const AdapterError& e) {
+      throw Napi::RangeError::New(value.Env(), e.what());
+    }
+    return pages;
+  }
+
+  Napi::Value copy_pages_of(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const std::string direction = info[0].ToString().Utf8Value();
+    if (direction != "toHost" && direction != "toDevice")
+      throw Napi::TypeError::New(info.Env(), "direction: expected 'toHost' or 'toDevice', got '" + direction.substr(0, 80) + "'");
+    const Tier source = direction == "toHost" ? Tier::kDevice : Tier::kHost, target = source == Tier::kHost ? Tier::kDevice : Tier::kHost;
+    auto from = to_pages(info[1], source, "from"), to = to_pages(info[2], target, "to");
+    if (from.size() != to.size())
+      throw Napi::RangeError::New(info.Env(), "to: expected " + std::to_string(from.size()) + " pages, as many as in from, got " + std::to_string(to.size()));
+    return copier_->start(info.Env(), info.This().As<Napi::Object>(), source, std::move(from), std::move(to));
+  }
+
+  Napi::Value clear(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const Tier tier = to_tier(info[0]);
+    clear_pages(*model_, tier, to_pages(info[1], tier, "pages"));
+    return info.Env().Undefined();
+  }
+
+  Napi::Value read_host(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const auto pages = to_pages(info[0], Tier::kHost, "pages");
+    auto bytes = Napi::Buffer<uint8_t>::New(info.Env(), pages.size() * model_->page_bytes());
+    read_host_pages(*model_, pages, bytes.Data());
+    return bytes;
+  }
+
+  Napi::Value write_host(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const auto pages = to_pages(info[0], Tier::kHost, "pages");
+    if (!info[1].IsTypedArray() || info[1].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array)
+      throw Napi::TypeError::New(info.Env(), "bytes: expected a Uint8Array");
+    const auto bytes = info[1].As<Napi::Uint8Array>();
+    if (bytes.ElementLength() != pages.size() * model_->page_bytes())
+      throw Napi::RangeError::New(info.Env(), "bytes: expected " + std::to_string(pages.size() * model_->page_bytes()) + " for these pages, got " +
+                                                  std::to_string(bytes.ElementLength()));
+    write_host_pages(*model_, pages, bytes.Data());
+    return info.Env().Undefined();
   }
 
   Napi::Value release(const Napi::CallbackInfo& info) {
@@ -250,7 +322,9 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
   Napi::Value close(const Napi::CallbackInfo& info) {
     if (model_) {
       if (worker_->busy()) throw Napi::Error::New(info.Env(), "close: expected no step to be running");
-      worker_.reset();  // it holds the model too
+      if (copier_->busy()) throw Napi::Error::New(info.Env(), "close: expected no copy to be running");
+      worker_.reset();  // they hold the model too
+      copier_.reset();
       adapters_.clear();
       model_.reset();
     }
@@ -259,6 +333,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
 
   std::shared_ptr<Model> model_;
   std::unique_ptr<StepWorker> worker_;
+  std::unique_ptr<CopyWorker> copier_;
   std::map<int32_t, std::shared_ptr<Adapter>> adapters_;
   int32_t next_handle_ = 0;
 };
@@ -320,7 +395,7 @@ Napi::Value open_runtime(const Napi::CallbackInfo& info) {
       info.Env(),
       [spec = to_runtime_spec(info[0])] {
         return std::make_shared<Model>(spec.packed_path, spec.dims, spec.tensors, spec.reference_mode, spec.kv_type, spec.device_memory_bytes, spec.num_threads,
-                                       spec.int8_adapters);
+                                       spec.int8_adapters, spec.host_memory_bytes);
       },
       [](Napi::Env env, std::shared_ptr<Model>& model) -> Napi::Value {
         return env.GetInstanceData<AddonData>()->runtime.New({Napi::External<std::shared_ptr<Model>>::New(env, &model)});

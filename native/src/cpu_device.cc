@@ -39,23 +39,53 @@ constexpr int kTilesPerLoraTile = kLoraTileColumns / kTileColumns;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Zeroed memory that takes real pages only when it is written.
+class Region {
+ public:
+  explicit Region(size_t num_bytes) : size_(num_bytes) {
+    if (num_bytes == 0) return;
+    void* address = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (address == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<uint8_t*>(address);
+    madvise(data_, num_bytes, MADV_HUGEPAGE);
+  }
+  ~Region() {
+    if (data_) munmap(data_, size_);
+  }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+  uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t size_;
+};
+
 class CpuDevice final : public Device {
  public:
-  CpuDevice(size_t arena_bytes, int num_threads, bool reference_mode)
-      : kernels_(kernels()), arena_bytes_(arena_bytes), reference_mode_(reference_mode), pool_(num_threads > 0 ? num_threads : available_cpus()) {
-    void* address = mmap(nullptr, arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (address == MAP_FAILED) throw std::bad_alloc();
-    arena_ = static_cast<uint8_t*>(address);
-    madvise(arena_, arena_bytes, MADV_HUGEPAGE);
-  }
-  ~CpuDevice() override { munmap(arena_, arena_bytes_); }
+  CpuDevice(size_t arena_bytes, int num_threads, bool reference_mode, size_t host_arena_bytes)
+      : kernels_(kernels()),
+        arena_(arena_bytes),
+        host_arena_(host_arena_bytes),
+        reference_mode_(reference_mode),
+        pool_(num_threads > 0 ? num_threads : available_cpus()) {}
 
-  uint8_t* arena() const override { return arena_; }
-  size_t arena_bytes() const override { return arena_bytes_; }
+  uint8_t* arena() const override { return arena_.data(); }
+  size_t arena_bytes() const override { return arena_.size(); }
+  uint8_t* host_arena() const override { return host_arena_.data(); }
   int num_threads() const override { return pool_.num_threads(); }
 
   Event copy_to_arena(uint8_t* target, const void* source, size_t num_bytes) override {
     std::memcpy(target, source, num_bytes);
+    return 0;
+  }
+  Event copy_from_arena(void* target, const uint8_t* source, size_t num_bytes) override {
+    std::memcpy(target, source, num_bytes);
+    return 0;
+  }
+  Event clear_arena(uint8_t* target, size_t num_bytes) override {
+    std::memset(target, 0, num_bytes);
     return 0;
   }
   void wait(Event) override {}
@@ -537,8 +567,7 @@ class CpuDevice final : public Device {
   }
 
   const Kernels& kernels_;
-  uint8_t* arena_ = nullptr;
-  size_t arena_bytes_;
+  Region arena_, host_arena_;
   bool reference_mode_;
   ThreadPool pool_;
   Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, partials_, sample_scratch_;
@@ -564,8 +593,8 @@ class CpuDevice final : public Device {
 
 }  // namespace
 
-std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, bool reference_mode) {
-  return std::make_unique<CpuDevice>(arena_bytes, num_threads, reference_mode);
+std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, bool reference_mode, size_t host_arena_bytes) {
+  return std::make_unique<CpuDevice>(arena_bytes, num_threads, reference_mode, host_arena_bytes);
 }
 
 double cgroup_cpus(const std::string& membership, const std::string& mount) {

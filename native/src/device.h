@@ -68,8 +68,14 @@ class Device {
   virtual size_t arena_bytes() const = 0;
   virtual int num_threads() const = 0;
 
-  // Copies host bytes into the arena. The source may be reused, and the bytes be relied on, after wait(event).
+  // The arena behind it in host memory, null without one: pinned where a device copies from it.
+  virtual uint8_t* host_arena() const = 0;
+
+  // Copies host bytes into the arena. The source may be reused, and the bytes be relied on, after wait(event). Copies may be
+  // asked for on any thread, beside the operations of a step.
   virtual Event copy_to_arena(uint8_t* target, const void* source, size_t num_bytes) = 0;
+  virtual Event copy_from_arena(void* target, const uint8_t* source, size_t num_bytes) = 0;
+  virtual Event clear_arena(uint8_t* target, size_t num_bytes) = 0;
   virtual void wait(Event event) = 0;
   virtual void grow(Buffer& buffer, size_t num_floats) = 0;
 
@@ -96,9 +102,9 @@ class Device {
   virtual void synchronize() = 0;
 };
 
-// arena_bytes of zeroed memory; num_threads 0: one per CPU that this process may use. In reference mode projections keep
-// activations in f32 instead of int8 groups.
-std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, bool reference_mode);
+// arena_bytes and host_arena_bytes of zeroed memory; num_threads 0: one per CPU that this process may use. In reference mode
+// projections keep activations in f32 instead of int8 groups.
+std::unique_ptr<Device> make_cpu_device(size_t arena_bytes, int num_threads, bool reference_mode, size_t host_arena_bytes = 0);
 
 // CPUs of this process: affinity mask, cut by the quotas of its cgroup and of those around it, at least 1.
 int available_cpus();

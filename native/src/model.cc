@@ -34,7 +34,7 @@ std::string where(const PackedTensorSpec& t) {
 const char* target_name(Target target) { return kTargetNames[static_cast<int>(target)]; }
 
 Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
-             size_t device_memory_bytes, int num_threads, bool has_int8_adapters)
+             size_t device_memory_bytes, int num_threads, bool has_int8_adapters, size_t host_memory_bytes)
     : dims_(std::move(dims)), kv_type_(kv_type), has_int8_adapters_(has_int8_adapters) {
   if (kv_type == KvType::kInt8 && dims_.head_dim > kMaxHeadDimInt8)
     throw RuntimeError("KV of type int8: expected a head dimension of at most " + std::to_string(kMaxHeadDimInt8) + ", got " +
@@ -45,10 +45,15 @@ Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<P
   if (num_pages_ < 1)
     throw RuntimeError("device memory: expected at least one page of " + std::to_string(page_bytes_) + " bytes, got " +
                        std::to_string(device_memory_bytes) + " bytes");
+  num_host_pages_ = static_cast<int64_t>(host_memory_bytes / page_bytes_);
+  if (host_memory_bytes > 0 && num_host_pages_ < 1)
+    throw RuntimeError("host memory: expected 0 or at least one page of " + std::to_string(page_bytes_) + " bytes, got " +
+                       std::to_string(host_memory_bytes) + " bytes");
   map(packed_path);
   try {
     bind(tensors);
-    device_ = make_cpu_device(static_cast<size_t>(num_pages_) * page_bytes_, num_threads, reference_mode);
+    device_ = make_cpu_device(static_cast<size_t>(num_pages_) * page_bytes_, num_threads, reference_mode,
+                              static_cast<size_t>(num_host_pages_) * page_bytes_);
   } catch (...) {
     munmap(map_, map_bytes_);
     throw;

@@ -47,7 +47,7 @@ class Model {
  public:
   // Maps `packed_path` read-only; reference mode keeps activations in f32. Throws RuntimeError naming the tensor that is missing, misplaced or misshapen.
   Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
-        size_t device_memory_bytes, int num_threads, bool has_int8_adapters = false);
+        size_t device_memory_bytes, int num_threads, bool has_int8_adapters = false, size_t host_memory_bytes = 0);
   ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
@@ -61,6 +61,8 @@ class Model {
   Device& device() const { return *device_; }
   size_t page_bytes() const { return page_bytes_; }
   int64_t num_pages() const { return num_pages_; }
+  // Of the host arena, in pages of the same size; 0: there is none.
+  int64_t num_host_pages() const { return num_host_pages_; }
   // Adapters are quantised to int8 when they are loaded; else they stay as their files have them.
   bool has_int8_adapters() const { return has_int8_adapters_; }
   size_t weight_bytes() const { return map_bytes_; }
@@ -80,7 +82,7 @@ class Model {
   uint8_t* map_ = nullptr;
   size_t map_bytes_ = 0;
   size_t page_bytes_ = 0;
-  int64_t num_pages_ = 0;
+  int64_t num_pages_ = 0, num_host_pages_ = 0;
   PackedMatrix embedding_, lm_head_;
   const float* final_norm_ = nullptr;
   std::vector<Layer> layers_;

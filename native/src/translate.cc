@@ -185,6 +185,7 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value) {
     throw Napi::TypeError::New(value.Env(), "options.adapterQuantization: expected 'keep' or 'int8', got '" + adapters + "'");
   spec.int8_adapters = adapters == "int8";
   spec.device_memory_bytes = static_cast<size_t>(f.integer("deviceMemoryBytes", 1, int64_t{1} << 46));
+  spec.host_memory_bytes = static_cast<size_t>(f.integer("hostMemoryBytes", 0, int64_t{1} << 46));
   spec.num_threads = static_cast<int>(f.integer("numThreads", 0, 1024));
   const Napi::Array tensors = f.array("tensors");
   for (uint32_t i = 0; i < tensors.Length(); ++i) {
@@ -242,6 +243,19 @@ void to_batch(const Napi::Value& value, OwnedBatch& owned) {
   copy(b.history_prompt_counts, "historyPromptCounts");
   owned.history_ids = copy(b.history_ids, "historyIds");
   b.want_logits = f.boolean("wantLogits");
+}
+
+std::vector<int32_t> to_page_ids(const Napi::Value& value, const char* name) {
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_int32_array)
+    throw Napi::TypeError::New(value.Env(), std::string(name) + ": expected an Int32Array");
+  const auto array = value.As<Napi::Int32Array>();
+  return {array.Data(), array.Data() + array.ElementLength()};
+}
+
+Tier to_tier(const Napi::Value& value) {
+  const std::string tier = value.ToString().Utf8Value();
+  if (tier != "device" && tier != "host") throw Napi::TypeError::New(value.Env(), "tier: expected 'device' or 'host', got '" + tier.substr(0, 80) + "'");
+  return tier == "host" ? Tier::kHost : Tier::kDevice;
 }
 
 std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value) {

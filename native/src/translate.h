@@ -12,6 +12,7 @@
 #include "gguf.h"
 #include "model.h"
 #include "pack.h"
+#include "pages.h"
 
 namespace motet {
 
@@ -54,7 +55,7 @@ struct RuntimeSpec {
   std::vector<PackedTensorSpec> tensors;
   bool reference_mode = false, int8_adapters = false;
   KvType kv_type = KvType::kF16;
-  size_t device_memory_bytes = 0;
+  size_t device_memory_bytes = 0, host_memory_bytes = 0;
   int num_threads = 0;
 };
 
@@ -64,6 +65,10 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value);
 // `owned` holds no batch.
 void to_batch(const Napi::Value& value, OwnedBatch& owned);
 std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value);
+// Copied; `name` is the argument's. What the ids mean is checked where they are used.
+std::vector<int32_t> to_page_ids(const Napi::Value& value, const char* name);
+// 'device' or 'host'.
+Tier to_tier(const Napi::Value& value);
 // A format's or type's number from its name in native/index.ts; `is_vector` is set for 'vector' when not null.
 WeightFormat to_weight_format(const Napi::Env& env, const std::string& name, bool* is_vector);
 SourceType to_source_type(const Napi::Env& env, const std::string& name);

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <functional>
 
+#include "pages.h"
 #include "reference.h"
 
 namespace motet {
@@ -86,10 +87,22 @@ class SmallModel : public testing::Test {
       for (const int t : {0, 3, 6}) add_change(1, l, t, 4, ElementType::kF16, true, t == 3);
   }
 
-  std::unique_ptr<Model> open(bool reference_mode, int num_threads, KvType kv_type = KvType::kF16, bool int8_adapters = false) {
+  std::unique_ptr<Model> open(bool reference_mode, int num_threads, KvType kv_type = KvType::kF16, bool int8_adapters = false,
+                              size_t host_memory_bytes = 0) {
     const TemporaryFile file("packed", packed_);
     return std::make_unique<Model>(file.path(), dims_, tensors_, reference_mode, reference_mode ? KvType::kF32 : kv_type, 32 << 20, num_threads,
-                                   int8_adapters);
+                                   int8_adapters, host_memory_bytes);
+  }
+
+  std::vector<AdapterModuleSpec> specs_of(int adapter) const {
+    std::vector<AdapterModuleSpec> specs;
+    for (const auto& change : changes_[adapter]) specs.push_back(change.spec);
+    return specs;
+  }
+
+  std::shared_ptr<Adapter> load(const Model& model, int adapter, const std::vector<int32_t>& pages) const {
+    const TemporaryFile file("adapter", adapter_bytes_);
+    return load_adapter(model, file.path(), specs_of(adapter), pages);
   }
 
   std::vector<std::shared_ptr<Adapter>> load_adapters(const Model& model) {
@@ -98,9 +111,7 @@ class SmallModel : public testing::Test {
     int32_t page = 64;
     // Both, and then the first again and again, each time as another adapter.
     for (int i = 0; i < kNumAdapters; ++i) {
-      const auto& changes = changes_[i == 1 ? 1 : 0];
-      std::vector<AdapterModuleSpec> specs;
-      for (const auto& change : changes) specs.push_back(change.spec);
+      const std::vector<AdapterModuleSpec> specs = specs_of(i == 1 ? 1 : 0);
       std::vector<int32_t> pages;
       for (int64_t n = adapter_pages(model, specs); n > 0; --n) pages.push_back(page++);
       adapters.push_back(load_adapter(model, file.path(), specs, pages));
@@ -110,7 +121,10 @@ class SmallModel : public testing::Test {
 
   // Sequence s has counts[s] tokens, a block of pages of its own, and voices[s]; each row's logits are wanted.
   StepOutput run(Model& model, const std::vector<int>& counts, const std::vector<Voice>& voices, bool sample = true) {
-    const auto loaded = load_adapters(model);
+    return run_with(model, load_adapters(model), counts, voices, sample);
+  }
+  StepOutput run_with(Model& model, const std::vector<std::shared_ptr<Adapter>>& loaded, const std::vector<int>& counts,
+                      const std::vector<Voice>& voices, bool sample = true) {
     std::vector<int32_t> tokens, positions, starts{0}, block_starts{0}, blocks, adapter_starts{0}, handles, rows;
     std::vector<float> weights;
     std::vector<const Adapter*> adapters;
@@ -405,6 +419,60 @@ TEST_F(SmallModel, AdaptersSideBySideGiveTheBitsOfOneAlone) {
         EXPECT_EQ(std::memcmp(&together[size_t(i) * kVocab], alone.data(), kVocab * sizeof(float)), 0) << count << " adapters, row " << i;
     }
   }
+}
+
+// Down to the host arena and up to other pages, not one after another: the adapter is what it was, to the bit.
+TEST_F(SmallModel, AnAdapterThatWasInTheHostArenaGivesTheSameBits) {
+  for (const bool int8_adapters : {false, true}) {
+    const auto model = open(false, 2, KvType::kF16, int8_adapters, 8 << 20);
+    EXPECT_EQ(model->num_host_pages(), static_cast<int64_t>((8u << 20) / model->page_bytes()));
+    std::vector<int32_t> pages, host_pages, other_pages;
+    for (int32_t i = 0; i < static_cast<int32_t>(adapter_pages(*model, specs_of(0))); ++i) {
+      pages.push_back(64 + i), host_pages.push_back(i * 5 % 16), other_pages.push_back(100 - 3 * i);
+    }
+    const std::vector<float> expected = run_with(*model, {load(*model, 0, pages)}, kCounts, {{}, {{0, 1.0f}}, {}, {{0, 2.0f}}, {}, {}}).logits;
+    copy_pages(*model, Tier::kDevice, pages, host_pages);
+    clear_pages(*model, Tier::kDevice, pages);
+    copy_pages(*model, Tier::kHost, host_pages, other_pages);
+    const auto attached = attach_adapter(*model, specs_of(0), other_pages);
+    EXPECT_EQ(run_with(*model, {attached}, kCounts, {{}, {{0, 1.0f}}, {}, {{0, 2.0f}}, {}, {}}).logits, expected);
+  }
+}
+
+// Nor in the gaps between its pieces: what a page held before belongs to somebody else.
+TEST_F(SmallModel, AnAdapterLeavesNothingOfWhatItsPagesHeld) {
+  const auto model = open(false, 1);
+  std::vector<int32_t> pages, other_pages;
+  for (int64_t n = adapter_pages(*model, specs_of(1)); n > 0; --n) pages.push_back(n), other_pages.push_back(20 + n);
+  const size_t page_bytes = model->page_bytes();
+  uint8_t* arena = model->device().arena();
+  for (const int32_t page : pages) std::memset(arena + page * page_bytes, 0xAB, page_bytes);
+  load(*model, 1, pages);
+  load(*model, 1, other_pages);
+  for (size_t i = 0; i < pages.size(); ++i)
+    EXPECT_EQ(std::memcmp(arena + pages[i] * page_bytes, arena + other_pages[i] * page_bytes, page_bytes), 0) << "page " << i;
+}
+
+TEST_F(SmallModel, PagesAreCopiedAndClearedAlone) {
+  const auto model = open(false, 1, KvType::kF16, false, 2 << 20);
+  const size_t page_bytes = model->page_bytes();
+  std::vector<uint8_t> written(3 * page_bytes), read(3 * page_bytes);
+  for (size_t i = 0; i < written.size(); ++i) written[i] = static_cast<uint8_t>(i * 7 + i / page_bytes);
+  const std::vector<int32_t> host_pages = {6, 7, 2}, device_pages = {3, 4, 9}, others = {0, 1, 5};
+  write_host_pages(*model, host_pages, written.data());
+  copy_pages(*model, Tier::kHost, host_pages, device_pages);
+  clear_pages(*model, Tier::kHost, std::vector<int32_t>{7});
+  copy_pages(*model, Tier::kDevice, device_pages, others);
+  read_host_pages(*model, others, read.data());
+  EXPECT_EQ(read, written);
+  read_host_pages(*model, host_pages, read.data());
+  for (size_t i = 0; i < read.size(); ++i) ASSERT_EQ(read[i], i / page_bytes == 1 ? 0 : written[i]) << i;
+}
+
+TEST_F(SmallModel, RefusesPagesThatAreNotThereOrTwice) {
+  for (const std::vector<int32_t>& pages : {std::vector<int32_t>{8}, {-1}, {1, 1}}) EXPECT_THROW(check_pages(pages, 8, "from"), AdapterError);
+  check_pages(std::vector<int32_t>{7, 0}, 8, "from");
+  EXPECT_THROW(open(false, 1, KvType::kF16, false, 1000), RuntimeError);
 }
 
 TEST_F(SmallModel, RunsWithoutSamples) {

@@ -275,6 +275,112 @@ describe('a runtime', () => {
   });
 });
 
+describe('the host arena', () => {
+  const folder = join(goldensFolder, 'tiny/llama3');
+  let model: PreparedModel;
+  let runtime: Runtime;
+  beforeAll(async () => {
+    model = await prepare(folder);
+    runtime = await open(model, { deviceMemoryBytes, hostMemoryBytes: 8 << 20 });
+  });
+  afterAll(() => runtime.close());
+  const ids = (count: number, first: number) => Int32Array.from({ length: count }, (_, i) => first + i);
+  const random = (numPages: number, seed: number) =>
+    Uint8Array.from({ length: numPages * runtime.pageBytes }, (_, i) => (i * seed) >> 3);
+
+  test('has pages of the size of the device arena', () => {
+    expect(runtime.numHostPages).toBe(Math.floor((8 << 20) / runtime.pageBytes));
+  });
+
+  test('keeps what is written, and copies it to the device and back while steps run', async () => {
+    const bytes = random(3, 77);
+    runtime.writeHostPages(ids(3, 2), bytes);
+    const steps = [0, 1].map(() =>
+      runtime.step(stepBatch([{ tokens, start: 0, count: 20, blocks: [100, 101] }])),
+    );
+    const { seconds } = await runtime.copyPages('toDevice', ids(3, 2), ids(3, 40));
+    expect(seconds).toBeGreaterThan(0);
+    runtime.clearPages('host', ids(3, 2));
+    expect(runtime.readHostPages(ids(3, 2)).every((byte) => byte === 0)).toBe(true);
+    await runtime.copyPages('toHost', Int32Array.of(42, 40, 41), Int32Array.of(9, 7, 8));
+    expect(Buffer.compare(runtime.readHostPages(ids(3, 7)), bytes)).toBe(0);
+    await Promise.all(steps);
+  });
+
+  test('copies in the order in which it was asked, and takes a bounded number of copies', async () => {
+    const numPages = 16;
+    const page = ids(1, 0);
+    const bytes = Array.from({ length: numPages }, (_, i) => random(1, i + 1));
+    for (const [i, each] of bytes.entries()) runtime.writeHostPages(Int32Array.of(i), each);
+    // Each writes over the device page that the one before wrote; the last one stays.
+    const copies = bytes.map((_, i) => runtime.copyPages('toDevice', Int32Array.of(i), page));
+    const back = runtime.copyPages('toHost', page, Int32Array.of(20));
+    for (let i = numPages + 1; i < 256; i++)
+      copies.push(runtime.copyPages('toHost', page, Int32Array.of(21)));
+    expect(() => runtime.copyPages('toHost', page, Int32Array.of(21))).toThrow(/at most 256 copies/);
+    await back;
+    expect(Buffer.compare(runtime.readHostPages(Int32Array.of(20)), bytes[numPages - 1]!)).toBe(0);
+    await Promise.all(copies);
+    await runtime.copyPages('toHost', page, Int32Array.of(21));
+  });
+
+  test('brings an adapter back to other pages, and its logits are the same to the bit', async () => {
+    const file = await readAdapterFile(join(folder, 'adapter'), model.dims, { maxRank: 64 });
+    const numPages = runtime.adapterPages(file.modules);
+    const first = await runtime.loadAdapter(file.path, file.modules, ids(numPages, 50));
+    const expected = await sequenceLogits(runtime, tokens, { adapters: [[first, 1]] });
+    await runtime.copyPages('toHost', ids(numPages, 50), ids(numPages, 1));
+    runtime.releaseAdapter(first);
+    runtime.clearPages('device', ids(numPages, 50));
+    await runtime.copyPages('toDevice', ids(numPages, 1), ids(numPages, 70));
+    const second = runtime.attachAdapter(file.modules, ids(numPages, 70));
+    expect(second).not.toBe(first);
+    const logits = await sequenceLogits(runtime, tokens, { adapters: [[second, 1]] });
+    expect(maxDifference(logits, expected)).toBe(0);
+    runtime.releaseAdapter(second);
+    expect(() => runtime.attachAdapter(file.modules, ids(0, 0))).toThrow(
+      expect.objectContaining({ code: 'adapter_invalid', message: expect.stringMatching(/pages/) }),
+    );
+  });
+
+  test.each<[string, () => unknown, RegExp]>([
+    ['a direction', () => runtime.copyPages('up' as 'toHost', ids(1, 0), ids(1, 0)), /direction.*'up'/],
+    ['pages of an array', () => runtime.copyPages('toHost', [1] as never, ids(1, 0)), /from.*Int32Array/],
+    ['a page beyond the host arena', () => runtime.copyPages('toHost', ids(1, 0), ids(1, 999)), /to.*999/],
+    ['a page twice', () => runtime.copyPages('toDevice', ids(2, 0), Int32Array.of(1, 1)), /to.*1 twice/],
+    ['other numbers of pages', () => runtime.copyPages('toHost', ids(2, 0), ids(1, 0)), /to: expected 2/],
+    ['a tier', () => runtime.clearPages('disk' as 'host', ids(1, 0)), /tier.*'disk'/],
+    ['pages to clear that are not there', () => runtime.clearPages('host', ids(1, -1)), /pages.*-1/],
+    ['pages to read that are not there', () => runtime.readHostPages(ids(1, 999)), /pages.*999/],
+    ['too few bytes', () => runtime.writeHostPages(ids(1, 0), new Uint8Array(7)), /bytes.*got 7/],
+    [
+      'bytes of another type',
+      () => runtime.writeHostPages(ids(0, 0), [] as never),
+      /bytes: expected a Uint8/,
+    ],
+  ])('refuses %s by name', (_what, call, names) => {
+    expect(call).toThrow(names);
+  });
+
+  test('is not there when it was given no memory, nor after close', async () => {
+    const other = await open(model, { deviceMemoryBytes });
+    expect(other.numHostPages).toBe(0);
+    expect(() => other.readHostPages(ids(1, 0))).toThrow(/ids below 0/);
+    other.close();
+    expect(() => other.copyPages('toHost', ids(0, 0), ids(0, 0))).toThrow(
+      expect.objectContaining({ code: 'closed' }),
+    );
+  });
+
+  test('is not closed while a copy is under way', async () => {
+    const other = await open(model, { deviceMemoryBytes, hostMemoryBytes: 8 << 20 });
+    const copy = other.copyPages('toHost', ids(8, 0), ids(8, 0));
+    expect(() => other.close()).toThrow(/no copy/);
+    await copy;
+    other.close();
+  });
+});
+
 test('the parts of a step take the time that the step takes', async () => {
   const runtime = await open(await prepare(join(goldensFolder, 'tiny/llama3')), { deviceMemoryBytes });
   expect(Object.values(runtime.stepParts()).every((ms) => ms === 0)).toBe(true);
@@ -438,9 +544,12 @@ describe('opening', () => {
       kvType: 'auto' as const,
       adapterQuantization: 'keep' as const,
       deviceMemoryBytes,
+      hostMemoryBytes: 0,
       numThreads: 1,
     };
     await expect(openRuntime({ ...options, deviceMemoryBytes: 1000 })).rejects.toThrow(/device memory.*1000/);
+    await expect(openRuntime({ ...options, hostMemoryBytes: 1000 })).rejects.toThrow(/host memory.*1000/);
+    expect(() => openRuntime({ ...options, hostMemoryBytes: -1 })).toThrow(/options\.hostMemoryBytes/);
     await expect(openRuntime({ ...options, packedPath: '/nowhere' })).rejects.toThrow(/nowhere/);
     const without = (role: string) => tensors.filter((tensor) => tensor.role !== role);
     await expect(openRuntime({ ...options, tensors: without('down_proj') })).rejects.toThrow(
