@@ -15,9 +15,9 @@
 import type { Logger } from 'pino';
 import type { Runtime, StepResult } from '../native/index.ts';
 import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
-import type { Arena } from './arena.ts';
 import { BatchLayout } from './batch.ts';
 import { EngineError, InvariantError } from './errors.ts';
+import type { Arena } from './ladder/arena.ts';
 import type { EngineMetrics } from './metrics.ts';
 import type { SamplingParams } from './sampling.ts';
 import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';

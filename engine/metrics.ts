@@ -5,7 +5,7 @@
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import type { FetchEvent } from './adapters/adapter-cache.ts';
 import type { AdapterTiers } from './adapters/adapter-tiers.ts';
-import { type Arena, pageOwners } from './arena.ts';
+import { type Arena, pageOwners } from './ladder/arena.ts';
 import type { FinishReason } from './stop.ts';
 
 /** What the gauges read. */

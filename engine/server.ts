@@ -8,7 +8,6 @@ import type { Server } from 'node:http';
 import { createServer as createHttpServer } from 'node:http';
 import express, { type NextFunction, type Request, type RequestHandler, type Response } from 'express';
 import type { Logger } from 'pino';
-import type { Arena } from './arena.ts';
 import type { CallerIdentity } from './caller-identity.ts';
 import type { SequenceHandle } from './engine.ts';
 import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
@@ -25,6 +24,7 @@ import {
   numTokensOf,
   type ServedModel,
 } from './generate.ts';
+import type { Arena } from './ladder/arena.ts';
 import type { EngineMetrics } from './metrics.ts';
 import {
   parseChat,

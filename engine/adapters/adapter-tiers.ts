@@ -7,8 +7,8 @@
  * one load; loads of one name run one after another; the number at once and the number in line are bounded.
  */
 import type { AdapterModule } from '../../native/index.ts';
-import type { Arena } from '../arena.ts';
 import { EngineError, InvariantError } from '../errors.ts';
+import type { Arena } from '../ladder/arena.ts';
 import type { AdapterStatus } from '../protocol.ts';
 import { Slots } from '../slots.ts';
 

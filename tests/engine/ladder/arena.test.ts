@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
-import { Arena, type PageOwner, pageOwners } from '../../engine/arena.ts';
-import { seededRandom } from '../fixtures/seeded-random.ts';
+import { Arena, type PageOwner, pageOwners } from '../../../engine/ladder/arena.ts';
+import { seededRandom } from '../../fixtures/seeded-random.ts';
 
 describe('arena', () => {
   test('gives each page to one owner until it comes back', () => {

@@ -3,7 +3,7 @@
  * books; the bytes are the native side's. Invariant: free + used by each owner = all, and no page has two owners.
  * One arena for both is S-LoRA's unified paging (Sheng et al., 2023, §5).
  */
-import { InvariantError } from './errors.ts';
+import { InvariantError } from '../errors.ts';
 
 export const pageOwners = ['kv', 'adapter'] as const;
 export type PageOwner = (typeof pageOwners)[number];
