@@ -133,7 +133,11 @@ const settings = {
   ),
   device: oneOf(['cpu', 'nvidia'], 'what computes', 'cpu'),
   'device-memory': bytes('device arena for KV and adapters', [2 ** 20, 2 ** 46], 2 ** 30),
-  'host-memory': bytes('host arena, for what the device arena has no room for; 0: none', [0, 2 ** 46], 0),
+  'host-memory': bytes(
+    'host arena for what the device arena has no room for; taken as it fills; 0: none',
+    [0, 2 ** 46],
+    2 ** 30,
+  ),
   quantization: oneOf(['keep', 'int4', 'int8'], 'weights: as the file has them, or quantised', 'keep'),
   activations: oneOf(['int8', 'f32'], 'arithmetic: int8 is fast; f32 is for reference', 'int8'),
   'kv-cache-dtype': oneOf(

@@ -6,8 +6,11 @@
  *
  * A sequence that ends while steps have it keeps its blocks until they are over. Preemption takes blocks back, so a plan
  * that preempts waits for the step that runs, and is made anew then. Sequences enter only when they fit into the arena
- * alone beside the loaded adapters, and loads leave that much for KV, so the oldest sequence can always go on and
+ * alone beside their adapter and the pins, and everything else can leave, so the oldest sequence can always go on and
  * preemption never loops.
+ *
+ * A sequence whose adapter is not on the device waits for it alone: the queue is shown to the tiers, which bring up what it
+ * needs in its order, and the scheduler sees the sequences whose adapter is there.
  *
  * Nothing is made for a token but its text: loops over a batch count, since an iterator makes an object a turn, and what
  * a sequence says is written over what it said before.
@@ -18,6 +21,7 @@ import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
 import { BatchLayout } from './batch.ts';
 import { EngineError, InvariantError } from './errors.ts';
 import type { Arena } from './ladder/arena.ts';
+import { reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
 import type { SamplingParams } from './sampling.ts';
 import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';
@@ -91,6 +95,8 @@ interface Live {
   request: SequenceRequest;
   /** The client named no maximum: it ends by `length` when the arena has no more for it. */
   isOpenEnded: boolean;
+  /** It runs, so its adapter stays on the device. */
+  holdsAdapter: boolean;
   /** The last word was said. */
   isTold: boolean;
   /** One object for all its tokens. */
@@ -154,6 +160,7 @@ export class Engine {
   /** The tiers need the engine (pages to keep) and the engine the tiers (pages wanted): this closes the circle. */
   start(tiers: AdapterTiers): void {
     this.#tiers = tiers;
+    tiers.onFailed = (adapter, error) => this.#failWaiting(adapter, error);
     this.#loop = this.#run().catch((error) => this.#options.onFatal(error));
   }
 
@@ -177,19 +184,32 @@ export class Engine {
     return this.#waiting.map((sequence) => sequence.adapterKey);
   }
 
-  /** Most tokens, prompt and output, that one sequence may have now beside the loaded adapters. */
-  get maxTokensOfOne(): number {
+  /** Most tokens, prompt and output, that one sequence may have beside its adapter and the pins. */
+  maxTokensOfOne(adapter: Adapter | null): number {
     const { arena, runtime, limits } = this.#options;
-    return Math.min(limits.maxModelLen, (arena.numPages - arena.numUsed('adapter')) * runtime.blockTokens);
+    const numPages = arena.numPages - this.#tiers!.residency.numPagesBeside(adapter);
+    return Math.max(0, Math.min(limits.maxModelLen, numPages * runtime.blockTokens));
   }
 
-  /** Pages that the largest live sequence may come to need. */
+  /** Pages that the largest running sequence may come to need. */
   numPagesKept(): number {
     let most = 0;
-    for (const { sequence, isOpenEnded } of this.#live.values()) {
+    for (const running of this.#running) {
+      const { sequence, isOpenEnded } = this.#live.get(running)!;
       most = Math.max(most, isOpenEnded ? sequence.numTokens + 1 : sequence.maxTotalTokens);
     }
     return blocksFor(most, this.#options.runtime.blockTokens);
+  }
+
+  /** Pages that the largest sequence, waiting or running, may come to need beside pins, its adapter's included. */
+  numPagesPromised(): number {
+    let most = 0;
+    for (const { sequence, request, isOpenEnded } of this.#live.values()) {
+      const numTokens = isOpenEnded ? sequence.numTokens + 1 : sequence.maxTotalTokens;
+      const numBlocks = blocksFor(numTokens, this.#options.runtime.blockTokens);
+      most = Math.max(most, numBlocks + (request.adapter?.numPages ?? 0));
+    }
+    return most;
   }
 
   /**
@@ -220,7 +240,6 @@ export class Engine {
         promptTokens: request.promptTokens,
         maxTotalTokens: totals[index]!,
         params: request.params,
-        adapters: request.adapter ? [{ handle: request.adapter.handle, weight: 1 }] : [],
         adapterKey: request.adapter?.digest ?? '',
       });
       if (request.adapter) this.#tiers!.acquire(request.adapter);
@@ -228,6 +247,7 @@ export class Engine {
         sequence,
         request,
         isOpenEnded: request.params.maxTokens === null,
+        holdsAdapter: false,
         isTold: false,
         output: { text: '', logprobs: null, finishReason: null, stopReason: null, error: null },
         detokenizer: this.#options.createDetokenizer(request.params),
@@ -249,6 +269,8 @@ export class Engine {
         cancel: () => this.#cutOff(live, 'abort'),
       };
     });
+    // Now, and not when the next step is planned: what is not on the device may come while steps run.
+    this.#showQueue();
     this.wake();
     return handles;
   }
@@ -315,13 +337,18 @@ export class Engine {
   #rest(plan: SchedulePlan | null): void {
     this.#lastEndedMs = null;
     if (plan === null) return;
-    if (plan.preempted.length > 0) {
-      this.#endAtArenaLimit(plan.preempted);
-    } else if (this.#waiting.length > 0) {
-      throw new InvariantError('a sequence waits that does not fit into the arena alone');
-    } else if (this.#live.size === 0) {
-      this.#onIdle?.();
+    const tiers = this.#tiers!;
+    if (plan.preempted.length > 0 || this.#waiting.length > 0) {
+      const [first] = this.#startable();
+      const isShort = plan.preempted.length > 0 || first !== undefined;
+      const kept = first ? this.#live.get(first)!.request.adapter : null;
+      // Whatever else ends in a wake: pages that come back, an adapter that arrives.
+      if (isShort && tiers.residency.evictWaiting(kept)) this.wake();
+      else if (isShort ? tiers.residency.isCopying : tiers.isBringing) return;
+      else if (plan.preempted.length > 0) this.#endAtArenaLimit(plan.preempted);
+      else throw new InvariantError('a sequence waits that does not fit into the arena alone');
     }
+    if (this.#live.size === 0) this.#onIdle?.();
   }
 
   async #untilWoken(): Promise<void> {
@@ -421,27 +448,61 @@ export class Engine {
     }
     if (numLeft === this.#running.length) return;
     this.#running.length = numLeft;
-    this.#tiers!.servePageWaiters();
+    this.#tiers!.residency.servePageWaiters();
   }
 
   #plan(): SchedulePlan {
     const { arena, runtime, limits } = this.#options;
-    this.#tiers!.servePageWaiters();
+    const { residency } = this.#tiers!;
+    this.#showQueue();
     return schedule({
-      waiting: this.#waiting,
+      waiting: this.#startable(),
       running: this.#running,
-      numFreePages: arena.numFree,
-      numWantedPages: this.#tiers!.numWantedPages,
+      numFreePages: arena.numFree + residency.idle.numReclaimablePages,
+      numWantedPages: residency.numWantedPages,
       blockSizeTokens: runtime.blockTokens,
       maxBatchTokens: limits.maxBatchTokens,
       maxSequences: limits.maxSequences,
     });
   }
 
+  /** Tells the tiers which adapters the queue waits for, in its order. */
+  #showQueue(): void {
+    const queue = new Set<Adapter>();
+    for (const sequence of this.#waiting) {
+      const { adapter } = this.#live.get(sequence)!.request;
+      if (adapter) queue.add(adapter);
+    }
+    this.#tiers!.showQueue([...queue]);
+  }
+
+  /** Waiting sequences whose adapter is there. */
+  #startable(): readonly Sequence[] {
+    return this.#waiting.filter((sequence) => {
+      const { adapter } = this.#live.get(sequence)!.request;
+      return adapter === null || this.#tiers!.residency.isReady(adapter);
+    });
+  }
+
+  /** The adapter that they wait for cannot be brought up. */
+  #failWaiting(adapter: Adapter, error: EngineError): void {
+    const { digest } = adapter;
+    this.#options.metrics.observeAdapterFailure(error.code);
+    this.#options.log.warn(
+      { err: error, digest, waiting: adapter.numInFlight },
+      'adapter cannot be brought up',
+    );
+    for (const live of [...this.#live.values()]) {
+      if (live.request.adapter === adapter && live.sequence.status === 'waiting')
+        this.#cutOff(live, 'error', error);
+    }
+  }
+
   #carryOut(plan: SchedulePlan): void {
     const { arena, metrics, now } = this.#options;
     for (const sequence of plan.preempted) {
       this.#giveBackBlocks(sequence);
+      this.#letGoOfAdapter(this.#live.get(sequence)!);
       sequence.status = 'waiting';
       sequence.wasPreempted = true;
       this.#running.splice(this.#running.indexOf(sequence), 1);
@@ -455,7 +516,11 @@ export class Engine {
       sequence.status = 'running';
       const live = this.#live.get(sequence)!;
       live.scheduledMs ??= now();
+      this.#holdAdapter(live);
     }
+    let numNewPages = 0;
+    for (let i = 0; i < plan.chunks.length; i++) numNewPages += plan.chunks[i]!.numNewBlocks;
+    reclaim(arena, numNewPages, [this.#tiers!.residency.idle]);
     for (let i = 0; i < plan.chunks.length; i++) {
       const { sequence, numNewBlocks } = plan.chunks[i]!;
       if (numNewBlocks === 0) continue;
@@ -465,6 +530,21 @@ export class Engine {
       }
       sequence.numBlocks += numNewBlocks;
     }
+  }
+
+  #holdAdapter(live: Live): void {
+    const { adapter } = live.request;
+    if (!adapter) return;
+    this.#tiers!.hold(adapter);
+    live.holdsAdapter = true;
+    // Each time it comes to the device it has another handle.
+    live.sequence.adapters = [{ handle: adapter.device!.handle, weight: 1 }];
+  }
+
+  #letGoOfAdapter(live: Live): void {
+    if (!live.holdsAdapter) return;
+    live.holdsAdapter = false;
+    this.#tiers!.letGo(live.request.adapter!);
   }
 
   /** Tells what a step drew: text, stop strings, ends. */
@@ -561,6 +641,7 @@ export class Engine {
     if (!live) throw new InvariantError(`sequence ${sequence.id} let go twice`);
     this.#live.delete(sequence);
     this.#giveBackBlocks(sequence);
+    this.#letGoOfAdapter(live);
     if (live.request.adapter) this.#tiers!.release(live.request.adapter);
   }
 
@@ -571,7 +652,7 @@ export class Engine {
   }
 
   /** Prompt and most output tokens of a request, checked against the context and the arena. */
-  #totalTokens({ promptTokens, params }: SequenceRequest): number {
+  #totalTokens({ promptTokens, params, adapter }: SequenceRequest): number {
     const { maxModelLen } = this.#options.limits;
     const numPrompt = promptTokens.length;
     if (numPrompt === 0) {
@@ -589,11 +670,12 @@ export class Engine {
         { param: isPromptAlone ? 'prompt' : 'max_tokens' },
       );
     }
-    if (numWanted > this.maxTokensOfOne) {
+    const numMost = this.maxTokensOfOne(adapter);
+    if (numWanted > numMost) {
       throw new EngineError(
         'arena_full',
-        `the request needs room for ${numWanted} tokens, and the device arena has room for ${this.maxTokensOfOne} ` +
-          'beside the loaded adapters; ask for less, unload an adapter, or give the engine more --device-memory',
+        `the request needs room for ${numWanted} tokens, and the device arena has room for ${numMost} ` +
+          'beside its adapter and the pinned ones; ask for less, or give the engine more --device-memory',
       );
     }
     return params.maxTokens === null ? maxModelLen : numWanted;

@@ -11,6 +11,7 @@ import type { FinishReason } from './stop.ts';
 /** What the gauges read. */
 export interface MetricSources {
   arena: Arena;
+  hostArena: Arena | null;
   tiers: AdapterTiers;
   engine: { numRunning: number; numWaiting: number; waitingAdapterKeys: Iterable<string> };
   blockSizeTokens: number;
@@ -37,6 +38,7 @@ const tokenBounds = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.
 const requestBounds = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240];
 const stepBounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];
 const gapBounds = [1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1];
+const tierBounds = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const fetchBounds = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900];
 const sizeBounds = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 
@@ -103,6 +105,38 @@ export class EngineMetrics {
     'Verifying and copying one adapter, in seconds.',
     stepBounds,
   );
+  readonly #adapterLookups = this.#labelled(
+    'motet_adapter_lookups_total',
+    'Sequences that came for an adapter, by the tier in which it was: device is a hit.',
+    ['tier'],
+  );
+  readonly #adapterWaitSeconds = this.#histogram(
+    'motet_adapter_wait_seconds',
+    'How long the queue waited for an adapter that was not on the device, in seconds.',
+    tierBounds,
+  );
+  readonly #moveSeconds = new Histogram({
+    name: 'motet_adapter_move_seconds',
+    help: 'One move of an adapter between tiers, in seconds, without the wait for pages.',
+    labelNames: ['from', 'to'],
+    buckets: tierBounds,
+    registers: [this.registry],
+  });
+  readonly #moveBytes = this.#labelled(
+    'motet_adapter_move_bytes_total',
+    'Bytes of adapters that moved between tiers, whole pages.',
+    ['from', 'to'],
+  );
+  readonly #adapterEvictions = this.#labelled(
+    'motet_adapter_evictions_total',
+    'Adapters that left a tier to make room, by tier.',
+    ['tier'],
+  );
+  readonly #adapterFailures = this.#labelled(
+    'motet_adapter_failures_total',
+    'Adapters that the queue waited for and that could not be brought to the device, by error code.',
+    ['code'],
+  );
   readonly #success = new Counter({
     name: 'vllm:request_success_total',
     help: 'Sequences that ended, by reason.',
@@ -163,7 +197,7 @@ export class EngineMetrics {
   }
 
   /** Adds the gauges. Once, when the parts exist. */
-  watch({ arena, tiers, engine, blockSizeTokens, unixSeconds }: MetricSources): void {
+  watch({ arena, hostArena, tiers, engine, blockSizeTokens, unixSeconds }: MetricSources): void {
     const gauge = (name: string, help: string, read: () => number) =>
       new Gauge({
         name,
@@ -173,12 +207,18 @@ export class EngineMetrics {
           this.set(read());
         },
       });
-    const names = () => [...tiers.names].map(([name]) => name).sort();
-    const numResident = () => [...tiers.adapters].length;
+    const numOn = (tier: 'device' | 'host') =>
+      [...tiers.adapters].filter((adapter) => adapter[tier] !== null).length;
+    const residentNames = () =>
+      [...tiers.names]
+        .filter(([, { device }]) => device !== null)
+        .map(([name]) => name)
+        .sort();
     /** How many adapters there may be: those that are, and as many of their mean size as the free pages hold. */
     const maxAdapters = () => {
-      const meanPages = arena.numUsed('adapter') / Math.max(1, numResident());
-      return numResident() + Math.floor(arena.numFree / Math.max(1, meanPages));
+      const numResident = numOn('device');
+      const meanPages = arena.numUsed('adapter') / Math.max(1, numResident);
+      return numResident + Math.floor(arena.numFree / Math.max(1, meanPages));
     };
 
     gauge('vllm:num_requests_running', 'Sequences that run.', () => engine.numRunning);
@@ -188,8 +228,17 @@ export class EngineMetrics {
       'Part of the pages that adapters leave to KV that is in use, 0 to 1.',
       () => arena.numUsed('kv') / Math.max(1, arena.numPages - arena.numUsed('adapter')),
     );
-    gauge('vllm:num_gpu_loaded_lora_adapters', 'Adapters in the device tier.', numResident);
-    gauge('vllm:num_cpu_loaded_lora_adapters', 'Adapters in the host tier.', () => 0);
+    gauge('vllm:num_gpu_loaded_lora_adapters', 'Adapters in the device tier.', () => numOn('device'));
+    gauge(
+      'vllm:num_cpu_loaded_lora_adapters',
+      'Adapters in the host tier, those that are in the device tier as well included.',
+      () => numOn('host'),
+    );
+    gauge(
+      'motet_adapters_registered',
+      'Adapters that have a name or a sequence, in whatever tier.',
+      () => [...tiers.adapters].length,
+    );
     gauge(
       'vllm:max_gpu_lora_adapters',
       'Adapters that the device tier may hold at their mean size.',
@@ -217,7 +266,7 @@ export class EngineMetrics {
         this.set(
           {
             max_lora: maxAdapters(),
-            running_lora_adapters: names().join(','),
+            running_lora_adapters: residentNames().join(','),
             waiting_lora_adapters: [...waiting].sort().join(','),
           },
           unixSeconds(),
@@ -232,8 +281,10 @@ export class EngineMetrics {
       registers: [this.registry],
       collect() {
         this.reset();
-        for (const [name, adapter] of tiers.names) {
-          this.set({ adapter_name: name, level: 'gpu', pinned: 'false', rank: adapter.file.rank }, 1);
+        for (const [name, { device, host, isPinned, file }] of tiers.names) {
+          const rest = { pinned: `${isPinned}`, rank: file.rank };
+          if (device) this.set({ adapter_name: name, level: 'gpu', ...rest }, 1);
+          if (host) this.set({ adapter_name: name, level: 'cpu', ...rest }, 1);
         }
       },
     });
@@ -248,7 +299,41 @@ export class EngineMetrics {
         this.set({ kind: 'free' }, arena.numFree * arena.pageBytes);
       },
     });
+    new Gauge({
+      name: 'motet_tier_bytes',
+      help: 'Bytes by tier (device, host, disk) and by what they hold (kv, adapter, free); disk: the files of registered adapters.',
+      labelNames: ['tier', 'kind'],
+      registers: [this.registry],
+      collect() {
+        for (const [tier, pages] of [
+          ['device', arena],
+          ['host', hostArena],
+        ] as const) {
+          for (const kind of pageOwners)
+            this.set({ tier, kind }, pages ? pages.numUsed(kind) * pages.pageBytes : 0);
+          this.set({ tier, kind: 'free' }, pages ? pages.numFree * pages.pageBytes : 0);
+        }
+        let fileBytes = 0;
+        for (const { file } of tiers.adapters) fileBytes += file.sizeBytes;
+        this.set({ tier: 'disk', kind: 'adapter' }, fileBytes);
+      },
+    });
     tiers.onLoaded = (seconds) => this.adapterLoadSeconds.observe(seconds);
+    tiers.onLookup = (tier) => this.#adapterLookups.inc({ tier });
+    tiers.onWaited = (seconds) => this.#adapterWaitSeconds.observe(seconds);
+    tiers.residency.onMove = ({ from, to, seconds, bytes }) => {
+      this.#moveSeconds.observe({ from, to }, seconds);
+      this.#moveBytes.inc({ from, to }, bytes);
+    };
+    tiers.residency.onEviction = (tier) => this.#adapterEvictions.inc({ tier });
+  }
+
+  observeAdapterFailure(code: string): void {
+    this.#adapterFailures.inc({ code });
+  }
+
+  #labelled<Label extends string>(name: string, help: string, labelNames: Label[]): Counter<Label> {
+    return new Counter({ name, help, labelNames, registers: [this.registry] });
   }
 
   #counter(name: string, help: string): Counter {

@@ -270,11 +270,13 @@ export interface LoadAdapterRequest {
   /** What the adapter must be; null: whatever is there. */
   digest: string | null;
   isInPlace: boolean;
+  /** null: as it was. */
+  isPinned: boolean | null;
 }
 
 /** vLLM's load body. Names become metric labels in comma lists, so commas and control characters are refused. */
 export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
-  const { lora_name, lora_path, load_inplace, digest = null } = asObject(body);
+  const { lora_name, lora_path, load_inplace, pinned = null, digest = null } = asObject(body);
   if (!isFilled(lora_name) || !isFilled(lora_path)) {
     throw new EngineError('adapter_name_missing', "Both 'lora_name' and 'lora_path' must be provided.", {
       param: isFilled(lora_name) ? 'lora_path' : 'lora_name',
@@ -291,6 +293,8 @@ export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
   if (load_inplace !== undefined && load_inplace !== null && typeof load_inplace !== 'boolean') {
     throw invalid('load_inplace', 'expected true or false', load_inplace);
   }
+  if (pinned !== null && typeof pinned !== 'boolean')
+    throw invalid('pinned', 'expected true or false', pinned);
   const problem = uriProblem(lora_path);
   if (problem !== null) {
     const message = `lora_path: expected ${problem.expected}, got ${problem.got}`;
@@ -306,7 +310,7 @@ export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
       undefined,
     );
   }
-  return { name: lora_name, path: lora_path, digest, isInPlace: load_inplace === true };
+  return { name: lora_name, path: lora_path, digest, isInPlace: load_inplace === true, isPinned: pinned };
 }
 
 export function parseUnloadAdapter(body: unknown): { name: string } {

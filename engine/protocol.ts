@@ -12,14 +12,17 @@ export interface AdapterStatus {
   digest: string;
   /** Served names that point at it. Empty: unloading, waiting for its last request. */
   names: string[];
+  /** The highest that has its bytes: a request for one that is not on the device waits until it is. */
   tier: Tier;
+  /** Never leaves the device. Not there in engines that keep all on the device. */
+  pinned?: boolean;
   /** Largest rank over its modules. */
   rank: number;
   /** Target modules it changes, sorted, e.g. `["q_proj","v_proj"]`. */
   modules: string[];
   /** LoRA kind: `lora`, `rslora`, `dora`. */
   kind: string;
-  /** Bytes it holds in its tier, whole pages. */
+  /** Bytes that it takes in the device arena or in the host arena, whole pages. */
   bytes: number;
   /** Sequences, waiting or running, that use it. */
   inFlight: number;
@@ -34,14 +37,28 @@ export interface AdapterStatus {
     /** From its source to this machine; 0 when it was here already. Absent from engines that know no sources. */
     fetch?: number;
     verify: number;
+    /** Of its last way to the device: the wait for pages. Absent from engines that keep all on the device, as `host` is. */
+    pages?: number;
+    /** From its files to the device, and from the host arena to the device, the last time; 0: it never went that way. */
     device: number;
+    host?: number;
   };
+}
+
+/** An arena: total and free bytes, and how the others are used. */
+export interface ArenaUse {
+  totalBytes: number;
+  freeBytes: number;
+  kvBytes: number;
+  adapterBytes: number;
 }
 
 export interface AdapterList {
   object: 'list';
-  /** The device arena: total and free bytes, and how they are used. */
-  arena: { totalBytes: number; freeBytes: number; kvBytes: number; adapterBytes: number };
+  /** The device arena. */
+  arena: ArenaUse;
+  /** Not there when the engine has none. */
+  hostArena?: ArenaUse;
   data: AdapterStatus[];
   /** Names whose load is under way: waiting, being fetched or copied. Absent from older engines. */
   loading?: string[];
@@ -67,13 +84,15 @@ export interface ModelList {
 }
 
 /**
- * Body of `POST /v1/load_lora_adapter`: vLLM's fields, and `digest`. `lora_path` is a folder, or `https://HOST/FOLDER`, below
+ * Body of `POST /v1/load_lora_adapter`: vLLM's fields, `pinned` as SGLang has it, and `digest`. `lora_path` is a folder, or `https://HOST/FOLDER`, below
  * which `adapter_config.json` and `adapter_model.safetensors` are fetched.
  */
 export interface LoadAdapterBody {
   lora_name: string;
   lora_path: string;
   load_inplace?: boolean;
+  /** Never leaves the device arena; false: may leave it again. Without it: as it was, or as what it replaces. */
+  pinned?: boolean;
   /** What the adapter must be, `sha256:<hex>`. Another one is refused with `adapter_digest_mismatch`. */
   digest?: string;
 }

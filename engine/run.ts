@@ -29,6 +29,7 @@ const maxBufferedBytes = 2 ** 20;
 const maxLoads = 2;
 const maxQueuedLoads = 64;
 const pageWaitMs = 10_000;
+const queueWaitMs = 60_000;
 
 /** Exit statuses: a wrong setting or file is the user's to change, and a restart does not help. */
 const exitUsage = 2;
@@ -93,6 +94,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     numThreads: config.numThreads,
   });
   const arena = new Arena(runtime.numPages, runtime.pageBytes);
+  const hostArena = runtime.numHostPages > 0 ? new Arena(runtime.numHostPages, runtime.pageBytes) : null;
   const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
   const now = () => performance.now();
   const wallClock = () => Date.now();
@@ -118,17 +120,22 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   const tiers = new AdapterTiers({
     loader: runtime,
     arena,
+    hostArena,
     readFile: (path) => readAdapterFile(path, prepared.dims, { maxRank }),
     numPagesKept: () => engine.numPagesKept(),
+    numPagesPromised: () => engine.numPagesPromised(),
     onPagesWanted: () => engine.wake(),
     maxLoads,
     maxQueuedLoads,
     pageWaitMs,
+    queueWaitMs,
     now,
     wallClock,
+    log,
   });
   metrics.watch({
     arena,
+    hostArena,
     tiers,
     engine,
     blockSizeTokens: runtime.blockTokens,
@@ -144,6 +151,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     tiers,
     text,
     arena,
+    hostArena,
     metrics,
     log,
     baseName,

@@ -19,7 +19,8 @@ export type SequenceStatus = 'waiting' | 'running' | 'finished';
 export class Sequence {
   readonly id: number;
   readonly params: SamplingParams;
-  readonly adapters: readonly AdapterUse[];
+  /** Those that are on the device while it runs. */
+  adapters: readonly AdapterUse[];
   /** Says which voice this is, for fairness: the adapter's digest, '' for the base. */
   readonly adapterKey: string;
   readonly numPromptTokens: number;

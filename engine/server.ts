@@ -43,12 +43,20 @@ import {
   type ReplyFormat,
   usageOf,
 } from './openai-reply.ts';
-import { type AdapterList, enginePaths, type ModelCard, type ModelList, modelHeader } from './protocol.ts';
+import {
+  type AdapterList,
+  type ArenaUse,
+  enginePaths,
+  type ModelCard,
+  type ModelList,
+  modelHeader,
+} from './protocol.ts';
 import { shownUri } from './source-uri.ts';
 import type { Sources } from './sources.ts';
 
 export interface ServerOptions extends ServedModel {
   arena: Arena;
+  hostArena: Arena | null;
   metrics: EngineMetrics;
   log: Logger;
   /** Where the base model came from, path or URI. */
@@ -302,7 +310,7 @@ function replyHead({ baseName, wallClock }: ServerOptions, { request }: Job, for
 
 async function loadAdapter(options: ServerOptions, body: unknown): Promise<string> {
   const { engine, tiers, sources, baseName, log } = options;
-  const { name, path, digest, isInPlace } = parseLoadAdapter(body);
+  const { name, path, digest, isInPlace, isPinned } = parseLoadAdapter(body);
   if (engine.isDraining)
     throw new EngineError('draining', 'the engine is draining', { retryAfterSeconds: 5 });
   if (name === baseName) {
@@ -314,12 +322,9 @@ async function loadAdapter(options: ServerOptions, body: unknown): Promise<strin
       },
     );
   }
-  const adapter = await tiers.load(name, await sources.adapter(path, digest), isInPlace);
-  const { file, pages, loadSeconds } = adapter;
-  log.info(
-    { name, digest: adapter.digest, rank: file.rank, pages: pages.length, loadSeconds },
-    'adapter loaded',
-  );
+  const adapter = await tiers.load(name, await sources.adapter(path, digest), isInPlace, isPinned);
+  const { file, numPages, loadSeconds } = adapter;
+  log.info({ name, digest: adapter.digest, rank: file.rank, pages: numPages, loadSeconds }, 'adapter loaded');
   return `Success: LoRA adapter '${name}' added successfully.`;
 }
 
@@ -344,18 +349,23 @@ function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, star
   };
 }
 
-function adapterList({ arena, tiers }: ServerOptions): AdapterList {
-  const bytes = (numPages: number) => numPages * arena.pageBytes;
+function adapterList({ arena, hostArena, tiers }: ServerOptions): AdapterList {
   return {
     object: 'list',
-    arena: {
-      totalBytes: bytes(arena.numPages),
-      freeBytes: bytes(arena.numFree),
-      kvBytes: bytes(arena.numUsed('kv')),
-      adapterBytes: bytes(arena.numUsed('adapter')),
-    },
+    arena: arenaUse(arena),
+    ...(hostArena && { hostArena: arenaUse(hostArena) }),
     data: tiers.statuses(),
     loading: [...tiers.loadingNames].sort(),
+  };
+}
+
+function arenaUse(arena: Arena): ArenaUse {
+  const bytes = (numPages: number) => numPages * arena.pageBytes;
+  return {
+    totalBytes: bytes(arena.numPages),
+    freeBytes: bytes(arena.numFree),
+    kvBytes: bytes(arena.numUsed('kv')),
+    adapterBytes: bytes(arena.numUsed('adapter')),
   };
 }
 

@@ -1,16 +1,25 @@
 /**
- * Which adapters are in the device arena: names to digests to native handles, counted while in use. An adapter is its
- * digest; a name is an alias. So the same content under two names is loaded once, new content under an old name is a
- * new adapter beside the old one, and an adapter without names waits for its last sequence, then its pages are free.
+ * Which adapters are registered: names to digests, counted while in use. An adapter is its digest; a name is an alias. So the
+ * same content under two names is loaded once, new content under an old name is a new adapter beside the old one, and an
+ * adapter without names waits for its last sequence, then its bytes are free. A registered adapter need not be on the
+ * device: residency.ts moves its bytes, and brings them up when a sequence in the queue wants them.
  *
  * A load runs beside the steps: fetch, verify (read, hash, check), then wait for pages, then copy. Loads of one digest are
  * one load; loads of one name run one after another; the number at once and the number in line are bounded.
  */
+import type { Logger } from 'pino';
 import type { AdapterModule } from '../../native/index.ts';
-import { EngineError, InvariantError } from '../errors.ts';
-import type { Arena } from '../ladder/arena.ts';
-import type { AdapterStatus } from '../protocol.ts';
+import { EngineError, InvariantError, toEngineError } from '../errors.ts';
+import { touch } from '../ladder/policy.ts';
+import type { AdapterStatus, Tier } from '../protocol.ts';
 import { Slots } from '../slots.ts';
+import {
+  type LoadReason,
+  NobodyWaits,
+  Residency,
+  type ResidencyOptions,
+  type Resident,
+} from './residency.ts';
 
 /** A checked adapter folder, as adapter-file.ts reads it. */
 export interface AdapterFile {
@@ -50,79 +59,74 @@ export function folderSource(path: string, uri = path, digest: string | null = n
   return { uri, digest, fetch: async () => folder };
 }
 
-export interface AdapterLoader {
-  adapterPages(modules: AdapterModule[]): number;
-  loadAdapter(path: string, modules: AdapterModule[], pages: Int32Array): Promise<number>;
-  releaseAdapter(handle: number): void;
-}
-
-export interface AdapterTiersOptions {
-  loader: AdapterLoader;
-  arena: Arena;
+export interface AdapterTiersOptions extends Omit<ResidencyOptions, 'onChange'> {
   /** Reads and checks a folder against the base model; throws an EngineError. */
   readFile: (path: string) => Promise<AdapterFile>;
-  /** Pages that must stay for KV, so that every live sequence fits alone. */
-  numPagesKept: () => number;
-  /** Called when a load begins or stops to wait for pages: the scheduler must look again. */
+  /** Called when the scheduler must look again: pages came back or are wanted, an adapter is there. */
   onPagesWanted: () => void;
-  /** Loads that run at once, and loads that wait for one of them. */
+  /** Loads by name that run at once, and as many for the queue; and loads by name that wait for one of them. */
   maxLoads: number;
   maxQueuedLoads: number;
-  /** How long a load waits for pages that running sequences hold. */
-  pageWaitMs: number;
-  /** Milliseconds, never going back. */
-  now: () => number;
-  /** Unix milliseconds. */
-  wallClock: () => number;
+  /** Pages that the largest sequence, waiting or running, may come to need beside pins, its adapter's included. */
+  numPagesPromised: () => number;
+  log: Logger;
 }
 
-/** A resident adapter. */
-export interface Adapter {
-  readonly digest: string;
-  readonly file: AdapterFile;
-  readonly pages: Int32Array;
-  readonly handle: number;
-  readonly names: Set<string>;
+/** A registered adapter. */
+export interface Adapter extends Resident {
+  /** Brings its files again when no arena has it. */
+  source: AdapterSource;
   /** As the client named it in the first load. */
   readonly sourceUri: string;
-  /** Unix seconds. */
-  readonly since: number;
-  readonly loadSeconds: { fetch: number; verify: number; device: number };
-  /** Sequences, waiting or running, that use it. */
-  numInFlight: number;
-  /** Sequences that have used it since it was loaded. */
+  /** Of the first load. */
+  readonly loadSeconds: { fetch: number; verify: number };
+  /** Sequences that have used it since it was registered. */
   numRequests: number;
 }
 
-interface PageWaiter {
-  numPages: number;
-  resolve: (pages: Int32Array) => void;
-  reject: (error: EngineError) => void;
-  timer: NodeJS.Timeout;
-}
+/** Ways up for the queue that are begun at once, those included that still fetch: a bound, so that a long queue floods no source. */
+const maxBroughtUp = 32;
 
 export class AdapterTiers {
   readonly #options: AdapterTiersOptions;
+  readonly residency: Residency;
   readonly #byName = new Map<string, Adapter>();
   readonly #byDigest = new Map<string, Adapter>();
   /** Loads under way by digest: the second one joins the first. */
   readonly #loading = new Map<string, Promise<Adapter>>();
+  /** Ways up that are under way, from wherever it is: the second who needs it joins the first. */
+  readonly #bringing = new Map<Adapter, Promise<void>>();
+  /** Copies to the host arena that are under way. */
+  readonly #writing = new Set<Promise<void>>();
+  /** Adapters that sequences wait for, as the queue was when it was last shown. */
+  #queue: readonly Adapter[] = [];
   /** The last load of each name that has one. */
   readonly #nameTurns = new Map<string, Promise<unknown>>();
-  /** First come, first served: a small adapter does not pass a large one for ever. */
-  readonly #pageWaiters: PageWaiter[] = [];
   readonly #slots: Slots;
+  readonly #queueSlots: Slots;
   #isClosed = false;
-  /** Called with the seconds that each load took. */
+  /** Called with the seconds that each way to the device took. */
   onLoaded: (seconds: number) => void = () => {};
+  /** Called with the tier in which an adapter was when a sequence came for it. */
+  onLookup: (tier: Tier) => void = () => {};
+  /** Called with how long the queue waited for an adapter, in seconds. */
+  onWaited: (seconds: number) => void = () => {};
+  /** Called when an adapter that sequences wait for cannot be brought up. */
+  onFailed: (adapter: Adapter, error: EngineError) => void = () => {};
 
   constructor(options: AdapterTiersOptions) {
     this.#options = options;
+    this.residency = new Residency({ ...options, onChange: options.onPagesWanted });
     this.#slots = new Slots(options.maxLoads, options.maxQueuedLoads, 'adapter loads');
+    this.#queueSlots = new Slots(options.maxLoads, maxBroughtUp, 'adapters of the queue');
   }
 
   get(name: string): Adapter | undefined {
     return this.#byName.get(name);
+  }
+
+  withDigest(digest: string): Adapter | undefined {
+    return this.#byDigest.get(digest);
   }
 
   get adapters(): Iterable<Adapter> {
@@ -138,29 +142,69 @@ export class AdapterTiers {
     return this.#nameTurns.keys();
   }
 
-  /** Pages that loads wait for. */
-  get numWantedPages(): number {
-    return this.#pageWaiters.reduce((sum, waiter) => sum + waiter.numPages, 0);
-  }
-
-  /** One more sequence uses the adapter: its pages stay until `release`. */
+  /** One more sequence waits for the adapter or runs on it: it stays registered until `release`. */
   acquire(adapter: Adapter): void {
     adapter.numInFlight++;
     adapter.numRequests++;
+    touch(adapter, this.#options.now());
+    this.onLookup(this.residency.tierOf(adapter));
   }
 
   release(adapter: Adapter): void {
     adapter.numInFlight--;
+    if (adapter.numInFlight === 0 && this.#bringing.has(adapter)) this.residency.servePageWaiters();
     this.#freeIfUnused(adapter);
+  }
+
+  /** A sequence begins to run on the adapter, which is ready: it stays on the device until `letGo`. */
+  hold(adapter: Adapter): void {
+    if (!adapter.device)
+      throw new InvariantError(`adapter ${adapter.digest} is run on and is not on the device`);
+    adapter.numRunning++;
+  }
+
+  letGo(adapter: Adapter): void {
+    if (--adapter.numRunning < 0) throw new InvariantError(`adapter ${adapter.digest} let go too often`);
+  }
+
+  /**
+   * Shows what the queue waits for, in its order, and begins to bring up what is not on the device. Call it whenever the
+   * queue may have changed.
+   */
+  showQueue(queue: readonly Adapter[]): void {
+    for (const adapter of this.#queue) adapter.queuePlace = Number.POSITIVE_INFINITY;
+    this.#queue = queue;
+    for (const [place, adapter] of queue.entries()) adapter.queuePlace = place;
+    for (const adapter of queue) {
+      if (this.#bringing.size >= maxBroughtUp || this.#isClosed) break;
+      if (adapter.device || this.#bringing.has(adapter)) continue;
+      const beginMs = this.#options.now();
+      this.#bring(adapter, 'queue').then(
+        () => this.onWaited((this.#options.now() - beginMs) / 1000),
+        () => {}, // those who wait were told
+      );
+    }
+    this.residency.servePageWaiters();
+  }
+
+  /** Whether something is on its way to the device, and be it that it waits. */
+  get isBringing(): boolean {
+    return this.#bringing.size > 0;
   }
 
   /**
    * Loads an adapter and points `name` at it.
    * @param from a folder on this machine, or any source
+   * @param isPinned whether it may leave the device; null: as it was
    * @throws EngineError adapter_already_loaded, when the name is taken and `isInPlace` is false; adapter_digest_mismatch;
    *         arena_full, when the pages are not there in time; too_many_loads; or what fetch and readFile throw
    */
-  async load(name: string, from: AdapterSource | string, isInPlace: boolean): Promise<Adapter> {
+  async load(
+    name: string,
+    from: AdapterSource | string,
+    isInPlace: boolean,
+    isPinned: boolean | null = null,
+  ): Promise<Adapter> {
     const source = typeof from === 'string' ? folderSource(from) : from;
     const before = this.#nameTurns.get(name);
     const turn = (async () => {
@@ -175,7 +219,10 @@ export class AdapterTiers {
       let adapter = await this.#loadSource(source);
       // Between the load and this line another name may have let go of the same adapter.
       while (this.#byDigest.get(adapter.digest) !== adapter) adapter = await this.#loadSource(source);
+      const replaced = this.#lastNamed(name, adapter);
+      await this.#pin(adapter, isPinned ?? (adapter.isPinned || replaced?.isPinned === true), replaced);
       this.#point(name, adapter);
+      this.#writeThrough(adapter);
       return adapter;
     })();
     this.#nameTurns.set(name, turn);
@@ -194,77 +241,78 @@ export class AdapterTiers {
         param: 'lora_name',
       });
     }
-    this.#byName.delete(name);
-    adapter.names.delete(name);
-    this.#freeIfUnused(adapter);
-  }
-
-  /** Hands free pages to the loads that wait for them. Call it when pages came back or sequences ended. */
-  servePageWaiters(): void {
-    while (this.#pageWaiters.length > 0) {
-      const waiter = this.#pageWaiters[0]!;
-      const pages = this.#tryTake(waiter.numPages);
-      if (!pages) return;
-      this.#pageWaiters.shift();
-      clearTimeout(waiter.timer);
-      waiter.resolve(pages);
-    }
+    this.#takeName(name, adapter);
   }
 
   statuses(): AdapterStatus[] {
+    const { pageBytes } = this.#options.arena;
     return [...this.#byDigest.values()].map((adapter) => ({
       digest: adapter.digest,
       names: [...adapter.names].sort(),
-      tier: 'device',
+      tier: this.residency.tierOf(adapter),
+      pinned: adapter.isPinned,
       rank: adapter.file.rank,
       modules: [...adapter.file.targets].sort(),
       kind: adapter.file.kind,
-      bytes: adapter.pages.length * this.#options.arena.pageBytes,
+      bytes: adapter.numPages * pageBytes,
       inFlight: adapter.numInFlight,
       requests: adapter.numRequests,
       path: adapter.sourceUri,
       since: adapter.since,
-      loadSeconds: adapter.loadSeconds,
+      loadSeconds: {
+        ...adapter.loadSeconds,
+        pages: adapter.seconds.pages,
+        device: adapter.seconds.disk,
+        host: adapter.seconds.host,
+      },
     }));
   }
 
   /** Refuses the loads that wait, and waits for those that copy. */
   async close(): Promise<void> {
     this.#isClosed = true;
-    for (const waiter of this.#pageWaiters.splice(0)) {
-      clearTimeout(waiter.timer);
-      waiter.reject(new EngineError('draining', 'the engine is shutting down'));
-    }
-    await Promise.allSettled(this.#loading.values());
+    this.residency.close();
+    await Promise.allSettled([...this.#loading.values(), ...this.#bringing.values()]);
+    await Promise.allSettled(this.#writing);
   }
 
-  async #loadSource(source: AdapterSource, isSecondTry = false): Promise<Adapter> {
+  /** Fetches, and lets `work` use the folder; once more when it was a copy of ours and is damaged. */
+  async #withFolder<T>(
+    source: AdapterSource,
+    work: (folder: LocalFolder) => Promise<T>,
+    isSecondTry = false,
+  ): Promise<T> {
     if (this.#isClosed) throw new EngineError('draining', 'the engine is shutting down');
-    // Who names a digest that is resident has named all there is to load.
-    const known = source.digest === null ? undefined : this.#byDigest.get(source.digest);
-    if (known) return known;
     const folder = await source.fetch();
     try {
-      return await this.#slots.run(() => this.#loadFolder(source, folder));
+      return await work(folder);
     } catch (error) {
       const isRefused = error instanceof EngineError && error.status < 500;
       if (!isRefused || isSecondTry || !(await folder.discardIfDamaged())) throw error;
     } finally {
       folder.release();
     }
-    return this.#loadSource(source, true);
+    return this.#withFolder(source, work, true);
+  }
+
+  async #loadSource(source: AdapterSource): Promise<Adapter> {
+    // Who names a digest that is registered has named all there is to load.
+    const known = source.digest === null ? undefined : this.#byDigest.get(source.digest);
+    if (known) return known;
+    return this.#withFolder(source, (folder) => this.#slots.run(() => this.#loadFolder(source, folder)));
   }
 
   async #loadFolder(source: AdapterSource, folder: LocalFolder): Promise<Adapter> {
-    const begin = this.#options.now();
+    const beginMs = this.#options.now();
     const file = await this.#options.readFile(folder.path);
-    const verifySeconds = (this.#options.now() - begin) / 1000;
+    const verify = (this.#options.now() - beginMs) / 1000;
     checkDigest(source, file.digest);
-    const resident = this.#byDigest.get(file.digest);
-    if (resident) return resident;
-    const underWay = this.#loading.get(file.digest);
+    const registered = this.#byDigest.get(file.digest);
+    // It may have moved: what is read now is where it is.
+    if (registered) registered.source = source;
+    const underWay = registered ?? this.#loading.get(file.digest);
     if (underWay) return await underWay;
-    const load = this.#bringToDevice(file, source.uri, folder.seconds, verifySeconds);
+    const load = this.#register(file, source, { fetch: folder.seconds, verify });
     this.#loading.set(file.digest, load);
     try {
       return await load;
@@ -273,110 +321,163 @@ export class AdapterTiers {
     }
   }
 
-  async #bringToDevice(
+  async #register(
     file: AdapterFile,
-    sourceUri: string,
-    fetchSeconds: number,
-    verifySeconds: number,
+    source: AdapterSource,
+    loadSeconds: Adapter['loadSeconds'],
   ): Promise<Adapter> {
-    const { loader, arena, now, wallClock } = this.#options;
-    const numPages = loader.adapterPages(file.modules);
-    const pages = await this.#takePages(numPages);
-    const begin = now();
-    let handle: number;
-    try {
-      handle = await loader.loadAdapter(file.path, file.modules, pages);
-    } catch (cause) {
-      arena.giveBack('adapter', pages);
-      this.#options.onPagesWanted();
-      const reason = cause instanceof Error ? cause.message : String(cause);
-      throw new EngineError('adapter_invalid', `lora_path: the adapter was refused: ${reason}`, {
-        param: 'lora_path',
-        cause,
-      });
-    }
-    const deviceSeconds = (now() - begin) / 1000;
     const adapter: Adapter = {
       digest: file.digest,
       file,
-      pages,
-      handle,
+      numPages: this.#options.loader.adapterPages(file.modules),
+      device: null,
+      host: null,
+      isPinned: false,
+      isMoving: false,
       names: new Set(),
-      sourceUri,
-      since: wallClock() / 1000,
-      loadSeconds: { fetch: fetchSeconds, verify: verifySeconds, device: deviceSeconds },
       numInFlight: 0,
+      numRunning: 0,
+      queuePlace: Number.POSITIVE_INFINITY,
+      uses: 0,
+      lastUsedMs: this.#options.now(),
+      since: 0,
+      seconds: { pages: 0, disk: 0, host: 0 },
+      source,
+      sourceUri: source.uri,
+      loadSeconds,
       numRequests: 0,
     };
+    await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, 'name'));
     this.#byDigest.set(file.digest, adapter);
-    this.onLoaded(verifySeconds + deviceSeconds);
+    this.onLoaded(loadSeconds.verify + adapter.seconds.disk);
     return adapter;
+  }
+
+  /** Brings a registered adapter to the device, from where it is. */
+  #bring(adapter: Adapter, why: LoadReason): Promise<void> {
+    const underWay = this.#bringing.get(adapter);
+    if (underWay) return underWay;
+    const way = (async () => {
+      try {
+        if (!(await this.#raise(adapter, why))) await this.#loadAgain(adapter, why);
+      } catch (error) {
+        // Before it may be tried again: those who wait now have waited long enough.
+        if (!(error instanceof NobodyWaits)) this.onFailed(adapter, toEngineError(error));
+        throw error;
+      } finally {
+        this.#bringing.delete(adapter);
+        this.#writeThrough(adapter);
+        this.#freeIfUnused(adapter);
+        this.#options.onPagesWanted();
+      }
+    })();
+    this.#bringing.set(adapter, way);
+    return way;
+  }
+
+  /** @returns false: the host arena does not have it */
+  async #raise(adapter: Adapter, why: LoadReason): Promise<boolean> {
+    if (!adapter.host) return false;
+    return this.#slotsOf(why).run(async () => {
+      if (!adapter.host) return false; // it left while this waited for its turn
+      refuseUnwanted(adapter, why);
+      await this.residency.whileMoving(adapter, () => this.residency.raise(adapter, why));
+      this.onLoaded(adapter.seconds.host);
+      return true;
+    });
+  }
+
+  #loadAgain(adapter: Adapter, why: LoadReason): Promise<void> {
+    const { readFile, now } = this.#options;
+    return this.#withFolder(adapter.source, (folder) =>
+      this.#slotsOf(why).run(async () => {
+        refuseUnwanted(adapter, why);
+        const beginMs = now();
+        const file = await readFile(folder.path);
+        const verifySeconds = (now() - beginMs) / 1000;
+        checkDigest({ uri: adapter.sourceUri, digest: adapter.digest }, file.digest);
+        await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, why));
+        this.onLoaded(verifySeconds + adapter.seconds.disk);
+      }),
+    );
+  }
+
+  #slotsOf(why: LoadReason): Slots {
+    return why === 'queue' ? this.#queueSlots : this.#slots;
+  }
+
+  /** Beside the steps. Without it the adapter comes back from its files. */
+  #writeThrough(adapter: Adapter): void {
+    if (this.#isClosed || adapter.isMoving || !this.residency.mayWriteThrough(adapter)) return;
+    const writing = this.residency
+      .whileMoving(adapter, () => this.residency.writeThrough(adapter))
+      .catch((err) => this.#options.log.warn({ err, digest: adapter.digest }, 'not copied to the host arena'))
+      .finally(() => {
+        this.#writing.delete(writing);
+        this.#freeIfUnused(adapter);
+      });
+    this.#writing.add(writing);
+  }
+
+  /**
+   * Lets it leave the device from now on, or brings it there and keeps it.
+   * @throws EngineError arena_full, when pins would leave no room for what must run beside them
+   */
+  async #pin(adapter: Adapter, isPinned: boolean, replaced: Adapter | null): Promise<void> {
+    while (isPinned && !adapter.isPinned) {
+      const { arena, numPagesPromised } = this.#options;
+      const numLeaving = replaced?.isPinned ? replaced.numPages : 0;
+      const numPinned = this.residency.numPagesBeside(adapter) - numLeaving;
+      if (arena.numPages - numPinned < Math.max(1, numPagesPromised())) {
+        this.#freeIfUnused(adapter);
+        throw new EngineError(
+          'arena_full',
+          `pinned: with this adapter pins would take ${numPinned * arena.pageBytes} bytes of the device arena's ` +
+            `${arena.numPages * arena.pageBytes}, and leave too few for sequences; unpin another one`,
+          { param: 'pinned' },
+        );
+      }
+      if (adapter.device) break;
+      await this.#bring(adapter, 'name').catch((error) => {
+        // It was on its way for the queue, where nobody waits any more.
+        if (!(error instanceof NobodyWaits)) throw error;
+      });
+    }
+    adapter.isPinned = isPinned;
+  }
+
+  /** What loses its last name when `name` points at the adapter, which takes over its pin. */
+  #lastNamed(name: string, adapter: Adapter): Adapter | null {
+    const old = this.#byName.get(name);
+    return old && old !== adapter && old.names.size === 1 ? old : null;
   }
 
   #point(name: string, adapter: Adapter): void {
     const old = this.#byName.get(name);
+    if (old && old !== adapter) this.#takeName(name, old);
     this.#byName.set(name, adapter);
     adapter.names.add(name);
-    if (!old || old === adapter) return;
-    old.names.delete(name);
-    this.#freeIfUnused(old);
   }
 
+  #takeName(name: string, adapter: Adapter): void {
+    this.#byName.delete(name);
+    adapter.names.delete(name);
+    if (adapter.names.size === 0) adapter.isPinned = false;
+    this.#freeIfUnused(adapter);
+  }
+
+  /** Its bytes go when it has no name, no sequence, and is not on its way. */
   #freeIfUnused(adapter: Adapter): void {
     if (adapter.numInFlight < 0) throw new InvariantError(`adapter ${adapter.digest} released too often`);
     if (adapter.numInFlight > 0 || adapter.names.size > 0) return;
-    this.#byDigest.delete(adapter.digest);
-    this.#options.loader.releaseAdapter(adapter.handle);
-    this.#options.arena.giveBack('adapter', adapter.pages);
-    this.#options.onPagesWanted();
+    if (adapter.isMoving || this.#bringing.has(adapter)) return;
+    if (this.#byDigest.get(adapter.digest) === adapter) this.#byDigest.delete(adapter.digest);
+    this.residency.drop(adapter);
   }
+}
 
-  #tryTake(numPages: number): Int32Array | null {
-    const { arena, numPagesKept } = this.#options;
-    if (arena.numUsed('adapter') + numPages + numPagesKept() > arena.numPages) return null;
-    const pages = new Int32Array(numPages);
-    return arena.take('adapter', numPages, pages) ? pages : null;
-  }
-
-  /** Pages at once, or when running sequences give some back within pageWaitMs. No sequence is stopped for them. */
-  #takePages(numPages: number): Promise<Int32Array> {
-    const { arena, pageWaitMs, onPagesWanted } = this.#options;
-    if (this.#isClosed) throw new EngineError('draining', 'the engine is shutting down');
-    if (this.#pageWaiters.length === 0) {
-      const pages = this.#tryTake(numPages);
-      if (pages) return Promise.resolve(pages);
-    }
-    // What sequences hold comes back; what adapters hold does not, unless someone unloads one.
-    if (arena.numUsed('adapter') + numPages > arena.numPages)
-      return Promise.reject(this.#arenaFull(numPages));
-    return new Promise((resolve, reject) => {
-      const waiter: PageWaiter = {
-        numPages,
-        resolve,
-        reject,
-        timer: setTimeout(() => {
-          this.#pageWaiters.splice(this.#pageWaiters.indexOf(waiter), 1);
-          reject(this.#arenaFull(numPages));
-          this.servePageWaiters();
-          onPagesWanted();
-        }, pageWaitMs),
-      };
-      this.#pageWaiters.push(waiter);
-      onPagesWanted();
-    });
-  }
-
-  #arenaFull(numPages: number): EngineError {
-    const { arena, pageWaitMs } = this.#options;
-    const bytes = (pages: number) => `${pages * arena.pageBytes} bytes`;
-    return new EngineError(
-      'arena_full',
-      `the adapter needs ${bytes(numPages)} of the device arena, ${bytes(arena.numFree)} are free ` +
-        `(${bytes(arena.numUsed('adapter'))} hold adapters, ${bytes(arena.numUsed('kv'))} hold running sequences, ` +
-        `${bytes(arena.numPages)} in all); unload an adapter, or give the engine more --device-memory`,
-      { param: 'lora_path', retryAfterSeconds: Math.max(1, Math.ceil(pageWaitMs / 1000)) },
-    );
-  }
+function refuseUnwanted(adapter: Adapter, why: LoadReason): void {
+  if (why === 'queue' && adapter.numInFlight === 0) throw new NobodyWaits();
 }
 
 /** @throws EngineError adapter_digest_mismatch */

@@ -160,9 +160,9 @@ describe('loading', () => {
 });
 
 describe('a full arena', () => {
-  test('refuses at once what the loaded adapters leave no room for, and names the bytes', async () => {
+  test('refuses at once what pinned adapters leave no room for, and names the bytes', async () => {
     const parts = startEngine({ runtime: { numPages: 10 }, tiers: { pageWaitMs: 60_000 } });
-    await parts.tiers.load('a', '/a-r6', false);
+    await parts.tiers.load('a', '/a-r6', false, true);
     await expect(parts.tiers.load('b', '/b-r5', false)).rejects.toMatchObject({
       code: 'arena_full',
       message: expect.stringMatching(/needs 5120 bytes .* 4096 bytes are free/),
@@ -173,11 +173,11 @@ describe('a full arena', () => {
     const parts = startEngine({ runtime: { numPages: 10 }, tiers: { pageWaitMs: 60_000 } });
     const run = await running(parts, null, 100);
     const load = parts.tiers.load('a', '/a-r8', false);
-    await vi.waitFor(() => expect(parts.tiers.numWantedPages).toBe(8), { interval: 1 });
+    await vi.waitFor(() => expect(parts.tiers.residency.numWantedPages).toBe(8), { interval: 1 });
     expect((await run.done).last.finishReason).toBe('length');
     await load;
     expect(usedPages(parts)).toBe(8);
-    expect(parts.tiers.numWantedPages).toBe(0);
+    expect(parts.tiers.residency.numWantedPages).toBe(0);
   });
 
   test('gives up when the pages do not come in time', async () => {
@@ -186,7 +186,7 @@ describe('a full arena', () => {
     parts.runtime.gate = gate.promise;
     start(parts, { params: { maxTokens: 100 } });
     await expect(parts.tiers.load('a', '/a-r8', false)).rejects.toMatchObject({ code: 'arena_full' });
-    expect(parts.tiers.numWantedPages).toBe(0);
+    expect(parts.tiers.residency.numWantedPages).toBe(0);
     gate.resolve();
   });
 

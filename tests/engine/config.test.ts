@@ -14,7 +14,7 @@ describe('engine settings', () => {
       host: '127.0.0.1',
       port: 8000,
       deviceMemoryBytes: 2 ** 30,
-      hostMemoryBytes: 0,
+      hostMemoryBytes: 2 ** 30,
       quantization: 'keep',
       activations: 'int8',
       kvCacheDtype: 'auto',

@@ -103,12 +103,15 @@ describe('refusals', () => {
     expectNothingHeld(parts);
   });
 
-  test('counts the loaded adapters when it asks whether a sequence fits', async () => {
-    const parts = startEngine({ runtime: { numPages: 4 } });
-    await parts.tiers.load('a', '/adapters/a-r2', false);
-    expect(() => start(parts, { params: { maxTokens: 30 } })).toThrow(
-      'has room for 32 beside the loaded adapters',
+  test('counts its adapter and the pinned ones when it asks whether a sequence fits, and no other', async () => {
+    const parts = startEngine({ runtime: { numPages: 6 } });
+    const a = await parts.tiers.load('a', '/adapters/a-r2', false);
+    await parts.tiers.load('b', '/adapters/b-r1', false, true);
+    expect(() => start(parts, { adapter: a, params: { maxTokens: 50 } })).toThrow(
+      'has room for 48 beside its adapter and the pinned ones',
     );
+    const { tokens } = await start(parts, { params: { maxTokens: 70 } }).done;
+    expect([tokens.length, a.device]).toEqual([70, null]);
   });
 
   test('refuses when the seats and the queue are full, with when to come back', () => {

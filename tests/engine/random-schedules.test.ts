@@ -39,7 +39,7 @@ function randomParams(random: SeededRandom): SamplingParams {
 async function runSchedule(seed: number): Promise<number> {
   const random = seededRandom(seed);
   const parts = startEngine({
-    runtime: { numPages: random.from(6, 20) },
+    runtime: { numPages: random.from(6, 20), numHostPages: random.pick([0, 3, 12]) },
     limits: { maxBatchTokens: random.from(8, 48), maxSequences: random.from(1, 8), maxModelLen: 96 },
     tiers: { pageWaitMs: 5 },
     maxStepsInFlight: random.pick([2, 2, 1]),
@@ -54,7 +54,8 @@ async function runSchedule(seed: number): Promise<number> {
     const action = random.below(10);
     if (action < 2) {
       const path = `/adapters/${random.below(4)}-r${random.from(1, 2)}`;
-      loads.push(tiers.load(random.pick(names), path, true).catch(expectRefusal));
+      const isPinned = random.pick([true, false, null, null]);
+      loads.push(tiers.load(random.pick(names), path, true, isPinned).catch(expectRefusal));
     } else if (action < 3) {
       const name = random.pick(names);
       if (tiers.get(name)) tiers.unload(name);
@@ -73,11 +74,12 @@ async function runSchedule(seed: number): Promise<number> {
   await Promise.all(runs);
   for (const name of names) if (tiers.get(name)) tiers.unload(name);
   await vi.waitFor(() => expect(engine.numRunning).toBe(0), { interval: 1 });
-  await engine.close();
+  await Promise.all([engine.close(), tiers.close()]);
   expect(parts.fatal).toEqual([]);
   expect(arena.numFree).toBe(arena.numPages);
   expect(parts.runtime.adapters.size).toBe(0);
   arena.check();
+  expect(parts.hostArena?.numFree).toBe(parts.hostArena?.numPages);
   const preempted = await parts.metrics.registry.getSingleMetric('vllm:num_preemptions_total')!.get();
   return preempted.values[0]?.value ?? 0;
 }
