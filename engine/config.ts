@@ -6,7 +6,8 @@ import { readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
-import { isDigest, needsDigest, uriProblem } from './source-uri.ts';
+import { isDigest, isFetched, needsDigest, uriProblem } from './source-uri.ts';
+import { type SourceAccess, sourceAccess } from './sources/access.ts';
 
 export class ConfigError extends Error {
   override name = 'ConfigError';
@@ -35,6 +36,22 @@ const uri = (value: string, help: string): Setting<string | null> => ({
   parse(given) {
     const problem = uriProblem(given);
     if (problem !== null) throw new ConfigError(problem.expected);
+    return given;
+  },
+});
+
+const endpoint = (help: string): Setting<string | null> => ({
+  ...text('URL', help),
+  parse(given) {
+    const url = URL.canParse(given) ? new URL(given) : null;
+    if (
+      url === null ||
+      !/^https?:$/.test(url.protocol) ||
+      url.username !== '' ||
+      url.search + url.hash !== ''
+    ) {
+      throw new ConfigError('https://HOST[:PORT][/PATH], or http:// for one without TLS');
+    }
     return given;
   },
 });
@@ -108,11 +125,11 @@ const toggle = (help: string): Setting<boolean> => ({
 const settings = {
   model: uri(
     'SOURCE',
-    'base model (required): PATH or file:///PATH of a GGUF file or a folder of safetensors, or https://HOST/FILE.gguf',
+    'base model (required), a GGUF file or a folder of safetensors: a path, or a URI with file, pvc, https, s3, hf or oci; docs/sources.md has each',
   ),
   'model-digest': {
     value: 'DIGEST',
-    help: 'sha256 of an https model, as sha256:HEX; it is fetched once into the cache',
+    help: 'digest of a model that is fetched, as sha256:HEX: required for https and s3, checked for hf and oci',
     parse(given: string) {
       if (!isDigest(given)) throw new ConfigError('sha256: and 64 hex digits');
       return given;
@@ -131,6 +148,28 @@ const settings = {
     [2 ** 20, 2 ** 50],
     10 * 2 ** 30,
   ),
+  'source-bandwidth': bytes(
+    'bytes a second that all downloads together may take; 0: no cap',
+    [0, 2 ** 40],
+    0,
+  ),
+  'source-ca': text('PATH', "PEM file of certificates that sources may be signed by, beside the system's"),
+  'hf-endpoint': endpoint('of hf:// sources; default: $HF_ENDPOINT or https://huggingface.co'),
+  's3-endpoint': endpoint('of s3:// sources, asked path style; default: $AWS_ENDPOINT_URL_S3, or AWS'),
+  's3-region': text('REGION', 'of s3:// sources; default: $AWS_REGION or us-east-1'),
+  'oci-plain-http': {
+    value: 'HOST:PORT,...',
+    help: 'registries of oci:// sources that are spoken to without TLS',
+    parse(given: string) {
+      const hosts = given.split(',').map((host) => host.trim());
+      if (!hosts.every((host) => /^[a-z0-9.-]+(:\d+)?$/i.test(host))) {
+        throw new ConfigError('HOST or HOST:PORT, and commas between several');
+      }
+      return hosts;
+    },
+    default: null,
+  } satisfies Setting<string[] | null>,
+  'claim-root': text('DIR', 'where claims are mounted: pvc://CLAIM/PATH is DIR/CLAIM/PATH'),
   device: oneOf(['cpu', 'nvidia'], 'what computes', 'cpu'),
   'device-memory': bytes('device arena for KV and adapters', [2 ** 20, 2 ** 46], 2 ** 30),
   'host-memory': bytes(
@@ -174,7 +213,11 @@ const settings = {
       if (at < 1 || at === given.length - 1) throw new ConfigError('NAME=PATH');
       const path = given.slice(at + 1);
       const problem = uriProblem(path);
-      if (problem !== null || needsDigest(path)) throw new ConfigError('NAME=PATH or NAME=file:///PATH');
+      if (problem !== null || needsDigest(path)) {
+        throw new ConfigError(
+          'NAME=PATH, or NAME=URI with a scheme that needs no digest: file, pvc, hf or oci',
+        );
+      }
       return { name: given.slice(0, at), path };
     },
     default: undefined,
@@ -230,6 +273,10 @@ export interface Config {
   port: number;
   cacheDir: string;
   sourceCacheBytes: number;
+  /** How remote sources are reached. */
+  access: SourceAccess;
+  /** Where claims are mounted. */
+  claimRoot: string | null;
   device: 'cpu' | 'nvidia';
   deviceMemoryBytes: number;
   hostMemoryBytes: number;
@@ -284,11 +331,13 @@ export function parseConfig(
   const modelDigest = one('model-digest');
   if (needsDigest(model) && modelDigest === null) {
     throw new ConfigError(
-      '--model-digest: expected the sha256 of the file beside an https model, got nothing',
+      '--model-digest: expected the digest of the model beside an https or s3 source, got nothing',
     );
   }
-  if (!needsDigest(model) && modelDigest !== null) {
-    throw new ConfigError('--model-digest: expected only beside an https model; other files are not fetched');
+  if (!isFetched(model) && modelDigest !== null) {
+    throw new ConfigError(
+      '--model-digest: expected only beside a model that is fetched; other files are not',
+    );
   }
   const activations = one('activations');
   const kvCacheDtype = one('kv-cache-dtype');
@@ -320,6 +369,8 @@ export function parseConfig(
     throw new ConfigError(`--host ${host}: expected --adapter-root beside an address that others reach`);
   }
 
+  const sourceCa = one('source-ca');
+
   return {
     model,
     modelDigest,
@@ -328,6 +379,15 @@ export function parseConfig(
     port: one('port'),
     cacheDir: one('cache') ?? join(env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'motet'),
     sourceCacheBytes: one('source-cache'),
+    access: sourceAccess(env, {
+      bytesPerSecond: one('source-bandwidth') || null,
+      ca: sourceCa === null ? null : readPem(sourceCa),
+      hfEndpoint: one('hf-endpoint'),
+      s3Endpoint: one('s3-endpoint'),
+      s3Region: one('s3-region'),
+      ociPlainHttp: one('oci-plain-http'),
+    }),
+    claimRoot: one('claim-root') ?? adapterRoot,
     device: one('device'),
     deviceMemoryBytes: one('device-memory'),
     hostMemoryBytes: one('host-memory'),
@@ -383,6 +443,21 @@ function readFlags(args: readonly string[]): Map<Flag, string[]> {
     given.set(flag, [...(given.get(flag) ?? []), text]);
   }
   return given;
+}
+
+function readPem(path: string): string {
+  let content: string;
+  try {
+    content = readFileSync(path, 'utf8');
+  } catch (error) {
+    throw new ConfigError(
+      `--source-ca: expected a readable file, got ${(error as NodeJS.ErrnoException).code}`,
+    );
+  }
+  if (!content.includes('-----BEGIN CERTIFICATE-----')) {
+    throw new ConfigError('--source-ca: expected certificates in PEM, got a file without any');
+  }
+  return content;
 }
 
 function readKeys(path: string): string[] {

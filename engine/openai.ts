@@ -306,7 +306,7 @@ export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
   if (digest === null && needsDigest(lora_path)) {
     throw invalid(
       'digest',
-      'expected the digest of the adapter beside a lora_path that is fetched',
+      'expected the digest of the adapter beside a lora_path of https or s3',
       undefined,
     );
   }

@@ -66,6 +66,8 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     cacheFolder: config.cacheDir,
     maxAdapterBytes: config.sourceCacheBytes,
     adapterRoot: config.adapterRoot,
+    claimRoot: config.claimRoot,
+    access: config.access,
     log,
     onFetch: (event) => metrics.observeFetch(event),
   });

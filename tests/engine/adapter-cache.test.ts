@@ -8,6 +8,8 @@ import {
 } from '../../engine/adapters/adapter-cache.ts';
 import { digestOfFolder } from '../../engine/adapters/adapter-file.ts';
 import { httpsAgent } from '../../engine/download.ts';
+import { listHttps } from '../../engine/sources/https.ts';
+import { Versions } from '../../engine/sources/versions.ts';
 import { certificates, type HttpsSource, sendTruncated, startHttpsSource } from '../fixtures/https-source.ts';
 import { f32Tensor, safetensorsBytes, temporaryFolder, writeFolder } from '../fixtures/source-files.ts';
 
@@ -41,6 +43,9 @@ async function startCache(options: Partial<AdapterCacheOptions> = {}) {
     folder,
     maxBytes: 2 ** 20,
     dispatcher,
+    list: listHttps,
+    versionOf: () => null,
+    versions: new Versions(join(folder, '../versions')),
     limits: { stallMs: 5000, maxTries: 2, backoffMs: 1 },
     maxFetchMs: 20_000,
     maxFetches: 2,

@@ -94,23 +94,81 @@ describe('engine settings', () => {
     const config = parseConfig(['--model', 'https://host/m.gguf', '--model-digest', digest], {});
     expect(config).toMatchObject({ model: 'https://host/m.gguf', modelDigest: digest });
     expect(parseConfig(['--model', 'file:///m.gguf'], {})).toMatchObject({ model: 'file:///m.gguf' });
+    expect(parseConfig(['--model', 'hf://o/n@main'], {})).toMatchObject({ modelDigest: null });
+    expect(parseConfig(['--model', 'oci://h/r', '--model-digest', digest], {})).toMatchObject({
+      modelDigest: digest,
+    });
+  });
+
+  test('say how sources are reached, with the variables of their own tools behind them', () => {
+    const env = {
+      HOME: '/home/m',
+      HF_ENDPOINT: 'https://hub/',
+      AWS_REGION: 'eu-1',
+      AWS_ACCESS_KEY_ID: 'a',
+      AWS_SECRET_ACCESS_KEY: 's',
+    };
+    const config = parseConfig(
+      [
+        '--model',
+        'm',
+        '--source-bandwidth',
+        '10MB',
+        '--adapter',
+        'a=hf://o/n@v1',
+        '--s3-endpoint',
+        'http://minio:9000',
+      ],
+      env,
+    );
+    expect(config).toMatchObject({
+      adapters: [{ name: 'a', path: 'hf://o/n@v1' }],
+      access: {
+        bytesPerSecond: 10e6,
+        hf: { endpoint: 'https://hub', token: null, tokenFile: '/home/m/.cache/huggingface/token' },
+        s3: {
+          endpoint: 'http://minio:9000',
+          region: 'eu-1',
+          keys: { accessKeyId: 'a', secretAccessKey: 's' },
+        },
+        oci: { configFile: '/home/m/.docker/config.json', plainHttp: [] },
+      },
+    });
+    expect(parseConfig(['--model', 'm'], {})).toMatchObject({
+      access: { bytesPerSecond: null, s3: { keys: null, endpoint: null } },
+    });
   });
 
   test.each([
     [
       ['--model', 'https://host/m.gguf'],
-      '--model-digest: expected the sha256 of the file beside an https model',
+      '--model-digest: expected the digest of the model beside an https or s3 source',
     ],
     [
       ['--model', 'https://host/m', '--model-digest', '00'],
       '--model-digest: expected sha256: and 64 hex digits',
     ],
-    [['--model', 'm', '--model-digest', digest], '--model-digest: expected only beside an https model'],
     [
-      ['--model', 's3://bucket/m'],
-      '--model: expected a path or file:///PATH or https://HOST/PATH, got "s3://bucket/m"',
+      ['--model', 'm', '--model-digest', digest],
+      '--model-digest: expected only beside a model that is fetched',
     ],
-    [['--model', 'm', '--adapter', `a=https://host/a`], '--adapter: expected NAME=PATH or NAME=file:///PATH'],
+    [
+      ['--model', 'gs://bucket/m'],
+      '--model: expected a path or file:///PATH or pvc://CLAIM/PATH or https://HOST/PATH or s3://BUCKET/KEY',
+    ],
+    [
+      ['--model', 'm', '--adapter', `a=https://host/a`],
+      '--adapter: expected NAME=PATH, or NAME=URI with a scheme',
+    ],
+    [['--model', 's3://bucket/m.gguf'], '--model-digest: expected the digest of the model'],
+    [
+      ['--model', 'm', '--s3-endpoint', 'minio:9000'],
+      '--s3-endpoint: expected https://HOST[:PORT][/PATH], or http://',
+    ],
+    [['--model', 'm', '--hf-endpoint', 'https://user:secret@hub'], '--hf-endpoint: expected https://HOST'],
+    [['--model', 'm', '--oci-plain-http', 'http://host'], '--oci-plain-http: expected HOST or HOST:PORT'],
+    [['--model', 'm', '--source-ca', '/none'], '--source-ca: expected a readable file, got ENOENT'],
+    [['--model', 'm', '--source-ca', '/etc/hostname'], '--source-ca: expected certificates in PEM'],
     [['--model', 'm', '--device', 'tpu'], '--device: expected one of cpu, nvidia, got "tpu"'],
   ])('refuse %j', (args, message) => {
     expect(() => parseConfig(args, {})).toThrow(message);

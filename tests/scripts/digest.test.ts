@@ -4,6 +4,7 @@ import { expect, test } from 'vitest';
 import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
 import { readBaseModel } from '../../engine/model/base-model.ts';
 import { goldensFolder } from '../fixtures/golden.ts';
+import { writeFolder } from '../fixtures/source-files.ts';
 
 const script = join(import.meta.dirname, '../../scripts/digest.ts');
 
@@ -18,9 +19,24 @@ test.each(['llama3', 'qwen2', 'qwen3'])(
   },
 );
 
+test('prints what sha256sum does of a GGUF file, and of the files that a folder of safetensors is read from', async () => {
+  const files = {
+    'config.json': '{}',
+    'model.safetensors': 'weights',
+    'README.md': 'x',
+    'tiny.gguf': 'gguf',
+  };
+  const folder = await writeFolder(files);
+  const print = (path: string) => execFileSync(process.execPath, [script, path], { encoding: 'utf8' }).trim();
+  const sha256sum = (command: string) =>
+    `sha256:${execFileSync('bash', ['-c', command], { cwd: folder, encoding: 'utf8' }).slice(0, 64)}`;
+  expect(print(join(folder, 'tiny.gguf'))).toBe(sha256sum('sha256sum tiny.gguf'));
+  expect(print(folder)).toBe(sha256sum('sha256sum config.json model.safetensors | sha256sum'));
+});
+
 test.each([
-  [[], 'usage: npm run digest -- FOLDER\n'],
-  [['a', 'b'], 'usage: npm run digest -- FOLDER\n'],
+  [[], 'usage: npm run digest -- FOLDER|FILE\n'],
+  [['a', 'b'], 'usage: npm run digest -- FOLDER|FILE\n'],
   [['/none'], 'digest: /none/adapter_config.json: expected a readable file, got ENOENT\n'],
 ])('refuses %j in one line', (args, message) => {
   const { status, stderr, stdout } = spawnSync(process.execPath, [script, ...args], { encoding: 'utf8' });
