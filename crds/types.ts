@@ -92,13 +92,16 @@ export interface BaseModelSpec {
   source: {
     /**
      * `pvc://CLAIM/PATH` (a PersistentVolumeClaim of this namespace), `hostpath:///PATH` (a path on the
-     * node; the namespace must allow hostPath volumes), `file:///PATH` (a path in the engine's image), or
-     * `https://HOST/FILE.gguf`. The path names a GGUF file, or (not for https) a folder of safetensors.
+     * node; the namespace must allow hostPath volumes), `file:///PATH` (a path in the engine's image),
+     * `https://HOST/FILE.gguf`, `s3://BUCKET/KEY`, `hf://ORG/NAME@REVISION[/PATH]` (a repository on the
+     * Hugging Face Hub), or `oci://REGISTRY/REPOSITORY[:TAG|@DIGEST]` (an artifact or image). It names a
+     * GGUF file, or (not for https) a folder of safetensors.
      */
     uri: string;
     /**
-     * sha256 of the file, `sha256:` and 64 hex digits. Required for https, refused for the others. Default,
-     * none.
+     * What it must be: the sha256 of a file, or of what sha256sum prints for the files of a folder,
+     * `sha256:` and 64 hex digits. Required for https and s3, checked for hf and oci, refused for the
+     * others. Default, none.
      */
     digest?: string;
   };
@@ -167,6 +170,48 @@ export interface BaseModelSpec {
     hostPath?: string;
     /** Bound on the emptyDir when neither is given. A Kubernetes quantity in bytes. Default, none. */
     sizeLimit?: number | string;
+  };
+  /**
+   * How engines reach the sources of this model and of its adapters: addresses, and Secrets and ConfigMaps
+   * of this namespace. Changing it replaces the pods. Default, the public addresses, without credentials.
+   */
+  sourceAccess?: {
+    /** `s3://` sources. Default, AWS, anonymous. */
+    s3?: {
+      /** Address of an S3-compatible server, which is asked path style. Default, AWS. */
+      endpoint?: string;
+      /** Region of the buckets. Default, us-east-1. */
+      region?: string;
+      /**
+       * A Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one, AWS_SESSION_TOKEN.
+       * They become variables, so pods have them from their start on. Default, none.
+       */
+      secretName?: string;
+    };
+    /** `hf://` sources. Default, the public Hub, without a token. */
+    hf?: {
+      /** Address of a Hub. Default, https://huggingface.co. */
+      endpoint?: string;
+      /**
+       * A Secret whose HF_TOKEN is an access token. It is a file in the pods, so a new token takes effect
+       * by itself. Default, none.
+       */
+      secretName?: string;
+    };
+    /** `oci://` sources. Default, no login. */
+    oci?: {
+      /**
+       * A Secret of type kubernetes.io/dockerconfigjson, as for imagePullSecrets. It is a file in the pods,
+       * so a new login takes effect by itself. Default, none.
+       */
+      secretName?: string;
+      /** Registries that are spoken to without TLS, as HOST or HOST:PORT. Default, none. */
+      plainHttp?: string[];
+    };
+    /** A ConfigMap whose `ca.crt` has certificates in PEM, trusted beside the system's. Default, none. */
+    caConfigMapName?: string;
+    /** What all downloads of one engine together may take, as a Kubernetes quantity. Default, no cap. */
+    bytesPerSecond?: number | string;
   };
   /**
    * PersistentVolumeClaims of this namespace that adapters may be loaded from, mounted read-only into every
@@ -326,13 +371,16 @@ export interface LoraAdapterSpec {
   source: {
     /**
      * A folder that PEFT wrote. `pvc://CLAIM/PATH` (CLAIM is one of the base model's adapterClaims),
-     * `file:///PATH` (a folder in the engine's image below /motet/adapters), or `https://HOST/FOLDER`,
-     * below which adapter_config.json and adapter_model.safetensors are fetched.
+     * `file:///PATH` (a folder in the engine's image below /motet/adapters), `https://HOST/FOLDER`,
+     * `s3://BUCKET/FOLDER`, below which adapter_config.json and adapter_model.safetensors are fetched,
+     * `hf://ORG/NAME@REVISION[/FOLDER]` (a repository on the Hugging Face Hub), or
+     * `oci://REGISTRY/REPOSITORY[:TAG|@DIGEST]` (an artifact or image). The base model's sourceAccess says
+     * how they are reached.
      */
     uri: string;
     /**
-     * The adapter's digest, over config and weights. What has another digest is refused. Required for
-     * https. Default, whatever is there.
+     * The adapter's digest, over config and weights. What has another digest is refused. Required for https
+     * and s3. Default, whatever is there.
      */
     digest?: string;
   };

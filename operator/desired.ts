@@ -45,6 +45,7 @@ export const engineContainer = 'engine';
 const userId = 65532;
 const sourceFolder = '/motet/source';
 const cacheFolder = '/motet/cache';
+const credentialsFolder = '/motet/credentials';
 /** What an engine needs beside its arena: Node, tokenizer, buffers. Its weights are mapped files. */
 const overheadBytes = 512 * 2 ** 20;
 /** After the drain: time to close, before the kubelet kills. */
@@ -197,7 +198,14 @@ function container(
   const { image, podTemplate: more = {} } = baseModel.spec;
   const [command, ...args] = engineCommand;
   const probe = (path: string) => ({ httpGet: { path, port: enginePort.name, scheme: 'HTTP' } });
-  const ours = { ...engineEnv(baseModel), MOTET_TRUSTED_SERVICE_ACCOUNTS: settings.trustedServiceAccounts };
+  const settled = {
+    ...engineEnv(baseModel),
+    MOTET_TRUSTED_SERVICE_ACCOUNTS: settings.trustedServiceAccounts,
+  };
+  const ours: V1EnvVar[] = [
+    ...Object.entries(settled).map(([name, value]) => ({ name, value })),
+    ...accessOf(baseModel).secretEnv,
+  ];
   const theirs = (more.env ?? []) as V1EnvVar[];
   const isReplaced = (name: string) => theirs.some((one) => one.name === name);
   return {
@@ -205,12 +213,7 @@ function container(
     image: image ?? engineImage,
     command: [command!],
     ...(args.length > 0 && { args }),
-    env: [
-      ...Object.entries(ours)
-        .filter(([name]) => !isReplaced(name))
-        .map(([name, value]) => ({ name, value })),
-      ...theirs,
-    ],
+    env: [...ours.filter(({ name }) => !isReplaced(name)), ...theirs],
     ports: [{ name: enginePort.name, containerPort: enginePort.number, protocol: 'TCP' }],
     resources: resources(baseModel),
     startupProbe: {
@@ -265,6 +268,67 @@ function engineEnv(baseModel: BaseModel): Record<string, string> {
     MOTET_MAX_LORA_RANK: String(limits.maxLoraRank),
     ...(cpuLimit !== undefined && { MOTET_THREADS: String(Math.ceil(parseQuantity(cpuLimit))) }),
     MOTET_DRAIN_SECONDS: String(drainSeconds),
+    ...accessOf(baseModel).env,
+  };
+}
+
+interface Access {
+  env: Record<string, string>;
+  secretEnv: V1EnvVar[];
+  files: { volume: V1Volume; mountPath: string; readOnly: true }[];
+}
+
+/**
+ * How engines reach remote sources. What they read again at each use is a file, so that it can be renewed under them; AWS's
+ * keys are variables, as its own tools have them.
+ */
+function accessOf({ spec: { sourceAccess } }: BaseModel): Access {
+  const { s3 = {}, hf = {}, oci = {}, caConfigMapName, bytesPerSecond } = sourceAccess ?? {};
+  const mountPath = (name: string) => posix.join(credentialsFolder, name);
+  const key = (name: string, optional?: true): V1EnvVar => ({
+    name,
+    valueFrom: { secretKeyRef: { name: s3.secretName!, key: name, ...(optional && { optional }) } },
+  });
+  const secretFile = (name: string, secretName: string, secretKey: string, path: string) => ({
+    volume: { name: `source-${name}`, secret: { secretName, items: [{ key: secretKey, path }] } },
+    mountPath: mountPath(name),
+    readOnly: true as const,
+  });
+  return {
+    env: {
+      ...(s3.endpoint !== undefined && { MOTET_S3_ENDPOINT: s3.endpoint }),
+      ...(s3.region !== undefined && { MOTET_S3_REGION: s3.region }),
+      ...(hf.endpoint !== undefined && { MOTET_HF_ENDPOINT: hf.endpoint }),
+      ...(hf.secretName !== undefined && { HF_TOKEN_PATH: posix.join(mountPath('hf'), 'token') }),
+      ...(oci.secretName !== undefined && { DOCKER_CONFIG: mountPath('oci') }),
+      ...(oci.plainHttp && oci.plainHttp.length > 0 && { MOTET_OCI_PLAIN_HTTP: oci.plainHttp.join(',') }),
+      ...(caConfigMapName !== undefined && { MOTET_SOURCE_CA: posix.join(mountPath('ca'), 'ca.crt') }),
+      ...(bytesPerSecond !== undefined && {
+        MOTET_SOURCE_BANDWIDTH: String(Math.floor(parseQuantity(bytesPerSecond))),
+      }),
+    },
+    secretEnv:
+      s3.secretName === undefined
+        ? []
+        : [key('AWS_ACCESS_KEY_ID'), key('AWS_SECRET_ACCESS_KEY'), key('AWS_SESSION_TOKEN', true)],
+    files: [
+      ...(hf.secretName === undefined ? [] : [secretFile('hf', hf.secretName, 'HF_TOKEN', 'token')]),
+      ...(oci.secretName === undefined
+        ? []
+        : [secretFile('oci', oci.secretName, '.dockerconfigjson', 'config.json')]),
+      ...(caConfigMapName === undefined
+        ? []
+        : [
+            {
+              volume: {
+                name: 'source-ca',
+                configMap: { name: caConfigMapName, items: [{ key: 'ca.crt', path: 'ca.crt' }] },
+              },
+              mountPath: mountPath('ca'),
+              readOnly: true as const,
+            },
+          ]),
+    ],
   };
 }
 
@@ -305,6 +369,7 @@ function storage(baseModel: BaseModel): { volumes: V1Volume[]; mounts: V1VolumeM
     { volume: { name: 'tmp', emptyDir: {} }, mountPath: '/tmp' },
     { volume: cacheVolume, mountPath: cacheFolder },
     ...(sourceVolume ? [{ volume: sourceVolume, mountPath, readOnly: true }] : []),
+    ...accessOf(baseModel).files,
     ...adapterClaims.map((claim) => ({
       volume: claimVolume(claim),
       mountPath: posix.join(adapterRoot, claim),

@@ -230,7 +230,7 @@ export class EngineClient {
   }
 }
 
-/** `lora_path` for spec.source.uri: claims are mounted below one folder, https is fetched by the engine itself. */
+/** `lora_path` for spec.source.uri: claims are mounted below one folder, what is remote is fetched by the engine itself. */
 export function loraPathOf(uri: string): string {
   if (uri.startsWith('pvc://')) return `${adapterRoot}/${uri.slice('pvc://'.length)}`;
   if (uri.startsWith('file://')) return uri.slice('file://'.length);

@@ -72,7 +72,7 @@ test('installs where pod security is restricted, and pods are made', options, as
 
 test('each example is accepted as it is', options, async () => {
   const namespace = await install();
-  for (const name of ['base-model', 'adapters', 'tenant', 'route']) {
+  for (const name of ['base-model', 'adapters', 'tenant', 'route', 'sources']) {
     const path = join(import.meta.dirname, `../../examples/kubernetes/${name}.yaml`);
     const { stdout, stderr } = await applyStrictly(namespace, readFileSync(path, 'utf8'));
     expect(stderr).toBe('');
@@ -104,6 +104,16 @@ test('engine pods of every kind are accepted where pod security is restricted', 
     },
     { source: { uri: 'file:///models/small.gguf' }, accelerator: { type: 'nvidia' } },
     { source: { uri: 'https://example.com/small.gguf', digest: `sha256:${'0'.repeat(64)}` } },
+    {
+      source: { uri: 'hf://org/name@main' },
+      sourceAccess: {
+        s3: { secretName: 'bucket' },
+        hf: { secretName: 'hub' },
+        oci: { secretName: 'registry', plainHttp: ['registry:5000'] },
+        caConfigMapName: 'our-ca',
+        bytesPerSecond: '100M',
+      },
+    },
   ];
   for (const [index, spec] of specs.entries()) {
     const wish = {

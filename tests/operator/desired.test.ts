@@ -142,6 +142,71 @@ test.each([
   expect(volume!.hostPath).toEqual(hostPath);
 });
 
+test.each(['hf://org/name@main', 's3://bucket/models/tiny', 'oci://ghcr.io/org/tiny:v1'])(
+  "the source %s is the engine's to fetch",
+  (uri) => {
+    expect(env({ source: { uri } }).MOTET_MODEL).toBe(uri);
+    expect(engine({ source: { uri } }).volumeMounts!.map(({ mountPath }) => mountPath)).toEqual([
+      '/tmp',
+      '/motet/cache',
+    ]);
+  },
+);
+
+test('addresses of sources become settings', () => {
+  const sourceAccess = {
+    s3: { endpoint: 'http://minio:9000', region: 'eu-1' },
+    hf: { endpoint: 'https://hub.example' },
+    oci: { plainHttp: ['registry:5000', 'other'] },
+    bytesPerSecond: '100M',
+  };
+  expect(env({ sourceAccess })).toMatchObject({
+    MOTET_S3_ENDPOINT: 'http://minio:9000',
+    MOTET_S3_REGION: 'eu-1',
+    MOTET_HF_ENDPOINT: 'https://hub.example',
+    MOTET_OCI_PLAIN_HTTP: 'registry:5000,other',
+    MOTET_SOURCE_BANDWIDTH: '100000000',
+  });
+  expect(Object.keys(env()).filter((name) => /S3|HF|OCI|AWS|DOCKER|SOURCE_/.test(name))).toEqual([]);
+});
+
+test('keys of S3 become variables, and other credentials files', () => {
+  const spec = {
+    sourceAccess: {
+      s3: { secretName: 'bucket' },
+      hf: { secretName: 'hub' },
+      oci: { secretName: 'registry' },
+      caConfigMapName: 'our-ca',
+    },
+  };
+  const key = (name: string) => ({ name, valueFrom: { secretKeyRef: { name: 'bucket', key: name } } });
+  expect(engine(spec).env).toEqual(
+    expect.arrayContaining([key('AWS_ACCESS_KEY_ID'), key('AWS_SECRET_ACCESS_KEY')]),
+  );
+  expect(
+    engine(spec).env!.find(({ name }) => name === 'AWS_SESSION_TOKEN')?.valueFrom?.secretKeyRef?.optional,
+  ).toBe(true);
+  expect(env(spec)).toMatchObject({
+    HF_TOKEN_PATH: '/motet/credentials/hf/token',
+    DOCKER_CONFIG: '/motet/credentials/oci',
+    MOTET_SOURCE_CA: '/motet/credentials/ca/ca.crt',
+  });
+  const mounted = (path: string) => {
+    const { mount, volume } = mountOf(spec, path);
+    expect(mount!.readOnly).toBe(true);
+    return volume!;
+  };
+  expect(mounted('/motet/credentials/hf').secret).toEqual({
+    secretName: 'hub',
+    items: [{ key: 'HF_TOKEN', path: 'token' }],
+  });
+  expect(mounted('/motet/credentials/oci').secret).toEqual({
+    secretName: 'registry',
+    items: [{ key: '.dockerconfigjson', path: 'config.json' }],
+  });
+  expect(mounted('/motet/credentials/ca').configMap?.name).toBe('our-ca');
+});
+
 test('an https source is passed on with its digest, and nothing is mounted', () => {
   const digest = `sha256:${'a'.repeat(64)}`;
   const spec = { source: { uri: 'https://example.org/a.gguf', digest } };
