@@ -353,10 +353,10 @@ async function follow(
       },
     });
     const { statusCode, headers, body } = response;
-    if (![301, 302, 303, 307, 308].includes(statusCode)) return response;
+    if (![301, 302, 303, 307, 308].includes(statusCode) || headers.location === undefined) return response;
     body.on('error', () => {}).destroy();
     if (numRedirects === maxRedirects) throw new Failure(`more than ${maxRedirects} redirects`, false);
-    const location = String(headers.location ?? '');
+    const location = String(headers.location);
     const next = URL.canParse(location, current.href) ? new URL(location, current.href) : null;
     // A source that is spoken to in the clear may go on so; nothing else may fall back to it.
     if (next?.protocol !== 'https:' && !(next?.protocol === 'http:' && current.protocol === 'http:')) {
@@ -373,7 +373,7 @@ async function explainRefusal(
   { statusCode: status, headers, body }: Dispatcher.ResponseData,
   options: RequestOptions,
 ): Promise<void> {
-  if (status < 400 || status === 416 || !options.explain) return;
+  if (status < 300 || status === 416 || !options.explain) return;
   const text = await readAll(body, { ...options, maxBytes: maxExplanationBytes }).catch(() =>
     Buffer.alloc(0),
   );
