@@ -42,6 +42,18 @@ describe('a model', () => {
     expect(await sources.model('file:///models/a.gguf', null)).toBe('/models/a.gguf');
   });
 
+  test('in a claim is a path below the folder in which claims are mounted', async () => {
+    const { sources } = await startSources();
+    await expect(sources.model('pvc://models/a.gguf', null)).rejects.toThrow(
+      'pvc://models/a.gguf: expected --claim-root, the folder in which claims are mounted, got none',
+    );
+    sources.options.claimRoot = '/claims';
+    expect(await sources.model('pvc://models/a.gguf', null)).toBe('/claims/models/a.gguf');
+    await expect(sources.adapter('pvc://models/none', null)).rejects.toMatchObject({
+      code: 'adapter_file_not_found',
+    });
+  });
+
   test('from afar is fetched into the cache, and the log says how far it is', async () => {
     const server = await startServer();
     const { sources, folder, lines, entries, results } = await startSources();
