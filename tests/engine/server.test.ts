@@ -335,9 +335,9 @@ describe('adapters over HTTP', () => {
     ],
     [
       'a scheme that is not known',
-      { lora_path: 's3://b/a', digest: anyDigest },
+      { lora_path: 'gs://bucket/a', digest: anyDigest },
       'adapter_path_refused',
-      'got s3://',
+      'got gs://',
     ],
     ['http', { lora_path: 'http://host/a', digest: anyDigest }, 'adapter_path_refused', 'got http://'],
     [
