@@ -52,7 +52,14 @@ export async function fetchFiles(
   const fetched: FetchedFile[] = [];
   let doneBytes = 0;
   let unpackedBytes = 0;
-  let touchedMs = 0;
+  let touchedMs = performance.now();
+  const touch = () => {
+    const now = performance.now();
+    if (now - touchedMs < touchMs) return;
+    touchedMs = now;
+    const date = new Date();
+    utimes(folder, date, date).catch(() => {}); // at worst another start begins anew
+  };
   // What an earlier try unpacked may be of other layers.
   if (hasLayers) await rm(root, { recursive: true, force: true });
   for (const file of remote.files) {
@@ -63,12 +70,7 @@ export async function fetchFiles(
       ...options,
       onSize: async (bytes) => options.onSize?.(before + bytes),
       onProgress(bytes, ofFile) {
-        const now = performance.now();
-        if (now - touchedMs > touchMs) {
-          touchedMs = now;
-          const date = new Date();
-          utimes(folder, date, date).catch(() => {});
-        }
+        touch();
         options.onProgress?.(doneBytes + bytes, totalBytes ?? (remote.files.length === 1 ? ofFile : null));
       },
     });
@@ -81,6 +83,7 @@ export async function fetchFiles(
       form: file.form,
       isWanted: (name) => isWanted(options.kind, name),
       async onFile(bytes) {
+        touch();
         unpackedBytes += bytes;
         const limit = options.maxBytes(file.name);
         if (unpackedBytes > limit)

@@ -16,8 +16,12 @@ afterAll(async () => {
   for (const step of undo) await step();
 });
 
-const start = (env: Record<string, string> = {}, endpoint = hub.url, cacheFolder?: string) =>
-  startSources({ env, given: { hfEndpoint: endpoint }, ...(cacheFolder && { cacheFolder }) });
+const start = (
+  env: Record<string, string> = {},
+  endpoint = hub.url,
+  cacheFolder?: string,
+  stallMs = 10_000,
+) => startSources({ stallMs, env, given: { hfEndpoint: endpoint }, ...(cacheFolder && { cacheFolder }) });
 
 test('the fake hub is one to the own client of Hugging Face', async () => {
   const { files } = await modelFilesOf();
@@ -188,6 +192,17 @@ describe('a model on the hub', () => {
     );
     expect(hub.cdnRequests).toEqual([]);
     expect(await second.entries('sources')).toEqual([digest.slice(7)]);
+  });
+
+  test.each([
+    ['answers 500', { status: 500 }, 'the server answered 500'],
+    ['stalls', 'stall', 'no byte came for 1 s'],
+  ] as const)('is given up when its hub %s', async (_name, fault, message) => {
+    const proxy = await startFaultProxy(hub.port, onTestFinished);
+    proxy.fault = () => fault;
+    const { sources } = await start({}, proxy.url, undefined, 1000);
+    await expect(sources.model('hf://org/llama', null)).rejects.toThrow(message);
+    expect(proxy.requests.length).toBe(3);
   });
 
   test.each([

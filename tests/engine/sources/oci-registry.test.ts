@@ -56,8 +56,14 @@ const below = (folder: string, files: Files): Files =>
 
 const imageType = 'application/vnd.oci.image.layer.v1.tar';
 
-const start = (host = registry.open, env: Record<string, string> = {}, cacheFolder?: string) =>
+const start = (
+  host = registry.open,
+  env: Record<string, string> = {},
+  cacheFolder?: string,
+  stallMs = 10_000,
+) =>
   startSources({
+    stallMs,
     env,
     given: { ociPlainHttp: [registry.open, registry.basic, registry.token, host] },
     ...(cacheFolder && { cacheFolder }),
@@ -176,7 +182,7 @@ describe('a model as an artifact', () => {
   ] as const)('is given up when its registry %s', async (_name, fault, message) => {
     const proxy = await startFaultProxy(Number(registry.open.split(':')[1]), onTestFinished);
     proxy.fault = () => fault;
-    const { sources } = await start(proxy.host);
+    const { sources } = await start(proxy.host, {}, undefined, 1000);
     await expect(sources.model(`oci://${proxy.host}/models/x:v1`, null)).rejects.toThrow(message);
     expect(proxy.requests.length).toBe(3);
   });
