@@ -64,6 +64,8 @@ export class AdapterCache {
   readonly #slots: Slots;
   /** Under way, by digest or version in hex: the second who asks waits for the first. */
   readonly #fetches = new Map<string, Fetch>();
+  /** Likewise, by URI. */
+  readonly #listings = new Map<string, Promise<RemoteFiles>>();
   /** Bytes that fetches under way will have written, likewise. */
   readonly #reserved = new Map<string, number>();
   /** How many loads read a folder now, by hex digest. */
@@ -86,6 +88,7 @@ export class AdapterCache {
   /** Ends what is being fetched. */
   async close(): Promise<void> {
     this.#closing.abort(new EngineError('draining', 'the engine is shutting down'));
+    await Promise.allSettled([...this.#listings.values()]);
     await Promise.allSettled([...this.#fetches.values()].map(({ done }) => done));
   }
 
@@ -95,7 +98,7 @@ export class AdapterCache {
     let remote: RemoteFiles | null = null;
     let known = digest ?? (await versions.find('adapter', versionOf(uri)));
     if (known === null) {
-      remote = await this.#listRemote(uri);
+      remote = await this.#listOnce(uri);
       known = await versions.find('adapter', remote.version);
     }
     let isFetched = false;
@@ -125,6 +128,15 @@ export class AdapterCache {
     const { dispatcher, throttle, limits, maxFetchMs } = this.#options;
     const signal = AbortSignal.any([this.#closing.signal, AbortSignal.timeout(maxFetchMs)]);
     return { dispatcher, limits, signal, ...(throttle && { throttle }) };
+  }
+
+  /** Asks what there is, or waits for who does. */
+  #listOnce(uri: string): Promise<RemoteFiles> {
+    const underWay = this.#listings.get(uri);
+    if (underWay) return underWay;
+    const done = this.#slots.run(() => this.#listRemote(uri)).finally(() => this.#listings.delete(uri));
+    this.#listings.set(uri, done);
+    return done;
   }
 
   async #listRemote(uri: string): Promise<RemoteFiles> {
