@@ -336,7 +336,7 @@ type Place = { path: string; volume: V1Volume | null; mountPath: string };
 
 /** @returns where the engine finds the source, and what has to be mounted where for that */
 function locate(uri: string): Place {
-  const [, scheme, rest] = /^([a-z]+):\/\/(.*)$/s.exec(uri)!;
+  const [, scheme, rest] = /^([a-z0-9]+):\/\/(.*)$/s.exec(uri)!;
   // No `..` leads out of what is mounted.
   if (scheme === 'pvc') {
     const slash = rest!.indexOf('/');
