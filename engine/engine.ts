@@ -498,6 +498,14 @@ export class Engine {
     }
   }
 
+  /** Ends all that waits for the adapter or runs on it. They have let go of it when the steps in flight are over. */
+  endSequences(adapter: Adapter, error: EngineError): void {
+    for (const live of [...this.#live.values()]) {
+      if (live.request.adapter === adapter) this.#cutOff(live, 'error', error);
+    }
+    this.wake();
+  }
+
   #carryOut(plan: SchedulePlan): void {
     const { arena, metrics, now } = this.#options;
     for (const sequence of plan.preempted) {

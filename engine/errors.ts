@@ -34,6 +34,7 @@ export const errorTable = {
   adapter_invalid: row(400, 'BadRequestError'),
   adapter_rank_too_large: row(400, 'BadRequestError'),
   adapter_digest_mismatch: row(400, 'BadRequestError'),
+  adapter_purged: row(410, 'NotFoundError'),
   source_unavailable: row(503, 'server_error', true),
   too_many_loads: row(503, 'server_error', true),
   arena_full: row(503, 'server_error', true),

@@ -321,6 +321,14 @@ export function parseUnloadAdapter(body: unknown): { name: string } {
   return { name: lora_name };
 }
 
+/** Of `DELETE /v1/adapters/{digest}`. */
+export function parseRemoveAdapter(digest: string, query: unknown): { isPurge: boolean } {
+  if (!isDigest(digest)) throw invalid('digest', 'expected sha256: and 64 hex digits', digest);
+  const { purge = 'false' } = query as { purge?: unknown };
+  if (purge !== 'true' && purge !== 'false') throw invalid('purge', 'expected true or false', purge);
+  return { isPurge: purge === 'true' };
+}
+
 const isFilled = (value: unknown): value is string => typeof value === 'string' && value !== '';
 
 function asObject(body: unknown): Record<string, unknown> {

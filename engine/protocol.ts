@@ -97,6 +97,23 @@ export interface LoadAdapterBody {
   digest?: string;
 }
 
+/** Answer of `DELETE /v1/adapters/{digest}`, with `?purge=true`: what was removed, in bytes. */
+export interface PurgeReport {
+  digest: string;
+  /** Names that pointed at it. */
+  names: string[];
+  /** Whole pages of the arenas; `disk`: our copy of its files. A folder that it was loaded from is not ours and stays. */
+  adapterBytes: { device: number; host: number; disk: number };
+  /** KV that was made with it. */
+  kvBytes: { device: number; host: number; disk: number };
+}
+
+/** Answer of `DELETE /v1/adapters/{digest}` without: names that are gone; the bytes follow with the last request. */
+export interface UnloadReport {
+  digest: string;
+  names: string[];
+}
+
 /**
  * A request header with the served name to use in place of the body's `model`; the answer still carries the body's. A
  * gateway that resolved an alias sets it, so that bodies pass through untouched.

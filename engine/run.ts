@@ -14,7 +14,7 @@ import { type Config, ConfigError, parseConfig } from './config.ts';
 import { checkDevice } from './device.ts';
 import { Engine } from './engine.ts';
 import { InputError } from './input-error.ts';
-import { Arena } from './ladder/arena.ts';
+import { arenasOf } from './ladder/arena.ts';
 import { EngineMetrics } from './metrics.ts';
 import { readBaseModel } from './model/base-model.ts';
 import { prepareModel } from './model/prepare.ts';
@@ -95,8 +95,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     hostMemoryBytes: config.hostMemoryBytes,
     numThreads: config.numThreads,
   });
-  const arena = new Arena(runtime.numPages, runtime.pageBytes);
-  const hostArena = runtime.numHostPages > 0 ? new Arena(runtime.numHostPages, runtime.pageBytes) : null;
+  const { arena, hostArena } = arenasOf(runtime, runtime.numPages);
   const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
   const now = () => performance.now();
   const wallClock = () => Date.now();
@@ -159,6 +158,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     baseName,
     modelSource: config.model,
     sources,
+    kvKeepers: [],
     apiKeys: config.apiKeys,
     callers,
     maxBodyBytes,

@@ -31,6 +31,7 @@ import {
   parseCompletion,
   parseDetokenize,
   parseLoadAdapter,
+  parseRemoveAdapter,
   parseServedModel,
   parseTokenize,
   parseUnloadAdapter,
@@ -50,7 +51,10 @@ import {
   type ModelCard,
   type ModelList,
   modelHeader,
+  type PurgeReport,
+  type UnloadReport,
 } from './protocol.ts';
+import { type KvKeeper, notHere, purgeAdapter } from './purge.ts';
 import { shownUri } from './source-uri.ts';
 import type { Sources } from './sources.ts';
 
@@ -62,6 +66,8 @@ export interface ServerOptions extends ServedModel {
   /** Where the base model came from, path or URI. */
   modelSource: string;
   sources: Sources;
+  /** Who has KV that an adapter's removal takes along. */
+  kvKeepers: readonly KvKeeper[];
   /** Accepted bearer keys; null: none. Without keys and callers everyone may call. */
   apiKeys: readonly string[] | null;
   /** Judges bearer tokens of the cluster; null: none are accepted. */
@@ -118,6 +124,9 @@ export function createServer(options: ServerOptions): Server {
   route(app, 'get', enginePaths.adapters, (_request, response) => {
     response.json(adapterList(options));
   });
+  route(app, 'delete', `${enginePaths.adapters}/:digest`, async (request, response) => {
+    response.json(await removeAdapter(options, request.params.digest as string, request.query));
+  });
   route(app, 'post', enginePaths.loadAdapter, body, async (request, response) => {
     response.type('text/plain').send(await loadAdapter(options, request.body));
   });
@@ -149,11 +158,11 @@ export function createServer(options: ServerOptions): Server {
 /** One path, one method; other methods get 405. */
 function route(
   app: express.Express,
-  method: 'get' | 'post',
+  method: 'get' | 'post' | 'delete',
   path: string,
   ...handlers: (RequestHandler | RequestHandler[])[]
 ): void {
-  const allowed = method === 'get' ? ['GET', 'HEAD'] : ['POST'];
+  const allowed = method === 'get' ? ['GET', 'HEAD'] : [method.toUpperCase()];
   app.all(path, (request, response, next) => {
     if (allowed.includes(request.method)) return next();
     response.set('allow', allowed.join(', '));
@@ -326,6 +335,24 @@ async function loadAdapter(options: ServerOptions, body: unknown): Promise<strin
   const { file, numPages, loadSeconds } = adapter;
   log.info({ name, digest: adapter.digest, rank: file.rank, pages: numPages, loadSeconds }, 'adapter loaded');
   return `Success: LoRA adapter '${name}' added successfully.`;
+}
+
+async function removeAdapter(
+  options: ServerOptions,
+  digest: string,
+  query: unknown,
+): Promise<PurgeReport | UnloadReport> {
+  const { tiers, log } = options;
+  const { isPurge } = parseRemoveAdapter(digest, query);
+  if (isPurge) {
+    const report = await purgeAdapter(options, digest);
+    log.info(report, 'adapter purged');
+    return report;
+  }
+  const names = tiers.unloadDigest(digest);
+  if (names.length === 0) throw notHere(digest);
+  log.info({ digest, names }, 'adapter unloaded');
+  return { digest, names };
 }
 
 function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, startSeconds: number): ModelList {

@@ -85,6 +85,16 @@ export class AdapterCache {
     return { uri: shownUri(uri), digest, fetch: () => this.#open(uri, digest) };
   }
 
+  /** Removes our copy of an adapter. @returns its bytes; 0: there was none */
+  async purge(digest: string): Promise<number> {
+    const hex = digest.slice('sha256:'.length);
+    await this.#fetches.get(hex)?.done.catch(() => {});
+    const listed = (await this.#list().catch(() => [])).find(({ name }) => name === hex);
+    if (!listed) return 0;
+    await this.#remove(join(this.#options.folder, hex), hex);
+    return listed.sizeBytes;
+  }
+
   /** Ends what is being fetched. */
   async close(): Promise<void> {
     this.#closing.abort(new EngineError('draining', 'the engine is shutting down'));

@@ -84,6 +84,13 @@ export interface Adapter extends Resident {
   numRequests: number;
 }
 
+/** What a purge has let go of. */
+export interface Purged {
+  names: string[];
+  deviceBytes: number;
+  hostBytes: number;
+}
+
 /** Ways up for the queue that are begun at once, those included that still fetch: a bound, so that a long queue floods no source. */
 const maxBroughtUp = 32;
 
@@ -100,6 +107,10 @@ export class AdapterTiers {
   readonly #writing = new Set<Promise<void>>();
   /** Adapters that sequences wait for, as the queue was when it was last shown. */
   #queue: readonly Adapter[] = [];
+  /** Digests that are being removed: none of them is registered meanwhile. */
+  readonly #purging = new Set<string>();
+  /** Who waits for an adapter's bytes to be gone. */
+  readonly #onDropped = new Map<Adapter, (dropped: Omit<Purged, 'names'>) => void>();
   /** The last load of each name that has one. */
   readonly #nameTurns = new Map<string, Promise<unknown>>();
   readonly #slots: Slots;
@@ -219,6 +230,7 @@ export class AdapterTiers {
       let adapter = await this.#loadSource(source);
       // Between the load and this line another name may have let go of the same adapter.
       while (this.#byDigest.get(adapter.digest) !== adapter) adapter = await this.#loadSource(source);
+      if (this.#purging.has(adapter.digest)) throw purged(adapter.digest);
       const replaced = this.#lastNamed(name, adapter);
       await this.#pin(adapter, isPinned ?? (adapter.isPinned || replaced?.isPinned === true), replaced);
       this.#point(name, adapter);
@@ -242,6 +254,38 @@ export class AdapterTiers {
       });
     }
     this.#takeName(name, adapter);
+  }
+
+  /**
+   * Takes all names of an adapter. @returns them; empty: it was not here
+   */
+  unloadDigest(digest: string): string[] {
+    const adapter = this.#byDigest.get(digest);
+    const names = [...(adapter?.names ?? [])].sort();
+    for (const name of names) this.#takeName(name, adapter!);
+    return names;
+  }
+
+  /**
+   * Takes all names of an adapter and waits until its bytes have left both arenas; loads of it that come meanwhile are refused.
+   * @param endSequences ends those that use it, soon
+   */
+  async purge(digest: string, endSequences: (adapter: Adapter) => void): Promise<Purged> {
+    if (this.#purging.has(digest)) throw purged(digest);
+    this.#purging.add(digest);
+    try {
+      // What is being read already is here a moment later, and is removed then.
+      await this.#loading.get(digest)?.catch(() => {});
+      const adapter = this.#byDigest.get(digest);
+      if (!adapter) return { names: [], deviceBytes: 0, hostBytes: 0 };
+      const gone = new Promise<Omit<Purged, 'names'>>((resolve) => this.#onDropped.set(adapter, resolve));
+      const names = this.unloadDigest(digest);
+      endSequences(adapter);
+      this.#freeIfUnused(adapter);
+      return { names, ...(await gone) };
+    } finally {
+      this.#purging.delete(digest);
+    }
   }
 
   statuses(): AdapterStatus[] {
@@ -307,6 +351,7 @@ export class AdapterTiers {
     const file = await this.#options.readFile(folder.path);
     const verify = (this.#options.now() - beginMs) / 1000;
     checkDigest(source, file.digest);
+    if (this.#purging.has(file.digest)) throw purged(file.digest);
     const registered = this.#byDigest.get(file.digest);
     // It may have moved: what is read now is where it is.
     if (registered) registered.source = source;
@@ -472,8 +517,14 @@ export class AdapterTiers {
     if (adapter.numInFlight > 0 || adapter.names.size > 0) return;
     if (adapter.isMoving || this.#bringing.has(adapter)) return;
     if (this.#byDigest.get(adapter.digest) === adapter) this.#byDigest.delete(adapter.digest);
-    this.residency.drop(adapter);
+    const dropped = this.residency.drop(adapter);
+    this.#onDropped.get(adapter)?.(dropped);
+    this.#onDropped.delete(adapter);
   }
+}
+
+function purged(digest: string): EngineError {
+  return new EngineError('adapter_purged', `the adapter ${digest} is being removed`, { param: 'lora_path' });
 }
 
 function refuseUnwanted(adapter: Adapter, why: LoadReason): void {

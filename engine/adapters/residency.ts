@@ -226,14 +226,24 @@ export class Residency {
     }
   }
 
-  /** Its bytes leave both arenas. @throws InvariantError when a sequence has it, or it is on its way */
-  drop(adapter: Resident): void {
+  /**
+   * Its bytes leave both arenas.
+   * @returns what it had there
+   * @throws InvariantError when a sequence has it, or it is on its way
+   */
+  drop(adapter: Resident): { deviceBytes: number; hostBytes: number } {
     if (adapter.numInFlight > 0 || adapter.isMoving) {
       throw new InvariantError(`adapter ${adapter.digest} is dropped while it is used or on its way`);
     }
+    const numBytes = adapter.numPages * this.#options.arena.pageBytes;
+    const dropped = {
+      deviceBytes: adapter.device ? numBytes : 0,
+      hostBytes: adapter.host ? numBytes : 0,
+    };
     if (adapter.device) this.#leaveDevice(adapter);
     if (adapter.host) this.#leaveHost(adapter);
     this.#options.onChange();
+    return dropped;
   }
 
   /**

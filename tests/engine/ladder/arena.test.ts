@@ -64,3 +64,41 @@ describe('arena', () => {
     expect(arena.numFree).toBe(arena.numPages);
   });
 });
+
+describe('clearing', () => {
+  const cleared: number[][] = [];
+  const arenaOf = (partlyWritten: PageOwner[]) => {
+    cleared.length = 0;
+    return new Arena(100, 1024, { clear: (pages) => cleared.push([...pages]), partlyWritten });
+  };
+  const takeAll = (arena: Arena, owner: PageOwner) => {
+    const pages = new Int32Array(arena.numFree);
+    arena.take(owner, pages.length, pages);
+    return pages;
+  };
+
+  test('is done before an owner gets pages that it writes only in part, and only to those that were used', () => {
+    const arena = arenaOf(['kv']);
+    const first = new Int32Array(3);
+    arena.take('adapter', 3, first);
+    arena.giveBack('adapter', first);
+    const table = new Int32Array(8);
+    arena.take('kv', 5, table, 2);
+    expect(cleared.map((pages) => pages.sort())).toEqual([[...first].sort()]);
+    arena.giveBack('kv', table.subarray(2, 7));
+    arena.take('adapter', 5, table);
+    expect(cleared).toHaveLength(1);
+  });
+
+  test('of free pages leaves those that are used, and is done once', async () => {
+    const arena = arenaOf([]);
+    const pages = takeAll(arena, 'kv');
+    arena.giveBack('kv', pages.subarray(0, 70));
+    await arena.clearFree();
+    expect(new Set(cleared.flat())).toEqual(new Set(pages.subarray(0, 70)));
+    expect(Math.max(...cleared.map(({ length }) => length))).toBeLessThan(70);
+    cleared.length = 0;
+    await arena.clearFree();
+    expect(cleared).toEqual([]);
+  });
+});

@@ -1,0 +1,64 @@
+/**
+ * Removes an adapter and everything that was made with it: its names, the sequences on it, its pages in both arenas, KV blocks in
+ * every tier, and our copy of its files; then writes zeros over all pages that are free. Nothing of it is left but its source,
+ * which is not ours. AdapterSwap asks for such a guarantee (2024, deletion of data that an adapter learnt).
+ */
+import type { AdapterTiers } from './adapters/adapter-tiers.ts';
+import type { Engine } from './engine.ts';
+import { EngineError } from './errors.ts';
+import type { Arena } from './ladder/arena.ts';
+import type { PurgeReport } from './protocol.ts';
+import type { Sources } from './sources.ts';
+
+/** Who keeps KV. */
+export interface KvKeeper {
+  /** Gives back every page and file of KV that was made with the adapter, and tells their bytes. */
+  purge(digest: string): Promise<PurgeReport['kvBytes']>;
+}
+
+export interface PurgeParts {
+  engine: Engine;
+  tiers: AdapterTiers;
+  arena: Arena;
+  hostArena: Arena | null;
+  sources: Pick<Sources, 'adapters'>;
+  kvKeepers: readonly KvKeeper[];
+}
+
+/**
+ * @returns what was removed
+ * @throws EngineError adapter_not_loaded, when there was nothing of it
+ */
+export async function purgeAdapter(parts: PurgeParts, digest: string): Promise<PurgeReport> {
+  const { engine, tiers, arena, hostArena, sources, kvKeepers } = parts;
+  const ended = new EngineError('adapter_purged', `the adapter ${digest} was removed while this request ran`);
+  const { names, deviceBytes, hostBytes } = await tiers.purge(digest, (adapter) =>
+    engine.endSequences(adapter, ended),
+  );
+  const kvBytes = { device: 0, host: 0, disk: 0 };
+  for (const keeper of kvKeepers) {
+    const bytes = await keeper.purge(digest);
+    for (const tier of ['device', 'host', 'disk'] as const) kvBytes[tier] += bytes[tier];
+  }
+  const diskBytes = await sources.adapters.purge(digest);
+  await arena.clearFree();
+  await hostArena?.clearFree();
+  const report: PurgeReport = {
+    digest,
+    names,
+    adapterBytes: { device: deviceBytes, host: hostBytes, disk: diskBytes },
+    kvBytes,
+  };
+  const numBytes = [...Object.values(report.adapterBytes), ...Object.values(kvBytes)].reduce(
+    (a, b) => a + b,
+    0,
+  );
+  if (names.length === 0 && numBytes === 0) throw notHere(digest);
+  return report;
+}
+
+export function notHere(digest: string): EngineError {
+  return new EngineError('adapter_not_loaded', `The adapter '${digest}' cannot be found.`, {
+    param: 'digest',
+  });
+}
