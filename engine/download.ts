@@ -214,7 +214,8 @@ async function tryOnce(
 
 /**
  * Reads the rest of the file, from `first` on, over as many connections. Each takes the next piece; what arrives in its turn
- * is written, what arrives before it is held. So all but one piece may be in memory, and no more.
+ * is written, what arrives before it is held. So all but one piece may be in memory, and no more. When one fails, those
+ * before it are still finished, as the next try begins behind them; those after it end.
  */
 async function readPieces(
   url: URL,
@@ -227,10 +228,10 @@ async function readPieces(
 ): Promise<void> {
   const end = sizeBytes ?? Number.POSITIVE_INFINITY;
   const length = numConnections > 1 ? pieceBytes : Number.POSITIVE_INFINITY;
-  const stop = new AbortController();
-  const ours = { ...options, signal: AbortSignal.any([options.signal, stop.signal]) };
-  const wakers = new Map<number, () => void>();
+  /** Pieces under way, by where they begin. `wake` says that it is a piece's turn, or that it ends. */
+  const running = new Map<number, { stop: AbortController; wake: () => void }>();
   let next = progress.doneBytes;
+  let failure: Error | null = null;
 
   const write = async (bytes: Buffer) => {
     if (progress.doneBytes + bytes.length > options.maxBytes) throw tooLarge(url, options.maxBytes, 'more');
@@ -239,6 +240,16 @@ async function readPieces(
     progress.doneBytes += bytes.length;
     options.onProgress?.(progress.doneBytes, sizeBytes);
   };
+  const fail = (error: Error, from: number) => {
+    const mayGoOn = error instanceof Failure && error.mayPass && !(error instanceof Changed);
+    if (failure === null || !mayGoOn) failure = error;
+    next = end;
+    for (const [begin, { stop, wake }] of running) {
+      if (mayGoOn && begin < from) continue;
+      stop.abort();
+      wake();
+    }
+  };
   const work = async (response: Dispatcher.ResponseData | null) => {
     /** What came of a piece before its turn, from the piece's beginning. One buffer serves all pieces of a connection. */
     let held: Buffer | null = null;
@@ -246,7 +257,9 @@ async function readPieces(
       const from = next;
       const to = Math.min(from + length, end);
       next = to;
-      const { body } = now ?? (await requestPiece(url, ours, from, to, sizeBytes, progress));
+      const piece = { stop: new AbortController(), wake: () => {} };
+      const signal = AbortSignal.any([options.signal, piece.stop.signal]);
+      running.set(from, piece);
       let at = from;
       let numHeld = 0;
       const writeHeld = async () => {
@@ -254,47 +267,52 @@ async function readPieces(
         numHeld = 0;
       };
       try {
-        for await (const chunk of body as AsyncIterable<Buffer>) {
-          const part = chunk.subarray(0, to - at);
-          at += part.length;
-          await options.throttle?.take(part.length, ours.signal);
-          if (progress.doneBytes >= from) {
-            await writeHeld();
-            await write(part);
-          } else {
-            held ??= Buffer.allocUnsafeSlow(pieceBytes);
-            part.copy(held, numHeld);
-            numHeld += part.length;
+        const { body } =
+          now ?? (await requestPiece(url, { ...options, signal }, from, to, sizeBytes, progress));
+        try {
+          for await (const chunk of body as AsyncIterable<Buffer>) {
+            const part = chunk.subarray(0, to - at);
+            at += part.length;
+            await options.throttle?.take(part.length, signal);
+            if (progress.doneBytes >= from) {
+              await writeHeld();
+              await write(part);
+            } else {
+              held ??= Buffer.allocUnsafeSlow(pieceBytes);
+              part.copy(held, numHeld);
+              numHeld += part.length;
+            }
+            if (at === to) break;
           }
-          if (at === to) break;
+        } finally {
+          body.on('error', () => {}).destroy();
         }
+        if (Number.isFinite(to) && at < to) {
+          throw new Failure(`expected ${sizeBytes} bytes, and it ended before byte ${at}`, true);
+        }
+        signal.throwIfAborted();
+        if (progress.doneBytes < from) {
+          await new Promise<void>((resolve) => {
+            piece.wake = resolve;
+          });
+        }
+        signal.throwIfAborted();
+        await writeHeld();
+        running.get(to)?.wake();
+      } catch (error) {
+        // What another's failure has ended says nothing of its own.
+        if (!piece.stop.signal.aborted) fail(toFailure(error, options.limits), from);
+        return;
       } finally {
-        body.on('error', () => {}).destroy();
+        running.delete(from);
       }
-      if (Number.isFinite(to) && at < to) {
-        throw new Failure(`expected ${sizeBytes} bytes, and it ended before byte ${at}`, true);
-      }
-      ours.signal.throwIfAborted();
-      if (progress.doneBytes < from) await new Promise<void>((resolve) => wakers.set(from, resolve));
-      ours.signal.throwIfAborted();
-      await writeHeld();
-      wakers.get(to)?.();
     }
   };
 
-  let failure: unknown = null;
-  const workers = Array.from({ length: numConnections }, async (_, i) => {
-    try {
-      await work(i === 0 ? first : null);
-    } catch (error) {
-      failure ??= error;
-      stop.abort();
-      for (const wake of wakers.values()) wake();
-    }
-  });
-  await Promise.all(workers);
-  if (failure instanceof Changed) await beginAnew(file, progress);
-  if (failure !== null) throw failure;
+  await Promise.all(Array.from({ length: numConnections }, (_, i) => work(i === 0 ? first : null)));
+  if (failure === null) return;
+  if ((failure as Error) instanceof Changed) await beginAnew(file, progress);
+  throw failure;
 }
 
 async function requestPiece(

@@ -170,6 +170,22 @@ describe('a model in a bucket', () => {
     ).toBe(1);
   });
 
+  test('keeps what came before a piece that fails', async () => {
+    server.put('models', { 'hole.gguf': big });
+    const proxy = await startFaultProxy(server.port, onTestFinished);
+    let isCut = false;
+    proxy.fault = (_url, range) => {
+      if (isCut || !range?.startsWith(`bytes=${4 * 2 ** 20}-`)) return null;
+      isCut = true;
+      return { cutAfterBytes: 1000 };
+    };
+    const { sources } = await start(proxy.url);
+    const path = await sources.model('s3://models/hole.gguf', `sha256:${sha256(big)}`);
+    expect((await readFile(path)).equals(big)).toBe(true);
+    const again = proxy.requests.slice(4).map(({ range }) => Number(/\d+/.exec(range ?? '0')![0]));
+    expect(Math.min(...again)).toBeGreaterThanOrEqual(4 * 2 ** 20);
+  });
+
   test.each([
     ['is away for a while', { status: 503 }, 2],
     ['stalls for a while', 'stall', 1],
