@@ -125,27 +125,37 @@ class CpuDevice final : public Device {
     if (any_quantized) quantize(x, ldx, num_rows, k);
     shrink_deltas(projections, x, ldx, num_rows, k, layer, lora);
 
-    // A task's columns get their deltas as soon as they are there, while they are in the cache.
+    // A task's columns get their deltas as soon as they are there, while they are in the cache. Many rows are cut into passes
+    // first: a thread that goes on in its pass finds the activations in its cache.
+    const int num_passes = any_quantized ? static_cast<int>(ceil_div(num_rows, pass_rows(k))) : 1;
+    const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), kRowBlock) * kRowBlock);
+    cut_jobs(projections.size(), num_rows, rows_of_pass);
     tasks_.clear();
     int64_t all_tiles = 0;
     for (const auto& p : projections) all_tiles += num_tiles(p.weight->out_features);
-    const int64_t tile_macs = int64_t{k} * kTileColumns * num_rows;
-    const int per_task = static_cast<int>(std::max({int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
-    for (size_t p = 0; p < projections.size(); ++p) {
-      const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
-      const int step = deltas_[p].num_jobs > 0 ? std::max(per_task / kTilesPerLoraTile, 1) * kTilesPerLoraTile : per_task;
-      for (int t = 0; t < tiles; t += step) tasks_.push_back({static_cast<int>(p), t, std::min(t + step, tiles)});
+    const int64_t tile_macs = int64_t{k} * kTileColumns * std::min(num_rows, rows_of_pass);
+    const int per_task = static_cast<int>(std::max(
+        {int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles * num_passes, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
+    for (int first_row = 0, pass = 0; first_row < num_rows; first_row += rows_of_pass, ++pass) {
+      for (size_t p = 0; p < projections.size(); ++p) {
+        const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
+        const int step = deltas_[pass * projections.size() + p].num_jobs > 0 ? std::max(per_task / kTilesPerLoraTile, 1) * kTilesPerLoraTile : per_task;
+        for (int t = 0; t < tiles; t += step) tasks_.push_back({static_cast<int>(p), t, std::min(t + step, tiles), pass});
+      }
     }
     run(static_cast<int>(tasks_.size()), [&](int index, int) {
       const Task& task = tasks_[index];
       const Projection& p = projections[task.index];
-      if (deltas_[task.index].num_jobs > 0) prefetch_deltas(deltas_[task.index], task.begin / kTilesPerLoraTile);
+      const int row_begin = task.pass * rows_of_pass, row_end = std::min(row_begin + rows_of_pass, num_rows);
+      const Deltas& deltas = deltas_[task.pass * projections.size() + task.index];
+      if (deltas.num_jobs > 0) prefetch_deltas(deltas, task.begin / kTilesPerLoraTile);
+      float* const y = p.y + row_begin * p.ldy;
       if (!reference_mode_ && is_quantized(p.weight->format)) {
-        kernels_.matmul_q(p.y, p.ldy, *p.weight, quantized_, task.begin, task.end);
+        kernels_.matmul_q(y, p.ldy, *p.weight, rows_of(quantized_, row_begin, row_end), task.begin, task.end);
       } else {
-        kernels_.matmul_f(p.y, p.ldy, *p.weight, x, ldx, num_rows, task.begin, task.end);
+        kernels_.matmul_f(y, p.ldy, *p.weight, x + row_begin * ldx, ldx, row_end - row_begin, task.begin, task.end);
       }
-      if (deltas_[task.index].num_jobs > 0) expand_deltas(p, deltas_[task.index], num_rows, task.begin, task.end);
+      if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, task.begin, task.end);
     });
     for (const auto& p : projections)
       if (p.bias)
@@ -283,9 +293,9 @@ class CpuDevice final : public Device {
  private:
   // The jobs of one projection's deltas, wave after wave.
   struct Deltas {
-    int first_job, num_jobs;
-    bool has_gain, has_waves;  // a DoRA gain; rows with several adapters
-    float* base;               // as y: where the projection without adapters is kept; null: nobody needs it
+    int first_job = 0, num_jobs = 0;
+    bool has_gain = false, has_waves = false;  // a DoRA gain; rows with several adapters
+    float* base = nullptr;                     // as y: where the projection without adapters is kept; null: nobody needs it
   };
   // Part of a shrink that one thread does: some rows, some rank rows, of one job or of several with one row each.
   struct Piece {
@@ -293,6 +303,7 @@ class CpuDevice final : public Device {
   };
   struct Task {
     int index, begin, end;
+    int pass = 0;  // of rows
   };
 
   // Partitions [first, end) of keys that these sequences have in common, and no other.
@@ -540,6 +551,38 @@ class CpuDevice final : public Device {
     }
   }
 
+  // The jobs of each pass of rows, from those of all rows: deltas_ then has those of every projection in the first pass, in
+  // the second, …
+  void cut_jobs(size_t num_projections, int num_rows, int rows_of_pass) {
+    if (jobs_.empty()) {
+      for (int row = rows_of_pass; row < num_rows; row += rows_of_pass) deltas_.insert(deltas_.end(), num_projections, Deltas{});
+      return;
+    }
+    if (rows_of_pass >= num_rows) return;
+    all_jobs_.swap(jobs_);
+    all_deltas_.swap(deltas_);
+    jobs_.clear(), deltas_.clear();
+    for (int row = 0; row < num_rows; row += rows_of_pass) {
+      for (Deltas deltas : std::span(all_deltas_).first(num_projections)) {
+        const auto whole = std::span(all_jobs_).subspan(deltas.first_job, deltas.num_jobs);
+        deltas.first_job = static_cast<int>(jobs_.size());
+        for (LoraJob job : whole) {
+          const int32_t* const end = job.rows + job.num_rows;
+          const int32_t* const first = std::lower_bound(job.rows, end, row);
+          const int num_before = static_cast<int>(first - job.rows);
+          job.num_rows = static_cast<int>(std::lower_bound(first, end, row + rows_of_pass) - first);
+          if (job.num_rows == 0) continue;
+          job.rows = first;
+          job.weights += num_before;
+          job.s += num_before * job.lds;
+          jobs_.push_back(job);
+        }
+        deltas.num_jobs = static_cast<int>(jobs_.size()) - deltas.first_job;
+        deltas_.push_back(deltas);
+      }
+    }
+  }
+
   // Asks for what expand reads first, so that it comes while the base's tiles are computed.
   void prefetch_deltas(const Deltas& deltas, int tile) {
     constexpr size_t kBytes = 2048;
@@ -553,10 +596,10 @@ class CpuDevice final : public Device {
   // y[rows] += delta for the packed tiles [begin, end), which begin with a tile of the adapters. A row's deltas are added in
   // its own order. DoRA's gain multiplies the projection before any adapter, which is kept aside where a second wave
   // would otherwise see the first one's sum.
-  void expand_deltas(const Projection& p, const Deltas& deltas, int num_rows, int begin, int end) {
+  void expand_deltas(const Projection& p, const Deltas& deltas, int row_begin, int row_end, int begin, int end) {
     const float* base = p.y;
     if (deltas.base) {
-      for (int64_t r = 0; r < num_rows; ++r) {
+      for (int64_t r = row_begin; r < row_end; ++r) {
         const int64_t at = r * p.ldy + int64_t{begin} * kTileColumns;
         std::memcpy(deltas.base + at, p.y + at, static_cast<size_t>(end - begin) * kTileColumns * sizeof(float));
       }
@@ -574,8 +617,8 @@ class CpuDevice final : public Device {
   QuantizedRows quantized_{};
   std::vector<int32_t> q_sums_, q_chunks_, q_highs_;
   std::vector<Task> tasks_;
-  std::vector<Deltas> deltas_;  // of each projection
-  std::vector<LoraJob> jobs_;   // projection after projection
+  std::vector<Deltas> deltas_, all_deltas_;  // of each pass of rows and each projection; before rows are cut
+  std::vector<LoraJob> jobs_, all_jobs_;     // projection after projection
   std::vector<int> group_of_job_, next_job_;
   std::vector<Piece> pieces_;
   std::vector<int32_t> row_indices_;  // 0, 1, 2, …

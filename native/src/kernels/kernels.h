@@ -47,6 +47,19 @@ struct QuantizedRows {
     return row / kRowBlock * kRowBlock * (k / kActivationGroup) + group * block_rows(row) + row % kRowBlock;
   }
 };
+// Rows that go together over the weights of a product with many rows: as many as the second-level cache holds, so that all
+// tiles find them there. Each pass unpacks the weights again. Whole blocks, at least four of them.
+inline constexpr int kMaxPassRows = 256;
+constexpr int pass_rows(int64_t k) {
+  constexpr int64_t kPassBytes = 768 << 10, kBytesOfGroup = 2 * kActivationGroup + 6 * sizeof(int32_t);
+  const int64_t fit = kPassBytes / (k / kActivationGroup * kBytesOfGroup) / kRowBlock * kRowBlock;
+  return static_cast<int>(fit < 4 * kRowBlock ? 4 * kRowBlock : fit < kMaxPassRows ? fit : kMaxPassRows);
+}
+// The rows [row_begin, row_end) alone; row_begin is the first of a block.
+inline QuantizedRows rows_of(const QuantizedRows& x, int row_begin, int row_end) {
+  const int64_t at = static_cast<int64_t>(row_begin) * (x.k / kActivationGroup);
+  return {x.q + at * 2 * kActivationGroup, x.scale + at, x.offsets + at, x.sums + 2 * at, x.peak_chunks + at, x.peak_highs + at, x.k, row_end - row_begin};
+}
 inline constexpr int kHighShift = 7;               // h counts 128ths
 inline constexpr int kPeakShift = 4;               // m counts 16ths
 inline constexpr int kWideShift = 11;              // t counts 2048ths

@@ -241,9 +241,7 @@ struct Unpacked {
   }
 };
 
-constexpr int kChunkFeatures = 256;
-// Rows whose sums wait beside each other between chunks. More rows unpack the weights again.
-constexpr int kPassRows = 256;
+constexpr int kChunkFeatures = 128;
 constexpr int64_t kSumStride = kTiles * kTileColumns;
 
 // The groups [g_begin, g_begin + num_groups) of some tiles, unpacked, and the rows that go over them.
@@ -391,33 +389,30 @@ void rows_of_block(const Many& m, int64_t row, int num_rows) {
   }
 }
 
-// num_tiles tiles for many rows. next_tiles: how many tiles on the next ones are; 0: there are none.
+// num_tiles tiles for the rows [first_row, end_row) of a pass. next_tiles: how many tiles on the next ones are; 0: there are
+// none.
 template <WeightFormat kFormat>
-void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x,
-                      int64_t next_tiles) {
+void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x, int64_t first_row,
+               int64_t end_row, int64_t next_tiles) {
   using T = Tile<kFormat>;
   constexpr bool kAmx = Amx<kFormat>::kUsed;
   using U = Unpacked<kFormat, kAmx && T::kInfo.zero != 0>;
   constexpr int64_t kChunkGroups = kChunkFeatures / T::kInfo.group_size;
   alignas(64) uint8_t unpacked[kTiles][kChunkGroups * U::kBytes];
-  alignas(64) float sums[(kPassRows + kMaxRows) * kSumStride];
+  alignas(64) float sums[(kMaxPassRows + kMaxRows) * kSumStride];
   const int64_t stride = T::bytes(x.k), groups = x.k / T::kInfo.group_size;
-  Many m{{}, num_tiles, &x, 0, 0, false, y, ldy, sums, 0};
+  Many m{{}, num_tiles, &x, 0, 0, false, y, ldy, sums, first_row};
   for (int t = 0; t < kTiles; ++t) m.unpacked[t] = unpacked[t < num_tiles ? t : 0];
-  for (; m.first_row < x.num_rows; m.first_row += kPassRows) {
-    const int64_t end_row = x.num_rows - m.first_row < kPassRows ? x.num_rows : m.first_row + kPassRows;
-    for (int64_t g = 0; g < groups; g += kChunkGroups) {
-      m.g_begin = g;
-      m.num_groups = groups - g < kChunkGroups ? groups - g : kChunkGroups;
-      m.is_last = g + m.num_groups == groups;
-      // While the rows go over this chunk the next is on its way, or the first of the next tiles.
-      const int64_t ahead = m.is_last ? next_tiles * stride - g * T::kGroupBytes : m.num_groups * T::kGroupBytes;
-      for (int t = 0; t < num_tiles; ++t)
-        U::fill(unpacked[t], T(tiles + t * stride, x.k), g, m.num_groups, ahead);
-      for (int64_t row = m.first_row; row < end_row; row += kRowBlock) {
-        if constexpr (kAmx) Amx<kFormat>::rows(m, row, x.block_rows(row));
-        else rows_of_block<kFormat>(m, row, x.block_rows(row));
-      }
+  for (int64_t g = 0; g < groups; g += kChunkGroups) {
+    m.g_begin = g;
+    m.num_groups = groups - g < kChunkGroups ? groups - g : kChunkGroups;
+    m.is_last = g + m.num_groups == groups;
+    // While the rows go over this chunk the next is on its way, or the first of the next tiles.
+    const int64_t ahead = m.is_last ? next_tiles * stride - g * T::kGroupBytes : m.num_groups * T::kGroupBytes;
+    for (int t = 0; t < num_tiles; ++t) U::fill(unpacked[t], T(tiles + t * stride, x.k), g, m.num_groups, ahead);
+    for (int64_t row = first_row; row < end_row; row += kRowBlock) {
+      if constexpr (kAmx) Amx<kFormat>::rows(m, row, x.block_rows(row));
+      else rows_of_block<kFormat>(m, row, x.block_rows(row));
     }
   }
 }
@@ -428,20 +423,24 @@ void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const Quantiz
   const int64_t stride = Tile<kFormat>::bytes(w.in_features);
   const bool is_few = !Amx<kFormat>::kUsed && x.num_rows <= kMaxRows;
   if (!is_few) Amx<kFormat>::begin(x.num_rows);
-  for (int64_t t = tile_begin; t < tile_end;) {
-    const int tiles = tile_end - t < kTiles ? static_cast<int>(tile_end - t) : kTiles;
-    float* out = y + t * kTileColumns;
-    const uint8_t* from = w.data + t * stride;
-    if constexpr (!Amx<kFormat>::kUsed) {
-      if (is_few) {
-        const bool fits = kTiles * stride <= kPrefetchPairBytes;
-        const bool has_next = fits && t + 2 * kTiles <= tile_end;
-        const int64_t near = t == tile_begin || !fits ? kPrefetchBytes : 0;
-        few_rows<kFormat, kMaxRows>(out, ldy, from, tiles, x, near, has_next ? kTiles * stride : 0);
+  const int64_t rows_of_pass = is_few ? x.num_rows : pass_rows(x.k);
+  for (int64_t row = 0; row < x.num_rows; row += rows_of_pass) {
+    const int64_t end_row = x.num_rows - row < rows_of_pass ? x.num_rows : row + rows_of_pass;
+    for (int64_t t = tile_begin; t < tile_end;) {
+      const int tiles = tile_end - t < kTiles ? static_cast<int>(tile_end - t) : kTiles;
+      float* out = y + t * kTileColumns;
+      const uint8_t* from = w.data + t * stride;
+      if constexpr (!Amx<kFormat>::kUsed) {
+        if (is_few) {
+          const bool fits = kTiles * stride <= kPrefetchPairBytes;
+          const bool has_next = fits && t + 2 * kTiles <= tile_end;
+          const int64_t near = t == tile_begin || !fits ? kPrefetchBytes : 0;
+          few_rows<kFormat, kMaxRows>(out, ldy, from, tiles, x, near, has_next ? kTiles * stride : 0);
+        }
       }
+      if (!is_few) many_rows<kFormat>(out, ldy, from, tiles, x, row, end_row, t + tiles < tile_end ? tiles : 0);
+      t += tiles;
     }
-    if (!is_few) many_rows<kFormat>(out, ldy, from, tiles, x, t + tiles < tile_end ? tiles : 0);
-    t += tiles;
   }
   if (!is_few) Amx<kFormat>::end();
 }

@@ -12,9 +12,9 @@
 namespace motet::MOTET_ISA {
 namespace {
 
-// Tile registers, two sets of products in turn: 0 and 1 of the low parts (4 bits: of both), 2 and 3 of the middle parts;
-// 4 and 5 activations, 6 and 7 weights. With one register for the activations or weights of both sets a product would wait
-// for the one before.
+// Tile registers: 0 and 1 products (4 bits: of one group and the next; 8 bits: of the low and the middle parts), 2
+// activations, 3 weights. Not more: registers are renamed from a small pool, and while the core's other thread is busy
+// loads take 28 cycles with eight in use and 10 with four (Emerald Rapids).
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {};
@@ -37,10 +37,10 @@ struct Amx {
       config.bytes_per_row[tile] = static_cast<uint16_t>(num_bytes);
     };
     const int features = kInfo.bits == 4 ? 2 * kActivationGroup : kActivationGroup;
-    constexpr int kProducts[] = {0, 1, 2, 3}, kActivations[] = {4, 5}, kWeights[] = {6, 7};
-    for (const int tile : kProducts) set(tile, rows, 64);
-    for (const int tile : kActivations) set(tile, rows, features);
-    for (const int tile : kWeights) set(tile, features / 4, 64);
+    set(0, rows, 64);
+    set(1, rows, 64);
+    set(2, rows, features);
+    set(3, features / 4, 64);
     // Not _tile_loadconfig: gcc 12's tells the compiler of the first eight bytes only.
     __asm__ volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -70,23 +70,18 @@ struct Amx {
     }
   }
 
-  // Starts the product of the rows with a group.
-  template <int kSet>
-  MOTET_INLINE static void start(const int8_t* x, const uint8_t* w) {
-    load_tile<6 + kSet>(w);
-    load_tile<4 + kSet>(x);
-    multiply<kSet, 4 + kSet, 6 + kSet>();
+  // The products of the rows with a group, to memory; for 8 bits the middle parts' behind the others.
+  template <int kTurn>
+  MOTET_INLINE static void multiply_group(const int8_t* x, const uint8_t* w, int32_t* products) {
+    load_tile<3>(w);
+    load_tile<2>(x);
+    multiply<kTurn, 2, 3>();
     if constexpr (kInfo.bits == 8) {
-      load_tile<4 + kSet>(x + kActivationGroup);
-      multiply<2 + kSet, 4 + kSet, 6 + kSet>();
+      load_tile<2>(x + kActivationGroup);
+      multiply<1 - kTurn, 2, 3>();
     }
-  }
-
-  // Brings it to memory, for 8 bits the middle parts' product behind the other.
-  template <int kSet>
-  MOTET_INLINE static void finish(int32_t* products) {
-    store_tile<kSet>(products);
-    if constexpr (kInfo.bits == 8) store_tile<kSet + 2>(products + kBlockBytes / 4);
+    store_tile<kTurn>(products);
+    if constexpr (kInfo.bits == 8) store_tile<1 - kTurn>(products + kBlockBytes / 4);
   }
 
   // The sum of one row with one group more.
@@ -126,12 +121,11 @@ struct Amx {
     int64_t first;        // place of the first row's first group
     int rows;
 
-    template <int kSet>
+    template <int kTurn>
     MOTET_INLINE void multiply(int64_t g, int32_t* products) const {
       const uint8_t* const w = unpacked + g * U::kBytes;
       const int64_t at = first + g * rows;
-      start<kSet>(x.q + at * 2 * kActivationGroup, w);
-      finish<kSet>(products);
+      multiply_group<kTurn>(x.q + at * 2 * kActivationGroup, w, products);
       if (__builtin_expect(wide[g] != 0, 0)) add_highs(products, x, at, rows, w);
     }
 
@@ -152,8 +146,8 @@ struct Amx {
     }
   };
 
-  // Adds the groups to the sums of one block of rows for one tile of weights. A group is multiplied while the one before it
-  // is added.
+  // Adds the groups to the sums of one block of rows for one tile of weights: first all products, then all sums, which is
+  // faster than one group's sums between the products of others.
   template <int kNum>
   static void block(const Many& m, int t, int64_t row, int rows, const int32_t* wide) {
     const Block b{*m.x, m.unpacked[t], wide, m.x->at(row, m.g_begin), kNum == 0 ? rows : kNum};
@@ -161,22 +155,21 @@ struct Amx {
     float* const sums = m.sums + (row - m.first_row) * kSumStride + t * kTileColumns;
     float* const out = m.is_last ? m.y + row * m.ldy + t * kTileColumns : sums;
     const int64_t out_stride = m.is_last ? m.ldy : kSumStride;
-    alignas(64) int32_t products[2][2 * kBlockBytes / 4];
+    constexpr int64_t kChunkGroups = kChunkFeatures / kActivationGroup;
+    constexpr int64_t kProductInts = kBlockBytes / 4 * (kInfo.bits == 8 ? 2 : 1);
+    alignas(64) int32_t products[kChunkGroups][kProductInts];
     alignas(64) float kept[kNum == 0 ? kRows : 1][kTileColumns];
     f32x16 acc[kNum == 0 ? 1 : kNum];
+    for (int64_t g = 0; g + 1 < n; g += 2) {
+      b.template multiply<0>(g, products[g]);
+      b.template multiply<1>(g + 1, products[g + 1]);
+    }
+    if (n % 2 != 0) b.template multiply<0>(n - 1, products[n - 1]);
 #pragma GCC unroll 16
     for (int r = 0; r < kNum; ++r) acc[r] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride);
     for (int r = 0; kNum == 0 && r < rows; ++r)
       store(kept[r], m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride));
-
-    b.template multiply<0>(0, products[0]);
-    for (int64_t g = 0; g < n; g += 2) {
-      if (g + 1 < n) b.template multiply<1>(g + 1, products[1]);
-      b.template add<kNum>(g, products[0], acc, kept);
-      if (g + 1 == n) break;
-      if (g + 2 < n) b.template multiply<0>(g + 2, products[0]);
-      b.template add<kNum>(g + 1, products[1], acc, kept);
-    }
+    for (int64_t g = 0; g < n; ++g) b.template add<kNum>(g, products[g], acc, kept);
 #pragma GCC unroll 16
     for (int r = 0; r < kNum; ++r) store(out + r * out_stride, acc[r]);
     for (int r = 0; kNum == 0 && r < rows; ++r) store(out + r * out_stride, load(kept[r]));
