@@ -95,9 +95,13 @@ class CpuDevice final : public Device {
     if (buffer.num_floats >= num_floats) return;
     buffer.data.reset();
     buffer.num_floats = 0;  // so it stays when there is no memory
-    const size_t bytes = (num_floats * sizeof(float) + 63) / 64 * 64;
-    auto* data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    // Big ones lie on huge pages: a product writes few columns of many rows, each on a page of its own otherwise.
+    constexpr size_t kHugePage = size_t{2} << 20;
+    const size_t alignment = num_floats * sizeof(float) < 2 * kHugePage ? 64 : kHugePage;
+    const size_t bytes = (num_floats * sizeof(float) + alignment - 1) / alignment * alignment;
+    auto* data = static_cast<float*>(std::aligned_alloc(alignment, bytes));
     if (!data) throw std::bad_alloc();
+    if (alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
     std::memset(data, 0, bytes);
     buffer.data = {data, [](float* p) { std::free(p); }};
     buffer.num_floats = num_floats;
