@@ -25,6 +25,10 @@ constexpr int64_t kTaskMacs = 256 * 1024;
 constexpr int kTasksPerThread = 4;
 // Query rows of one prefill task at most: enough to share each key load.
 constexpr int kAttentionTaskRows = 32;
+// With more rows than this a step does not wait for its weights; and how much of them each thread asks for ahead: part of its
+// second level of cache.
+constexpr int kAheadRows = 12;
+constexpr size_t kAheadBytes = 256 << 10;
 // Sequences with more rows than this amortise what they read by themselves, and share no reading.
 constexpr int kSharingRows = 4;
 // What loading and converting a key and a value costs, in multiply-adds of one (row, head) pair with both.
@@ -122,7 +126,8 @@ class CpuDevice final : public Device {
     over_rows(num_rows, n * 2, [&](int begin, int end) { kernels_.rmsnorm(y + begin * ldy, ldy, x + begin * ldx, ldx, weight, end - begin, n, eps); });
   }
 
-  void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora) override {
+  void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora,
+               std::span<const Projection> next) override {
     const int k = projections[0].weight->in_features;
     const bool any_quantized =
         !reference_mode_ && std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return is_quantized(p.weight->format); });
@@ -134,20 +139,9 @@ class CpuDevice final : public Device {
     const int num_passes = any_quantized ? static_cast<int>(ceil_div(num_rows, pass_rows(k))) : 1;
     const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), kRowBlock) * kRowBlock);
     cut_jobs(projections.size(), num_rows, rows_of_pass);
-    tasks_.clear();
-    int64_t all_tiles = 0;
-    for (const auto& p : projections) all_tiles += num_tiles(p.weight->out_features);
-    const int64_t tile_macs = int64_t{k} * kTileColumns * std::min(num_rows, rows_of_pass);
-    const int per_task = static_cast<int>(std::max(
-        {int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles * num_passes, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
-    for (int first_row = 0, pass = 0; first_row < num_rows; first_row += rows_of_pass, ++pass) {
-      for (size_t p = 0; p < projections.size(); ++p) {
-        const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
-        const int step = deltas_[pass * projections.size() + p].num_jobs > 0 ? std::max(per_task / kTilesPerLoraTile, 1) * kTilesPerLoraTile : per_task;
-        for (int t = 0; t < tiles; t += step) tasks_.push_back({static_cast<int>(p), t, std::min(t + step, tiles), pass});
-      }
-    }
-    run(static_cast<int>(tasks_.size()), [&](int index, int) {
+    cut_tasks(tasks_, projections, num_rows, rows_of_pass, deltas_);
+    look_ahead(next, num_rows);
+    pool_.run_apart(static_cast<int>(tasks_.size()), ahead_, [&](int index, int) {
       const Task& task = tasks_[index];
       const Projection& p = projections[task.index];
       const int row_begin = task.pass * rows_of_pass, row_end = std::min(row_begin + rows_of_pass, num_rows);
@@ -555,6 +549,42 @@ class CpuDevice final : public Device {
     }
   }
 
+  // Tiles of projections and passes of rows as tasks of about equal size, neighbours in memory one after another.
+  void cut_tasks(std::vector<Task>& tasks, std::span<const Projection> projections, int num_rows, int rows_of_pass,
+                 std::span<const Deltas> all_deltas) const {
+    tasks.clear();
+    int64_t all_tiles = 0;
+    for (const auto& p : projections) all_tiles += num_tiles(p.weight->out_features);
+    const int64_t num_passes = ceil_div(num_rows, rows_of_pass);
+    const int64_t tile_macs = int64_t{projections[0].weight->in_features} * kTileColumns * std::min(num_rows, rows_of_pass);
+    const int per_task = static_cast<int>(std::max(
+        {int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles * num_passes, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
+    for (int first_row = 0, pass = 0; first_row < num_rows; first_row += rows_of_pass, ++pass) {
+      for (size_t p = 0; p < projections.size(); ++p) {
+        const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
+        const bool has_deltas = !all_deltas.empty() && all_deltas[pass * projections.size() + p].num_jobs > 0;
+        const int step = has_deltas ? std::max(per_task / kTilesPerLoraTile, 1) * kTilesPerLoraTile : per_task;
+        for (int t = 0; t < tiles; t += step) tasks.push_back({static_cast<int>(p), t, std::min(t + step, tiles), pass});
+      }
+    }
+  }
+
+  // Where each thread will begin to read the weights of the projections after these. With few rows a step waits for memory, and
+  // between two projections nobody reads: then those who wait ask for these bytes.
+  void look_ahead(std::span<const Projection> next, int num_rows) {
+    ahead_.clear();
+    if (next.empty() || num_rows > kAheadRows) return;
+    cut_tasks(next_tasks_, next, num_rows, num_rows, {});
+    for (int thread = 0; thread < pool_.num_threads(); ++thread) {
+      const Task& task = next_tasks_[pool_.first_task(static_cast<int>(next_tasks_.size()), thread)];
+      const PackedMatrix& w = *next[task.index].weight;
+      const size_t tile_bytes = packed_bytes(w.format, kTileColumns, w.in_features);
+      const uint8_t* const at = w.data + task.begin * tile_bytes;
+      const uint8_t* const end = w.data + packed_bytes(w.format, w.out_features, w.in_features);
+      ahead_.push_back({at, std::min(at + kAheadBytes, end)});
+    }
+  }
+
   // The jobs of each pass of rows, from those of all rows: deltas_ then has those of every projection in the first pass, in
   // the second, …
   void cut_jobs(size_t num_projections, int num_rows, int rows_of_pass) {
@@ -620,7 +650,8 @@ class CpuDevice final : public Device {
   Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, partials_, sample_scratch_;
   QuantizedRows quantized_{};
   std::vector<int32_t> q_sums_, q_chunks_, q_highs_;
-  std::vector<Task> tasks_;
+  std::vector<Task> tasks_, next_tasks_;
+  std::vector<ThreadPool::Ahead> ahead_;
   std::vector<Deltas> deltas_, all_deltas_;  // of each pass of rows and each projection; before rows are cut
   std::vector<LoraJob> jobs_, all_jobs_;     // projection after projection
   std::vector<int> group_of_job_, next_job_;

@@ -85,8 +85,10 @@ class Device {
   // x[r] = embedding[tokens[r]] · scale
   virtual void embed(float* x, const PackedMatrix& embedding, std::span<const int32_t> tokens, float scale) = 0;
   virtual void rmsnorm(float* y, int64_t ldy, const float* x, int64_t ldx, const float* weight, int num_rows, int n, float eps) = 0;
-  // All projections of the same rows x [numRows, K]; layer picks the adapters' modules.
-  virtual void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora) = 0;
+  // All projections of the same rows x [numRows, K]; layer picks the adapters' modules. `next` are those that follow, none when
+  // nobody knows: a device may fetch their weights ahead.
+  virtual void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora,
+                       std::span<const Projection> next) = 0;
   virtual void rope(float* x, int64_t ldx, int num_heads, int head_dim, int num_rows, const RopeAngles& angles) = 0;
   // Stores each row's keys and values in its sequence's blocks.
   virtual void store_kv(const KvLayer& kv, const Batch& batch, const float* k, int64_t ldk, const float* v, int64_t ldv) = 0;

@@ -116,6 +116,7 @@ void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
   final_norm_ = vector(-1, "final_norm", hidden, true);
   lm_head_ = matrix(-1, "lm_head", dims_.vocab_size, hidden, false);
   if (!lm_head_.data) lm_head_ = embedding_;
+  head_ = {Target::kLmHead, &lm_head_, nullptr, nullptr, 0};
   const std::pair<int64_t, int64_t> shapes[kNumLayerTargets] = {{q, hidden},     {kv, hidden},    {kv, hidden},   {hidden, q},
                                                                 {inter, hidden}, {inter, hidden}, {hidden, inter}};
   const char* const biases[kNumLayerTargets] = {"q_bias", "k_bias", "v_bias", "o_bias", nullptr, nullptr, nullptr};
@@ -132,6 +133,7 @@ void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
       layer.projections[t] = matrix(l, kTargetNames[t], shapes[t].first, shapes[t].second, true);
       if (biases[t]) layer.biases[t] = vector(l, biases[t], shapes[t].first, false);
     }
+    for (const Target t : {Target::kQ, Target::kK, Target::kV}) layer.qkv[static_cast<int>(t)] = {t, &layer.projections[static_cast<int>(t)], nullptr, nullptr, 0};
   }
 }
 
@@ -258,6 +260,11 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
   device_->synchronize();
 }
 
+// Weights only: what a device may fetch ahead. After the last layer comes the head.
+std::span<const Projection> Model::first_of_layer(int l) const {
+  return l < dims_.num_layers ? std::span(layers_[l].qkv) : std::span(&head_, 1);
+}
+
 void Model::run_layer(int l, const Batch& batch) {
   const Layer& layer = layers_[l];
   const auto [x, h, q, k, v, attn, gate, up, o] = act_;
@@ -267,13 +274,16 @@ void Model::run_layer(int l, const Batch& batch) {
   auto projection = [&](Target t, float* y, int64_t ldy) {
     return Projection{t, &layer.projections[static_cast<int>(t)], layer.biases[static_cast<int>(t)], y, ldy};
   };
+  const Projection qkv[] = {projection(Target::kQ, q, ldq), projection(Target::kK, k, ldkv), projection(Target::kV, v, ldkv)};
+  const Projection out[] = {projection(Target::kO, o, ldh)};
+  const Projection gate_up[] = {projection(Target::kGate, gate, ldi), projection(Target::kUp, up, ldi)};
+  const Projection down[] = {projection(Target::kDown, o, ldh)};
   const size_t kv_bytes = kv_side_bytes(kv_type_, dims_.num_kv_heads, head_dim);
   const KvLayer kv{device_->arena(), page_bytes_, 2 * l * kv_bytes, (2 * l + 1) * kv_bytes, kv_type_, dims_.num_kv_heads, head_dim};
 
   device_->rmsnorm(h, ldh, x, ldh, layer.attention_norm, rows, hidden, dims_.norm_eps);
   clock_.lap(StepPart::kNorm);
-  const Projection qkv[] = {projection(Target::kQ, q, ldq), projection(Target::kK, k, ldkv), projection(Target::kV, v, ldkv)};
-  device_->project(qkv, h, ldh, rows, l, lora_);
+  device_->project(qkv, h, ldh, rows, l, lora_, out);
   clock_.lap(StepPart::kQkv);
   // Heads of a row are adjacent, so a norm per head is a norm over rows · heads short rows.
   auto norm_heads = [&](float* y, int64_t ld, int num_heads, const float* weight) {
@@ -290,21 +300,18 @@ void Model::run_layer(int l, const Batch& batch) {
   clock_.lap(StepPart::kKvWrite);
   device_->attention(kv, batch, q, ldq, attn, ldq, dims_.num_heads, dims_.sliding_windows[l], dims_.attention_scale);
   clock_.lap(StepPart::kAttention);
-  const Projection out[] = {projection(Target::kO, o, ldh)};
-  device_->project(out, attn, ldq, rows, l, lora_);
+  device_->project(out, attn, ldq, rows, l, lora_, gate_up);
   clock_.lap(StepPart::kOut);
   if (layer.post_attention_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_attention_norm, rows, hidden, dims_.norm_eps);
   device_->add(x, o, int64_t{rows} * ldh);
 
   device_->rmsnorm(h, ldh, x, ldh, layer.mlp_norm, rows, hidden, dims_.norm_eps);
   clock_.lap(StepPart::kNorm);
-  const Projection gate_up[] = {projection(Target::kGate, gate, ldi), projection(Target::kUp, up, ldi)};
-  device_->project(gate_up, h, ldh, rows, l, lora_);
+  device_->project(gate_up, h, ldh, rows, l, lora_, down);
   clock_.lap(StepPart::kGateUp);
   device_->activate(gate, up, ldi, rows, dims_.intermediate_size, dims_.gelu);
   clock_.lap(StepPart::kActivation);
-  const Projection down[] = {projection(Target::kDown, o, ldh)};
-  device_->project(down, gate, ldi, rows, l, lora_);
+  device_->project(down, gate, ldi, rows, l, lora_, first_of_layer(l + 1));
   clock_.lap(StepPart::kDown);
   if (layer.post_mlp_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_mlp_norm, rows, hidden, dims_.norm_eps);
   device_->add(x, o, int64_t{rows} * ldh);
@@ -335,7 +342,7 @@ void Model::sample(const Batch& batch, const std::vector<const Adapter*>& adapte
     });
     const Projection head[] = {{Target::kLmHead, &lm_head_, nullptr, logits, ldl}};
     clock_.lap(StepPart::kNorm);
-    device_->project(head, act_.h, ldh, n, -1, head_lora_);
+    device_->project(head, act_.h, ldh, n, -1, head_lora_, first_of_layer(0));
     clock_.lap(StepPart::kHead);
     if (batch.want_logits) {
       device_->synchronize();

@@ -41,6 +41,7 @@ struct Layer {
   const float *q_norm = nullptr, *k_norm = nullptr;
   PackedMatrix projections[kNumLayerTargets];               // by Target
   const float* biases[kNumLayerTargets] = {};
+  Projection qkv[3];  // without where their results go
 };
 
 class Model {
@@ -73,6 +74,7 @@ class Model {
   void bind(const std::vector<PackedTensorSpec>& tensors);
   void check(const Batch& batch) const;
   void run_layer(int layer, const Batch& batch);
+  std::span<const Projection> first_of_layer(int layer) const;
   void sample(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
 
   ModelDims dims_;
@@ -86,6 +88,7 @@ class Model {
   PackedMatrix embedding_, lm_head_;
   const float* final_norm_ = nullptr;
   std::vector<Layer> layers_;
+  Projection head_;
 
   // Activations of the running step, [numTokens, …] f32; rows padded to whole tiles. Grown, never shrunk.
   std::vector<Buffer> buffers_;

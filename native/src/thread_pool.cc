@@ -17,22 +17,14 @@ void pause() {
 #endif
 }
 
-// Returns when `value` is no longer `old`: watches it for kSpin, then sleeps.
-uint32_t await_change(const std::atomic<uint32_t>& value, uint32_t old) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
-  do {
-    for (int i = 0; i < 16; ++i) {
-      if (const uint32_t now = value.load(std::memory_order_acquire); now != old) return now;
-      pause();
-    }
-  } while (std::chrono::steady_clock::now() < deadline);
-  value.wait(old, std::memory_order_acquire);
-  return value.load(std::memory_order_acquire);
+// Asks for one KiB. The second level of cache: the first is small and busy.
+void ask(ThreadPool::Ahead& ahead) {
+  for (int i = 0; i < 16 && ahead.at < ahead.end; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
 }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) {
+ThreadPool::ThreadPool(int num_threads) : ahead_(num_threads), runs_(std::make_unique<Run[]>(num_threads)) {
   workers_.reserve(static_cast<size_t>(num_threads - 1));
   try {
     for (int thread = 1; thread < num_threads; ++thread) {
@@ -53,15 +45,33 @@ void ThreadPool::stop() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::run_tasks(int num_tasks, Call call, void* context) {
+// Returns when `value` is no longer `old`: watches it for kSpin, then sleeps.
+uint32_t ThreadPool::await_change(const std::atomic<uint32_t>& value, uint32_t old, Ahead& ahead) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (const uint32_t now = value.load(std::memory_order_acquire); now != old) return now;
+      if (ahead.at < ahead.end) ask(ahead);
+      else pause();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  value.wait(old, std::memory_order_acquire);
+  return value.load(std::memory_order_acquire);
+}
+
+void ThreadPool::run_tasks(int num_tasks, int num_runs, std::span<const Ahead> ahead, Call call, void* context) {
   if (workers_.empty() || num_tasks <= 1) {
     for (int task = 0; task < num_tasks; ++task) call(context, task, 0);
     return;
   }
-  num_tasks_ = num_tasks;
   call_ = call;
   context_ = context;
-  next_task_.store(0, std::memory_order_relaxed);
+  num_runs_ = num_runs;
+  for (int run = 0; run < num_runs; ++run) {
+    runs_[run].next.store(num_runs == 1 ? 0 : first_task(num_tasks, run), std::memory_order_relaxed);
+    runs_[run].end = num_runs == 1 ? num_tasks : first_task(num_tasks, run + 1);
+  }
+  for (int thread = 0; thread < num_threads(); ++thread) ahead_[thread] = ahead.empty() ? Ahead{} : ahead[thread];
   inside_.store(kOpen, std::memory_order_release);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
@@ -71,24 +81,30 @@ void ThreadPool::run_tasks(int num_tasks, Call call, void* context) {
   // No task is left to claim. Whoever is inside still works on its last one; whoever is not is not waited
   // for.
   uint32_t inside = inside_.fetch_and(~kOpen, std::memory_order_acquire) & ~kOpen;
-  while (inside != 0) inside = await_change(inside_, inside);
+  while (inside != 0) inside = await_change(inside_, inside, ahead_[0]);
 }
 
 void ThreadPool::claim_tasks(int thread) {
-  for (;;) {
-    const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= num_tasks_) return;
-    call_(context_, static_cast<int>(task), thread);
+  for (int i = 0; i < num_runs_; ++i) {
+    Run& run = runs_[(thread + i) % num_runs_];
+    while (run.next.load(std::memory_order_relaxed) < run.end) {
+      const int64_t task = run.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= run.end) break;
+      call_(context_, static_cast<int>(task), thread);
+    }
   }
 }
 
 void ThreadPool::work(int thread) {
   uint32_t seen = 0;
+  Ahead ahead;
   for (;;) {
-    seen = await_change(generation_, seen);
+    seen = await_change(generation_, seen, ahead);
     if (stopping_.load(std::memory_order_relaxed)) return;
     if (!enter()) continue;
     claim_tasks(thread);
+    // What it still has from before is for a call that is yet to come.
+    if (ahead_[thread].at != nullptr) ahead = ahead_[thread];
     leave();
   }
 }

@@ -432,8 +432,9 @@ void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const Quantiz
       const uint8_t* from = w.data + t * stride;
       if constexpr (!Amx<kFormat>::kUsed) {
         if (is_few) {
+          // The tiles behind these are often this thread's next call.
           const bool fits = kTiles * stride <= kPrefetchPairBytes;
-          const bool has_next = fits && t + 2 * kTiles <= tile_end;
+          const bool has_next = fits && t + 2 * kTiles <= num_tiles(w.out_features);
           const int64_t near = t == tile_begin || !fits ? kPrefetchBytes : 0;
           few_rows<kFormat, kMaxRows>(out, ldy, from, tiles, x, near, has_next ? kTiles * stride : 0);
         }

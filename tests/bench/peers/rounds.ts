@@ -76,6 +76,8 @@ async function takeSample({ measure }: Contestant, series: Series, options: Roun
     if (best === null || share < best.share) best = { figures, share };
     if (share <= maxOthersShare) break;
   }
+  const told = Object.entries(best!.figures).map(([name, value]) => `${name} ${value.toPrecision(4)}`);
+  options.onProgress?.(`${series.name}: ${told.join(', ')}`);
   for (const [name, value] of Object.entries(best!.figures)) {
     series.figures[name] ??= [];
     series.figures[name].push(value);
