@@ -139,21 +139,23 @@ class CpuDevice final : public Device {
     const int num_passes = any_quantized ? static_cast<int>(ceil_div(num_rows, pass_rows(k))) : 1;
     const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), kRowBlock) * kRowBlock);
     cut_jobs(projections.size(), num_rows, rows_of_pass);
-    cut_tasks(tasks_, projections, num_rows, rows_of_pass, deltas_);
+    cut_tasks(tasks_, projections, num_rows, rows_of_pass);
     look_ahead(next, num_rows);
     pool_.run_apart(static_cast<int>(tasks_.size()), ahead_, [&](int index, int) {
       const Task& task = tasks_[index];
-      const Projection& p = projections[task.index];
       const int row_begin = task.pass * rows_of_pass, row_end = std::min(row_begin + rows_of_pass, num_rows);
-      const Deltas& deltas = deltas_[task.pass * projections.size() + task.index];
-      if (deltas.num_jobs > 0) prefetch_deltas(deltas, task.begin / kTilesPerLoraTile);
-      float* const y = p.y + row_begin * p.ldy;
-      if (!reference_mode_ && is_quantized(p.weight->format)) {
-        kernels_.matmul_q(y, p.ldy, *p.weight, rows_of(quantized_, row_begin, row_end), task.begin, task.end);
-      } else {
-        kernels_.matmul_f(y, p.ldy, *p.weight, x + row_begin * ldx, ldx, row_end - row_begin, task.begin, task.end);
-      }
-      if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, task.begin, task.end);
+      for_each_part(task, projections, [&](size_t i, int begin, int end) {
+        const Projection& p = projections[i];
+        const Deltas& deltas = deltas_[task.pass * projections.size() + i];
+        if (deltas.num_jobs > 0) prefetch_deltas(deltas, begin / kTilesPerLoraTile);
+        float* const y = p.y + row_begin * p.ldy;
+        if (!reference_mode_ && is_quantized(p.weight->format)) {
+          kernels_.matmul_q(y, p.ldy, *p.weight, rows_of(quantized_, row_begin, row_end), begin, end);
+        } else {
+          kernels_.matmul_f(y, p.ldy, *p.weight, x + row_begin * ldx, ldx, row_end - row_begin, begin, end);
+        }
+        if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, begin, end);
+      });
     });
     for (const auto& p : projections)
       if (p.bias)
@@ -300,7 +302,7 @@ class CpuDevice final : public Device {
     int first_job, num_jobs, row_begin, row_end, j_begin, j_end;
   };
   struct Task {
-    int index, begin, end;
+    int begin, end;
     int pass = 0;  // of rows
   };
 
@@ -535,7 +537,7 @@ class CpuDevice final : public Device {
       for (int j = 0; j < job.module->rank;) {
         if (tasks_.empty() || so_far >= per_task) {
           const int first = static_cast<int>(pieces_.size());
-          tasks_.push_back({0, first, first});
+          tasks_.push_back({first, first});
           so_far = 0;
         }
         // Runs of at least kLoraStreams rank rows, which one job alone reads side by side.
@@ -549,23 +551,33 @@ class CpuDevice final : public Device {
     }
   }
 
-  // Tiles of projections and passes of rows as tasks of about equal size, neighbours in memory one after another.
-  void cut_tasks(std::vector<Task>& tasks, std::span<const Projection> projections, int num_rows, int rows_of_pass,
-                 std::span<const Deltas> all_deltas) const {
+  // Tiles of projections and passes of rows as tasks of equal size, neighbours in memory one after another: as many for each
+  // thread as are worth it. A task may go over from one projection to the next. Tiles are counted in whole tiles of adapters.
+  void cut_tasks(std::vector<Task>& tasks, std::span<const Projection> projections, int num_rows, int rows_of_pass) const {
     tasks.clear();
-    int64_t all_tiles = 0;
-    for (const auto& p : projections) all_tiles += num_tiles(p.weight->out_features);
+    int64_t num_units = 0;
+    for (const auto& p : projections) num_units += ceil_div(num_tiles(p.weight->out_features), kTilesPerLoraTile);
     const int64_t num_passes = ceil_div(num_rows, rows_of_pass);
-    const int64_t tile_macs = int64_t{projections[0].weight->in_features} * kTileColumns * std::min(num_rows, rows_of_pass);
-    const int per_task = static_cast<int>(std::max(
-        {int64_t{1}, kTaskMacs / tile_macs, ceil_div(all_tiles * num_passes, int64_t{pool_.num_threads()} * kTasksPerThread * 2)}));
-    for (int first_row = 0, pass = 0; first_row < num_rows; first_row += rows_of_pass, ++pass) {
-      for (size_t p = 0; p < projections.size(); ++p) {
-        const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
-        const bool has_deltas = !all_deltas.empty() && all_deltas[pass * projections.size() + p].num_jobs > 0;
-        const int step = has_deltas ? std::max(per_task / kTilesPerLoraTile, 1) * kTilesPerLoraTile : per_task;
-        for (int t = 0; t < tiles; t += step) tasks.push_back({static_cast<int>(p), t, std::min(t + step, tiles), pass});
+    const int64_t unit_macs = int64_t{projections[0].weight->in_features} * kLoraTileColumns * std::min(num_rows, rows_of_pass);
+    const int64_t wanted = std::clamp<int64_t>(num_units * num_passes * unit_macs / (kTaskMacs * pool_.num_threads()), 1, kTasksPerThread * 2) * pool_.num_threads();
+    const int64_t tasks_of_pass = std::min(num_units, ceil_div(wanted, num_passes));
+    for (int pass = 0; pass < num_passes; ++pass) {
+      for (int64_t i = 0; i < tasks_of_pass; ++i) {
+        tasks.push_back({static_cast<int>(num_units * i / tasks_of_pass), static_cast<int>(num_units * (i + 1) / tasks_of_pass), pass});
       }
+    }
+  }
+
+  // Calls f(projection, tile_begin, tile_end) for the parts of a task.
+  template <typename F>
+  static void for_each_part(const Task& task, std::span<const Projection> projections, F&& f) {
+    int begin = task.begin, end = task.end;  // in units, from this projection's first
+    for (size_t p = 0; p < projections.size() && end > 0; ++p) {
+      const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
+      const int units = static_cast<int>(ceil_div(tiles, kTilesPerLoraTile));
+      if (begin < units) f(p, std::max(begin, 0) * kTilesPerLoraTile, std::min(std::min(end, units) * kTilesPerLoraTile, tiles));
+      begin -= units;
+      end -= units;
     }
   }
 
@@ -574,14 +586,16 @@ class CpuDevice final : public Device {
   void look_ahead(std::span<const Projection> next, int num_rows) {
     ahead_.clear();
     if (next.empty() || num_rows > kAheadRows) return;
-    cut_tasks(next_tasks_, next, num_rows, num_rows, {});
+    cut_tasks(next_tasks_, next, num_rows, num_rows);
     for (int thread = 0; thread < pool_.num_threads(); ++thread) {
-      const Task& task = next_tasks_[pool_.first_task(static_cast<int>(next_tasks_.size()), thread)];
-      const PackedMatrix& w = *next[task.index].weight;
-      const size_t tile_bytes = packed_bytes(w.format, kTileColumns, w.in_features);
-      const uint8_t* const at = w.data + task.begin * tile_bytes;
-      const uint8_t* const end = w.data + packed_bytes(w.format, w.out_features, w.in_features);
-      ahead_.push_back({at, std::min(at + kAheadBytes, end)});
+      bool is_first = true;
+      for_each_part(next_tasks_[pool_.first_task(static_cast<int>(next_tasks_.size()), thread)], next, [&](size_t p, int begin, int) {
+        if (!is_first) return;
+        is_first = false;
+        const PackedMatrix& w = *next[p].weight;
+        const uint8_t* const at = w.data + begin * packed_bytes(w.format, kTileColumns, w.in_features);
+        ahead_.push_back({at, std::min(at + kAheadBytes, w.data + packed_bytes(w.format, w.out_features, w.in_features))});
+      });
     }
   }
 

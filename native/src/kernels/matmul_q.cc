@@ -14,18 +14,17 @@
 namespace motet::MOTET_ISA {
 namespace {
 
-// Rows and tiles of the biggest block: what the registers hold.
+// Rows and tiles of the biggest block, and tiles of one of one or two rows: what the registers hold.
 #if defined(MOTET_ISA_avx512)
-constexpr int kMaxRows = 6, kTiles = 2;
+constexpr int kMaxRows = 6, kTiles = 2, kStreamsOfOne = 8, kStreamsOfTwo = 4;
 #elif defined(MOTET_ISA_avx2)
-constexpr int kMaxRows = 4, kTiles = 1;
+constexpr int kMaxRows = 4, kTiles = 1, kStreamsOfOne = 2, kStreamsOfTwo = 1;
 #else
-constexpr int kMaxRows = 2, kTiles = 1;
+constexpr int kMaxRows = 2, kTiles = 1, kStreamsOfOne = 1, kStreamsOfTwo = 1;
 #endif
-// Weights are asked for (into the second-level cache) before they are needed: while one pair of tiles is
-// worked on, the next pair where two fit beside each other, else a little further on in the same tiles.
-constexpr int64_t kPrefetchPairBytes = 128 << 10;
-constexpr int64_t kPrefetchBytes = 3072;
+// How far ahead one or two rows ask for the weights of each stream, and more rows, which take longer, for the second level of
+// cache.
+constexpr int64_t kPrefetchBytes = 1024, kPrefetchFarBytes = 6144;
 
 // The rows of one block (kernels.h) from one of them on.
 struct RowsOfBlock {
@@ -78,47 +77,47 @@ MOTET_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 w, u8x64 x) {
   return format_info(kFormat).bits == 4 ? dot4_u7(acc, w, x) : dot4(acc, w, x);
 }
 
-// y [kRows][num_tiles · 16] for all rows of x, straight from the packed bytes. Fewer tiles than kTiles: the last is
-// computed more than once. near and next: what to ask for, in bytes ahead; 0: nothing.
-template <WeightFormat kFormat, int kRows>
-void block_few(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x,
-                      int64_t near, int64_t next) {
+// y [kRows][kNum · 16] for all rows of x, straight from the packed bytes of kNum tiles that lie `apart` bytes from each
+// other, and their columns y_apart.
+template <WeightFormat kFormat, int kRows, int kNum>
+void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int64_t apart, const QuantizedRows& x) {
   using T = Tile<kFormat>;
   constexpr FormatInfo kInfo = T::kInfo;
-  const int64_t k = x.k;
-  const T tile[2] = {T(tiles, k), T(tiles + (num_tiles - 1) * T::bytes(k), k)};
+  const T first(tiles, x.k);
   const RowsOfBlock rows(x, 0);
-  const int64_t groups = k / kInfo.group_size;
-  // 4-bit weights of the group at hand, brought to bytes: a row's peak may be in any of its vectors.
-  u8x64 unpacked[kTiles][kInfo.bits == 4 ? 8 : 1];
+  const int64_t groups = x.k / kInfo.group_size;
 
-  f32x16 acc[kRows][kTiles];
+  f32x16 acc[kRows][kNum];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) acc[r][t] = f32_zero();
+#pragma GCC unroll 8
+    for (int t = 0; t < kNum; ++t) acc[r][t] = f32_zero();
   }
+  // Where a peak meets its weights, in any of the vectors: several rows keep them unpacked, one or two unpack them again.
+  constexpr bool kKeeps = kRows > 2 && kInfo.bits == 4;
+  u8x64 unpacked[kNum][kKeeps ? 8 : 1];
   for (int64_t g = 0; g < groups; ++g) {
-    i32x16 dot[kRows][kTiles];
+    const uint8_t* const weights = first.group(g);
+    i32x16 dot[kRows][kNum];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const i32x16 start =
           kInfo.zero == 0 ? i32_zero() : i32_set1(-kInfo.zero * GroupOfRow<kFormat>(rows, r, g).sum);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) dot[r][t] = start;
+#pragma GCC unroll 8
+      for (int t = 0; t < kNum; ++t) dot[r][t] = start;
     }
 #pragma GCC unroll 8
     for (int c = 0; c < T::kGroupBytes / 64; ++c) {
-      u8x64 low[kTiles], high[kTiles];
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) {
-        const uint8_t* p = tile[t].group(g) + 64 * c;
-        prefetch_l2(p + near);
-        if (next != 0) prefetch_l2(p + next);
+      u8x64 low[kNum], high[kNum];
+#pragma GCC unroll 8
+      for (int t = 0; t < kNum; ++t) {
+        const uint8_t* const p = weights + t * apart + 64 * c;
+        if constexpr (kRows <= 2) prefetch(p + kPrefetchBytes);
+        else prefetch_l2(p + kPrefetchFarBytes);
         const u8x64 bytes = load_bytes(p);
         low[t] = kInfo.bits == 4 ? low_nibbles(bytes) : bytes;
-        if constexpr (kInfo.bits == 4) {
-          high[t] = high_nibbles(bytes);
+        if constexpr (kInfo.bits == 4) high[t] = high_nibbles(bytes);
+        if constexpr (kKeeps) {
           unpacked[t][c] = low[t];
           unpacked[t][c + 4] = high[t];
         }
@@ -127,18 +126,19 @@ void block_few(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
       for (int r = 0; r < kRows; ++r) {
         const int8_t* from = GroupOfRow<kFormat>(rows, r, g).low + 4 * c;
         const u8x64 x_low = bytes_word(from);
-#pragma GCC unroll 2
-        for (int t = 0; t < kTiles; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], low[t], x_low);
+#pragma GCC unroll 8
+        for (int t = 0; t < kNum; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], low[t], x_low);
         if constexpr (kInfo.bits == 4) {
           const u8x64 x_high = bytes_word(from + 16);
-#pragma GCC unroll 2
-          for (int t = 0; t < kTiles; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], high[t], x_high);
+#pragma GCC unroll 8
+          for (int t = 0; t < kNum; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], high[t], x_high);
         }
       }
     }
-    const auto weights = [&](int t, int chunk) __attribute__((always_inline)) {
-      if constexpr (kInfo.bits == 4) return unpacked[t][chunk];
-      return load_bytes(tile[t].group(g) + 64 * chunk);
+    const auto weights_at = [&](int t, int chunk) __attribute__((always_inline)) {
+      if constexpr (kKeeps) return unpacked[t][chunk];
+      else if constexpr (kInfo.bits == 4) return nibbles(load_bytes(weights + t * apart + 64 * (chunk & 3)), chunk >= 4);
+      return load_bytes(weights + t * apart + 64 * chunk);
     };
     int32_t any_wide = 0;
 #pragma GCC unroll 16
@@ -146,9 +146,9 @@ void block_few(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
       const GroupOfRow<kFormat> group(rows, r, g);
       any_wide |= group.wide;
       const u8x64 x_peak = bytes_word(group.peak);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) {
-        const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights(t, group.chunk), x_peak);
+#pragma GCC unroll 8
+      for (int t = 0; t < kNum; ++t) {
+        const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights_at(t, group.chunk), x_peak);
         dot[r][t] = dot[r][t] + shift_left<kPeakShift>(product);
       }
     }
@@ -157,46 +157,51 @@ void block_few(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
       for (int r = 0; r < kRows; ++r) {
         const GroupOfRow<kFormat> group(rows, r, g);
         const u8x64 x_wide = bytes_word(&group.wide);
-#pragma GCC unroll 2
-        for (int t = 0; t < kTiles; ++t) {
-          const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights(t, group.chunk), x_wide);
+#pragma GCC unroll 8
+        for (int t = 0; t < kNum; ++t) {
+          const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights_at(t, group.chunk), x_wide);
           dot[r][t] = dot[r][t] + shift_left<kWideShift>(product);
         }
       }
     }
-    f32x16 scale[kTiles], min[kTiles];
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) {
-      if (next != 0) prefetch_l2(tile[t].scales + g * T::kScaleStride + next);
-      scale[t] = tile[t].scale(g);
-      min[t] = tile[t].min(g);
-    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kNum; ++t) {
+      const T tile(tiles + t * apart, x.k);
+      const f32x16 scale = tile.scale(g), min = tile.min(g);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t at = GroupOfRow<kFormat>(rows, r, g).at;
-      const f32x16 xs = f32_set1(x.scale[at]);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) {
-        acc[r][t] = fma(to_f32(dot[r][t]), scale[t] * xs, acc[r][t]);
-        if constexpr (kInfo.has_min) acc[r][t] = fma(min[t], f32_set1(x.offsets[at]), acc[r][t]);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t at = GroupOfRow<kFormat>(rows, r, g).at;
+        acc[r][t] = fma(to_f32(dot[r][t]), scale * f32_set1(x.scale[at]), acc[r][t]);
+        if constexpr (kInfo.has_min) acc[r][t] = fma(min, f32_set1(x.offsets[at]), acc[r][t]);
       }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t)
-      if (t < num_tiles) store(y + r * ldy + t * kTileColumns, acc[r][t]);
+#pragma GCC unroll 8
+    for (int t = 0; t < kNum; ++t) store(y + r * ldy + t * y_apart, acc[r][t]);
   }
 }
 
-// block_few with the number of rows as a template argument.
+// The tiles [begin, end) for kRows rows. The tiles are cut into as many runs as the registers allow, and read side by side:
+// so many streams of memory.
 template <WeightFormat kFormat, int kRows>
-MOTET_INLINE void few_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x,
-                           int64_t near, int64_t next) {
+void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
+  constexpr int kNum = kRows == 1 ? kStreamsOfOne : kRows == 2 ? kStreamsOfTwo : kTiles;
+  const int64_t stride = Tile<kFormat>::bytes(x.k), run = (end - begin) / kNum;
+  for (int64_t t = begin; t < begin + run; ++t) {
+    block_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, run * kTileColumns, w.data + t * stride, run * stride, x);
+  }
+  for (int64_t t = begin + run * kNum; t < end; ++t)
+    block_few<kFormat, kRows, 1>(y + t * kTileColumns, ldy, 0, w.data + t * stride, 0, x);
+}
+
+// few_tiles with the number of rows as a template argument.
+template <WeightFormat kFormat, int kRows>
+MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
   if constexpr (kRows > 0) {
-    if (x.num_rows == kRows) return block_few<kFormat, kRows>(y, ldy, tiles, num_tiles, x, near, next);
-    few_rows<kFormat, kRows - 1>(y, ldy, tiles, num_tiles, x, near, next);
+    if (x.num_rows == kRows) return few_tiles<kFormat, kRows>(y, ldy, w, x, begin, end);
+    few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end);
   }
 }
 
@@ -420,30 +425,19 @@ void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
 template <WeightFormat kFormat>
 void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x,
                             int tile_begin, int tile_end) {
+  if constexpr (!Amx<kFormat>::kUsed) {
+    if (x.num_rows <= kMaxRows) return few_rows<kFormat, kMaxRows>(y, ldy, w, x, tile_begin, tile_end);
+  }
   const int64_t stride = Tile<kFormat>::bytes(w.in_features);
-  const bool is_few = !Amx<kFormat>::kUsed && x.num_rows <= kMaxRows;
-  if (!is_few) Amx<kFormat>::begin(x.num_rows);
-  const int64_t rows_of_pass = is_few ? x.num_rows : pass_rows(x.k);
-  for (int64_t row = 0; row < x.num_rows; row += rows_of_pass) {
-    const int64_t end_row = x.num_rows - row < rows_of_pass ? x.num_rows : row + rows_of_pass;
-    for (int64_t t = tile_begin; t < tile_end;) {
+  Amx<kFormat>::begin(x.num_rows);
+  for (int64_t row = 0; row < x.num_rows; row += pass_rows(x.k)) {
+    const int64_t end_row = x.num_rows - row < pass_rows(x.k) ? x.num_rows : row + pass_rows(x.k);
+    for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
       const int tiles = tile_end - t < kTiles ? static_cast<int>(tile_end - t) : kTiles;
-      float* out = y + t * kTileColumns;
-      const uint8_t* from = w.data + t * stride;
-      if constexpr (!Amx<kFormat>::kUsed) {
-        if (is_few) {
-          // The tiles behind these are often this thread's next call.
-          const bool fits = kTiles * stride <= kPrefetchPairBytes;
-          const bool has_next = fits && t + 2 * kTiles <= num_tiles(w.out_features);
-          const int64_t near = t == tile_begin || !fits ? kPrefetchBytes : 0;
-          few_rows<kFormat, kMaxRows>(out, ldy, from, tiles, x, near, has_next ? kTiles * stride : 0);
-        }
-      }
-      if (!is_few) many_rows<kFormat>(out, ldy, from, tiles, x, row, end_row, t + tiles < tile_end ? tiles : 0);
-      t += tiles;
+      many_rows<kFormat>(y + t * kTileColumns, ldy, w.data + t * stride, tiles, x, row, end_row, t + tiles < tile_end ? tiles : 0);
     }
   }
-  if (!is_few) Amx<kFormat>::end();
+  Amx<kFormat>::end();
 }
 
 }  // namespace

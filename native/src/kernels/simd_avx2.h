@@ -225,6 +225,11 @@ MOTET_INLINE u8x64 high_nibbles(u8x64 x) {
   return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask),
           _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
 }
+// Either of them, without a branch.
+MOTET_INLINE u8x64 nibbles(u8x64 x, bool is_high) {
+  const __m128i count = _mm_cvtsi32_si128(is_high ? 4 : 0);
+  return low_nibbles({_mm256_srl_epi16(x.a, count), _mm256_srl_epi16(x.b, count)});
+}
 MOTET_INLINE u8x64 bytes_all(int byte) {
   const __m256i all = _mm256_set1_epi8(static_cast<char>(byte));
   return {all, all};

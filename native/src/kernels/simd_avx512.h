@@ -138,6 +138,10 @@ MOTET_INLINE u8x64 low_nibbles(u8x64 a) { return {_mm512_and_si512(a.v, _mm512_s
 MOTET_INLINE u8x64 high_nibbles(u8x64 a) {
   return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
 }
+// Either of them, without a branch.
+MOTET_INLINE u8x64 nibbles(u8x64 a, bool is_high) {
+  return low_nibbles({_mm512_srl_epi16(a.v, _mm_cvtsi32_si128(is_high ? 4 : 0))});
+}
 MOTET_INLINE u8x64 bytes_all(int byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
 MOTET_INLINE u8x64 subtract_bytes(u8x64 a, u8x64 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 MOTET_INLINE u8x64 times16(u8x64 a) {

@@ -208,6 +208,8 @@ MOTET_INLINE u8x64 high_nibbles(u8x64 a) {
   for (int i = 0; i < 64; ++i) a.v[i] >>= 4;
   return a;
 }
+// Either of them, without a branch where there are vectors.
+MOTET_INLINE u8x64 nibbles(u8x64 a, bool is_high) { return is_high ? high_nibbles(a) : low_nibbles(a); }
 MOTET_INLINE u8x64 bytes_all(int byte) {
   u8x64 out;
   for (int i = 0; i < 64; ++i) out.v[i] = static_cast<uint8_t>(byte);
