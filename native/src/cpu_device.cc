@@ -40,6 +40,8 @@ constexpr int kShrinkTaskRows = 48;
 // About what one core reads and computes, to cut shrinks into tasks of like time, and the least time of one.
 constexpr double kShrinkBytesPerNs = 25, kShrinkMacsPerNs = 60, kShrinkTaskNs = 4000;
 constexpr int kTilesPerLoraTile = kLoraTileColumns / kTileColumns;
+// Least tiles of a task of one or two rows, in tiles of adapters.
+constexpr int kStreamUnits = 6;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -560,7 +562,9 @@ class CpuDevice final : public Device {
     const int64_t num_passes = ceil_div(num_rows, rows_of_pass);
     const int64_t unit_macs = int64_t{projections[0].weight->in_features} * kLoraTileColumns * std::min(num_rows, rows_of_pass);
     const int64_t wanted = std::clamp<int64_t>(num_units * num_passes * unit_macs / (kTaskMacs * pool_.num_threads()), 1, kTasksPerThread * 2) * pool_.num_threads();
-    const int64_t tasks_of_pass = std::min(num_units, ceil_div(wanted, num_passes));
+    // One or two rows read many tiles side by side, which short tasks would not have.
+    const int64_t most = num_rows > 2 ? num_units : std::max<int64_t>(num_units / kStreamUnits / pool_.num_threads(), 1) * pool_.num_threads();
+    const int64_t tasks_of_pass = std::min({num_units, most, ceil_div(wanted, num_passes)});
     for (int pass = 0; pass < num_passes; ++pass) {
       for (int64_t i = 0; i < tasks_of_pass; ++i) {
         tasks.push_back({static_cast<int>(num_units * i / tasks_of_pass), static_cast<int>(num_units * (i + 1) / tasks_of_pass), pass});

@@ -183,24 +183,25 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
   }
 }
 
-// The tiles [begin, end) for kRows rows. The tiles are cut into as many runs as the registers allow, and read side by side:
-// so many streams of memory.
-template <WeightFormat kFormat, int kRows>
+// The tiles [begin, end) for kRows rows, cut into kNum runs that are read side by side: so many streams of memory. What is
+// left over goes in fewer.
+template <WeightFormat kFormat, int kRows, int kNum>
 void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
-  constexpr int kNum = kRows == 1 ? kStreamsOfOne : kRows == 2 ? kStreamsOfTwo : kTiles;
   const int64_t stride = Tile<kFormat>::bytes(x.k), run = (end - begin) / kNum;
   for (int64_t t = begin; t < begin + run; ++t) {
     block_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, run * kTileColumns, w.data + t * stride, run * stride, x);
   }
-  for (int64_t t = begin + run * kNum; t < end; ++t)
-    block_few<kFormat, kRows, 1>(y + t * kTileColumns, ldy, 0, w.data + t * stride, 0, x);
+  if constexpr (kNum > 1) {
+    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kNum / 2>(y, ldy, w, x, begin + run * kNum, end);
+  }
 }
 
 // few_tiles with the number of rows as a template argument.
 template <WeightFormat kFormat, int kRows>
 MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
   if constexpr (kRows > 0) {
-    if (x.num_rows == kRows) return few_tiles<kFormat, kRows>(y, ldy, w, x, begin, end);
+    constexpr int kNum = kRows == 1 ? kStreamsOfOne : kRows == 2 ? kStreamsOfTwo : kTiles;
+    if (x.num_rows == kRows) return few_tiles<kFormat, kRows, kNum>(y, ldy, w, x, begin, end);
     few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end);
   }
 }
