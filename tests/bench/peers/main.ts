@@ -39,6 +39,8 @@ interface Report {
 }
 
 const options = parse(process.argv.slice(2));
+// What was started ends with us.
+for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => process.exit(1));
 try {
   if (options.show !== undefined) print(await readReport(options.show));
   else await measure();
