@@ -142,6 +142,11 @@ export interface BaseModelSpec {
   memory: {
     /** The device arena, which holds KV blocks and adapters. A Kubernetes quantity in bytes. Default 1Gi. */
     device: number | string;
+    /**
+     * The host arena, which holds adapters that the device arena has no room for; without it they come back
+     * from their files. A Kubernetes quantity in bytes. Default 0.
+     */
+    host: number | string;
   };
   /** Bounds of an engine. Default, those of its fields. */
   limits: {

@@ -255,8 +255,8 @@ export interface Runtime {
    */
   loadAdapter(path: string, modules: AdapterModule[], pages: Int32Array): Promise<number>;
   /**
-   * A handle for an adapter whose bytes lie in these pages already: copied, page for page, from those that `loadAdapter`
-   * wrote. `modules` are the same ones. Reads no file.
+   * A handle for an adapter whose bytes are in these pages when a step uses it: copied, page for page, from those that
+   * `loadAdapter` wrote. `modules` are the same ones. Reads no file, and none of the pages.
    */
   attachAdapter(modules: AdapterModule[], pages: Int32Array): number;
   /** Forgets a handle. Refused while a step that uses it runs or waits; afterwards its pages may be reused. */

@@ -258,6 +258,7 @@ function engineEnv(baseModel: BaseModel): Record<string, string> {
     MOTET_ADAPTER_ROOT: adapterRoot,
     MOTET_DEVICE: accelerator.type,
     MOTET_DEVICE_MEMORY: String(Math.floor(parseQuantity(memory.device))),
+    MOTET_HOST_MEMORY: String(Math.floor(parseQuantity(memory.host))),
     MOTET_QUANTIZATION: quantization,
     MOTET_KV_CACHE_DTYPE: kv.dtype,
     MOTET_ADAPTER_QUANTIZATION: adapterQuantization,
@@ -394,7 +395,8 @@ function resources(baseModel: BaseModel): V1ResourceRequirements {
   const { accelerator, memory, podTemplate: more = {} } = baseModel.spec;
   const theirs = more.resources ?? {};
   const gpus = accelerator.type === 'nvidia' ? { 'nvidia.com/gpu': accelerator.count } : {};
-  const needed = { cpu: 1, memory: Math.floor(parseQuantity(memory.device)) + overheadBytes };
+  const arenaBytes = Math.floor(parseQuantity(memory.device)) + Math.floor(parseQuantity(memory.host));
+  const needed = { cpu: 1, memory: arenaBytes + overheadBytes };
   // Where only a limit is given, it is also the request; ours might be above it.
   const defaults = Object.entries(needed).filter(([name]) => theirs.limits?.[name] === undefined);
   const requests = { ...Object.fromEntries(defaults), ...theirs.requests, ...gpus };

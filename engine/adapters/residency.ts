@@ -180,8 +180,12 @@ export class Residency {
   async raise(adapter: Resident, why: LoadReason): Promise<void> {
     const { loader } = this.#options;
     const seconds = await this.#bringUp(adapter, why, async (pages) => {
-      await loader.copyPages('toDevice', adapter.host!, pages);
-      return loader.attachAdapter(adapter.file.modules, pages);
+      const copy = loader.copyPages('toDevice', adapter.host!, pages);
+      try {
+        return loader.attachAdapter(adapter.file.modules, pages); // meanwhile: it reads no byte of them
+      } finally {
+        await copy;
+      }
     });
     adapter.seconds.host = seconds;
     this.#tell('host', 'device', adapter, seconds);

@@ -38,7 +38,7 @@ const full: Record<Kind, object> = {
     kv: { dtype: 'int8' },
     adapterQuantization: 'int8',
     accelerator: { type: 'nvidia', count: 1, runtimeClassName: 'nvidia' },
-    memory: { device: '1.5Gi' },
+    memory: { device: '1.5Gi', host: '2Gi' },
     limits: { maxModelLen: 2048, maxBatchTokens: 128, maxSequences: 32, maxWaiting: 10, maxLoraRank: 64 },
     cache: { sizeLimit: '20Gi' },
     sourceAccess: {
@@ -213,6 +213,15 @@ const cases: Record<Kind, Case[]> = {
       ],
     ),
     ['spec.memory.device', long(21), /Too long/],
+    ...[0, '0', '1Mi', '64Ti', '500M'].map((size): Case => ['spec.memory.host', size, null]),
+    ...['4GB', '1Ki', '65Ti', '-1Gi', '', 4].map(
+      (size): Case => [
+        'spec.memory.host',
+        size,
+        /expected 0 or a quantity of bytes from 1Mi to 64Ti, such as 8Gi/,
+      ],
+    ),
+    ['spec.memory.host', long(21), /Too long/],
     ['spec.limits.maxModelLen', undefined, null],
     ['spec.limits.maxModelLen', 15, /greater than or equal to 16/],
     ['spec.limits.maxModelLen', 16777217, /less than or equal to 16777216/],
@@ -484,7 +493,7 @@ test('fills in every default', async () => {
     kv: { dtype: 'auto' },
     adapterQuantization: 'keep',
     accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
-    memory: { device: '1Gi' },
+    memory: { device: '1Gi', host: 0 },
     limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 },
     drainSeconds: 30,
     rollout: { maxSurge: 1, maxUnavailable: 0 },

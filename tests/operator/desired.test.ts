@@ -75,7 +75,7 @@ test('settings reach the engine as its variables', () => {
       quantization: 'int4',
       kv: { dtype: 'int8' },
       adapterQuantization: 'int8',
-      memory: { device: '1.5Gi' },
+      memory: { device: '1.5Gi', host: '2Gi' },
       drainSeconds: 7,
     }),
   ).toEqual({
@@ -87,6 +87,7 @@ test('settings reach the engine as its variables', () => {
     MOTET_ADAPTER_ROOT: '/motet/adapters',
     MOTET_DEVICE: 'cpu',
     MOTET_DEVICE_MEMORY: String(1.5 * 2 ** 30),
+    MOTET_HOST_MEMORY: String(2 * 2 ** 30),
     MOTET_QUANTIZATION: 'int4',
     MOTET_KV_CACHE_DTYPE: 'int8',
     MOTET_ADAPTER_QUANTIZATION: 'int8',
@@ -268,8 +269,11 @@ test('a CPU pod has nothing of a GPU', () => {
   expect(podSpec()).not.toHaveProperty('runtimeClassName');
 });
 
-test('a pod requests a CPU, its arena and half a GiB, unless told otherwise', () => {
+test('a pod requests a CPU, its arenas and half a GiB, unless told otherwise', () => {
   expect(engine().resources).toEqual({ requests: { cpu: '1', memory: String(1.5 * 2 ** 30) } });
+  expect(engine({ memory: { device: '1Gi', host: '3Gi' } }).resources).toEqual({
+    requests: { cpu: '1', memory: String(4.5 * 2 ** 30) },
+  });
   const resources = { requests: { cpu: '250m' }, limits: { memory: '1Gi' } };
   // A request above the only limit would be refused.
   expect(engine({ podTemplate: { resources } }).resources).toEqual({
