@@ -260,8 +260,29 @@ const adapters: Panel[] = [
       [sumBy('base_model', `vllm:num_cpu_loaded_lora_adapters{${ofBase}}`), '{{base_model}} host'],
     ],
   ),
-  graph('Bytes of adapters', 'bytes', 'Pages of the device arena that adapters hold, by engine.', [
-    [sumBy('pod', `motet_arena_bytes{${ofBase}, kind="adapter"}`), '{{pod}}'],
+  stack(
+    'Bytes of adapters by tier',
+    'bytes',
+    'Pages of device and host arenas, and files of registered adapters.',
+    [[sumBy('tier', `motet_tier_bytes{${ofBase}, kind="adapter"}`), '{{tier}}']],
+  ),
+  graph(
+    'Where requests find their adapter',
+    'reqps',
+    'By tier. One that is on the host or on disk comes to the device first: a working set beyond the device shows here.',
+    [[orNone('tier', perSecond('motet_adapter_lookups_total', ofBase, 'tier'), anyTokens), '{{tier}}']],
+  ),
+  graph(
+    'Waiting for adapters',
+    'short',
+    'Adapters that the queue waits for at a time, on average, until they are on the device. Normally well below 1.',
+    [[perSecond('motet_adapter_wait_seconds_sum', ofBase, 'base_model'), '{{base_model}}']],
+  ),
+  graph('Adapters that moved', 'Bps', 'Bytes of adapters between tiers.', [
+    [
+      orNone('from', perSecond('motet_adapter_move_bytes_total', ofBase, 'from, to'), anyTokens),
+      '{{from}} to {{to}}',
+    ],
   ]),
   graph(
     'Room for adapters',
