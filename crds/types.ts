@@ -410,7 +410,7 @@ export interface LoraAdapterStatus {
   kind?: string;
   /** Target modules that it changes, sorted. */
   modules?: string[];
-  /** Bytes that one copy holds in the device arena. */
+  /** Bytes that one copy takes in the device arena or in the host arena. */
   bytes?: number;
   /** Engines that should hold it, given how many are ready. */
   desiredCopies?: number;

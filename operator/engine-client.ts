@@ -16,6 +16,8 @@ import type { Metrics } from './metrics.ts';
 /** What the operator reads of `GET /v1/adapters` (engine/protocol.ts has all of it). */
 const adapterListSchema = z.object({
   arena: z.object({ totalBytes: z.number().nonnegative(), adapterBytes: z.number().nonnegative() }),
+  /** Engines without one hold no more adapters than the device arena. */
+  hostArena: z.object({ totalBytes: z.number().nonnegative() }).default({ totalBytes: 0 }),
   data: z.array(
     z.object({
       digest: z.string(),

@@ -21,6 +21,7 @@ export interface Engine extends EngineLife {
   /** False: it did not answer just now, and this is what it said before. */
   isFresh: boolean;
   arena: EngineAdapters['arena'];
+  hostArena: EngineAdapters['hostArena'];
   adapters: readonly EngineAdapter[];
   /** Served name -> digest. */
   names: ReadonlyMap<string, string>;
@@ -124,9 +125,19 @@ export class Engines {
     const life = lifeOf(pod);
     const askedAtMs = clock.nowMs();
     try {
-      const { arena, data } = await this.#client.list(ip);
+      const { arena, hostArena, data } = await this.#client.list(ip);
       const names = new Map(data.flatMap(({ names, digest }) => names.map((name) => [name, digest])));
-      return { pod: pod.metadata!.name!, life, ip, askedAtMs, isFresh: true, arena, adapters: data, names };
+      return {
+        pod: pod.metadata!.name!,
+        life,
+        ip,
+        askedAtMs,
+        isFresh: true,
+        arena,
+        hostArena,
+        adapters: data,
+        names,
+      };
     } catch (error) {
       if (!(error instanceof EngineCallError)) throw error;
       const last = lastSeen.get(life);

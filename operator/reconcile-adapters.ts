@@ -146,10 +146,11 @@ function decide(found: Found[], engines: readonly Engine[], memory: EngineMemory
         avoid: memory.loads.podsWithoutRoom(one.source),
       };
     }),
-    engines.map(({ pod, arena }) => ({
+    // What the device arena has no room for waits in the host arena until it is asked for.
+    engines.map(({ pod, arena, hostArena }) => ({
       id: pod,
-      totalBytes: arena.totalBytes,
-      budgetBytes: arena.totalBytes * (1 - kvReserveShare),
+      totalBytes: arena.totalBytes + hostArena.totalBytes,
+      budgetBytes: arena.totalBytes * (1 - kvReserveShare) + hostArena.totalBytes,
     })),
     new Map(placed.map((one) => [one.wanted.id, podsNow(one, engines, memory)])),
   );

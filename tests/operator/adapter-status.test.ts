@@ -29,6 +29,7 @@ function engine(pod: string, adapters: EngineAdapter[] = [held()]): Engine {
     askedAtMs: 0,
     isFresh: true,
     arena: { totalBytes: 1 << 30, adapterBytes: 4096 },
+    hostArena: { totalBytes: 0 },
     adapters,
     names: new Map(adapters.flatMap((one) => one.names.map((name) => [name, one.digest]))),
   };

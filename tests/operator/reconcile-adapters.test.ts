@@ -197,6 +197,20 @@ test('an adapter that fits nowhere says so, moves nobody, and comes when there i
   expect((await world.get('LoraAdapter', 'small')).status!.copies).toBe('1/1');
 });
 
+test('an engine with a host arena takes what that holds too, and the status says where each copy is', async () => {
+  const world = await startWorld(plane);
+  await world.addBaseModel('base');
+  await world.addEngine('one', 'base', { totalBytes: 10 << 20, hostBytes: 30 << 20 });
+  const names = ['a', 'b', 'c'];
+  for (const name of names) {
+    world.sources.set(`/motet/adapters/${name}`, { bytes: 8 << 20 });
+    await world.addAdapter(name, 'base');
+  }
+  const found = await Promise.all(names.map((name) => world.untilReason('LoraAdapter', name, 'Resident')));
+  const tiers = (found as { status?: { tier?: string } }[]).map(({ status }) => status?.tier);
+  expect(tiers.sort()).toEqual(['device', 'host', 'host']);
+});
+
 test('a container that is started again gets its adapters back', async () => {
   const [world, one] = await worldWith('one');
   for (const name of ['a', 'b', 'c']) await world.addAdapter(name, 'base');
