@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
+import { type EvictionRule, evictionRules } from './ladder/policy.ts';
 import { isDigest, isFetched, needsDigest, uriProblem } from './source-uri.ts';
 import { type SourceAccess, sourceAccess } from './sources/access.ts';
 
@@ -177,6 +178,16 @@ const settings = {
     [0, 2 ** 46],
     2 ** 30,
   ),
+  'prefix-cache': oneOf(
+    ['on', 'off'],
+    'keep the KV of prompts and answers while there is room, and share it with requests that begin alike',
+    'on',
+  ),
+  eviction: oneOf(
+    evictionRules,
+    'what leaves a full arena: cost, what is worth least by cost, use and size; lru, what was not used for longest',
+    'cost',
+  ),
   quantization: oneOf(['keep', 'int4', 'int8'], 'weights: as the file has them, or quantised', 'keep'),
   activations: oneOf(['int8', 'f32'], 'arithmetic: int8 is fast; f32 is for reference', 'int8'),
   'kv-cache-dtype': oneOf(
@@ -280,6 +291,8 @@ export interface Config {
   device: 'cpu' | 'nvidia';
   deviceMemoryBytes: number;
   hostMemoryBytes: number;
+  prefixCache: boolean;
+  evictionRule: EvictionRule;
   quantization: 'keep' | 'int4' | 'int8';
   activations: 'int8' | 'f32';
   kvCacheDtype: 'auto' | 'f16' | 'int8';
@@ -391,6 +404,8 @@ export function parseConfig(
     device: one('device'),
     deviceMemoryBytes: one('device-memory'),
     hostMemoryBytes: one('host-memory'),
+    prefixCache: one('prefix-cache') === 'on',
+    evictionRule: one('eviction'),
     quantization: one('quantization'),
     activations,
     kvCacheDtype,

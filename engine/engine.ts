@@ -12,6 +12,9 @@
  * A sequence whose adapter is not on the device waits for it alone: the queue is shown to the tiers, which bring up what it
  * needs in its order, and the scheduler sees the sequences whose adapter is there.
  *
+ * Full blocks of a prompt are in the prefix cache from when a step has them: steps run in order, so a sequence that shares
+ * them in the same step or the next reads what was written. When the step fails, they and whoever has them are lost with it.
+ *
  * Nothing is made for a token but its text: loops over a batch count, since an iterator makes an object a turn, and what
  * a sequence says is written over what it said before.
  */
@@ -21,7 +24,10 @@ import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
 import { BatchLayout } from './batch.ts';
 import { EngineError, InvariantError } from './errors.ts';
 import type { Arena } from './ladder/arena.ts';
-import { reclaim } from './ladder/reclaim.ts';
+import type { BlockHash } from './ladder/block-hash.ts';
+import type { BlockPool, MadeBlock } from './ladder/block-pool.ts';
+import type { MeasuredCosts } from './ladder/costs.ts';
+import { type Reclaimable, reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
 import type { SamplingParams } from './sampling.ts';
 import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';
@@ -46,6 +52,8 @@ export interface EngineLimits {
 export interface EngineOptions {
   runtime: Runtime;
   arena: Arena;
+  blocks: BlockPool;
+  costs: MeasuredCosts;
   limits: EngineLimits;
   eosTokenIds: ReadonlySet<number>;
   createDetokenizer: (options: { skipSpecialTokens: boolean }) => Detokenizer;
@@ -118,6 +126,8 @@ interface StepInFlight {
   chunks: readonly Chunk[];
   /** Whose token each sample is. */
   sampled: Live[];
+  /** Blocks that are kept since it was planned. */
+  made: readonly MadeBlock[];
   /** null: it is not over. */
   outcome: { result: StepResult } | { error: unknown } | null;
 }
@@ -137,6 +147,8 @@ export class Engine {
   readonly #waiting: Sequence[] = [];
   readonly #running: Sequence[] = [];
   readonly #sampled: Sequence[] = [];
+  /** Of the sequence that was added last. */
+  #lastPromptHashes: BlockHash[] = [];
   /** In the order they run; at most maxStepsInFlight. */
   readonly #steps: StepInFlight[] = [];
   /** When the last step ended, on the native clock; null: there was nothing to do since. */
@@ -144,6 +156,8 @@ export class Engine {
   /** When sequences ended, the latest last; for the pace. */
   readonly #finishedMs: number[] = [];
   #tiers: AdapterTiers | null = null;
+  /** Who keeps things in the arena that the engine could do without. */
+  #holders: readonly Reclaimable[] = [];
   #nextId = 1;
   #isWoken = false;
   #onWake: (() => void) | null = null;
@@ -160,6 +174,7 @@ export class Engine {
   /** The tiers need the engine (pages to keep) and the engine the tiers (pages wanted): this closes the circle. */
   start(tiers: AdapterTiers): void {
     this.#tiers = tiers;
+    this.#holders = [this.#options.blocks, tiers.residency.idle];
     tiers.onFailed = (adapter, error) => this.#failWaiting(adapter, error);
     this.#loop = this.#run().catch((error) => this.#options.onFatal(error));
   }
@@ -242,6 +257,7 @@ export class Engine {
         params: request.params,
         adapterKey: request.adapter?.digest ?? '',
       });
+      this.#hashPrompt(sequence, request, requests[index - 1]);
       if (request.adapter) this.#tiers!.acquire(request.adapter);
       const live: Live = {
         sequence,
@@ -273,6 +289,16 @@ export class Engine {
     this.#showQueue();
     this.wake();
     return handles;
+  }
+
+  /** Names its prompt's blocks. Choices of one request have one prompt, and it is hashed once. */
+  #hashPrompt(sequence: Sequence, request: SequenceRequest, before: SequenceRequest | undefined): void {
+    const { blocks } = this.#options;
+    if (!blocks.isCaching) return;
+    const isSame = before?.promptTokens === request.promptTokens && before.adapter === request.adapter;
+    if (isSame) sequence.blockHashes = this.#lastPromptHashes.slice();
+    else blocks.hash(sequence, sequence.numPromptTokens);
+    this.#lastPromptHashes = sequence.blockHashes.slice();
   }
 
   /** Looks for work again: something changed. */
@@ -316,6 +342,7 @@ export class Engine {
       if (!step || (this.#steps.length > 0 && !this.#steps[0]!.outcome)) await this.#untilWoken();
     }
     this.#reap();
+    this.#options.blocks.clear();
   }
 
   /** Hands in steps until as many are in flight as may be. @returns the plan that could not be carried out, if one */
@@ -326,8 +353,7 @@ export class Engine {
       this.#reap();
       const plan = this.#plan();
       if (plan.chunks.length === 0 || (plan.preempted.length > 0 && this.#steps.length > 0)) return plan;
-      this.#carryOut(plan);
-      this.#handIn(plan.chunks);
+      this.#handIn(plan.chunks, this.#carryOut(plan));
       onSpan?.('plan', beginMs, now());
     }
     return null;
@@ -341,7 +367,9 @@ export class Engine {
     if (plan.preempted.length > 0 || this.#waiting.length > 0) {
       const [first] = this.#startable();
       const isShort = plan.preempted.length > 0 || first !== undefined;
-      const kept = first ? this.#live.get(first)!.request.adapter : null;
+      // Who runs goes before who waits.
+      const next = plan.preempted[0] ?? first;
+      const kept = next ? this.#live.get(next)!.request.adapter : null;
       // Whatever else ends in a wake: pages that come back, an adapter that arrives.
       if (isShort && tiers.residency.evictWaiting(kept)) this.wake();
       else if (isShort ? tiers.residency.isCopying : tiers.isBringing) return;
@@ -361,8 +389,8 @@ export class Engine {
     this.#isWoken = false;
   }
 
-  #handIn(chunks: readonly Chunk[]): void {
-    const step: StepInFlight = { chunks, sampled: [], outcome: null };
+  #handIn(chunks: readonly Chunk[], made: readonly MadeBlock[]): void {
+    const step: StepInFlight = { chunks, sampled: [], made, outcome: null };
     const end = (outcome: StepInFlight['outcome']) => {
       step.outcome = outcome;
       this.wake();
@@ -374,7 +402,7 @@ export class Engine {
         (error) => end({ error }),
       );
     } catch (error) {
-      this.#failStep(chunks, error);
+      this.#failStep(step, error);
       return;
     }
     this.#steps.push(step);
@@ -391,18 +419,27 @@ export class Engine {
   }
 
   /** A step is over: its tokens are learnt, and those that end a sequence end it. */
-  #takeIn({ chunks, sampled, outcome }: StepInFlight): void {
+  #takeIn(step: StepInFlight): void {
+    const { chunks, sampled, outcome } = step;
     let numTokens = 0;
+    let numPrefillTokens = 0;
     for (let i = 0; i < chunks.length; i++) {
-      chunks[i]!.sequence.numStepsInFlight--;
-      numTokens += chunks[i]!.numTokens;
+      const chunk = chunks[i]!;
+      chunk.sequence.numStepsInFlight--;
+      numTokens += chunk.numTokens;
+      if (chunk.numTokens > 1) numPrefillTokens += chunk.numTokens;
     }
     if ('error' in outcome!) {
       this.#lastEndedMs = null;
-      this.#failStep(chunks, outcome.error);
+      this.#failStep(step, outcome.error);
       return;
     }
-    const { metrics, eosTokenIds, now } = this.#options;
+    const { blocks, costs, metrics, eosTokenIds, now } = this.#options;
+    // The tokens at these positions are known: the step before drew the last of them.
+    for (let i = 0; i < chunks.length; i++) {
+      const { sequence, endTokens } = chunks[i]!;
+      if (!sequence.isFinished) blocks.keep(sequence, endTokens, null);
+    }
     const { tokens, logprobs, beganMs, endedMs } = outcome!.result;
     const nowMs = now();
     let numDrawn = 0;
@@ -434,7 +471,9 @@ export class Engine {
     }
     metrics.generationTokens.inc(numDrawn);
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
-    metrics.observeStep((endedMs - beganMs) / 1000, gapSeconds, chunks.length, numTokens);
+    const seconds = (endedMs - beganMs) / 1000;
+    metrics.observeStep(seconds, gapSeconds, chunks.length, numTokens);
+    if (2 * numPrefillTokens > numTokens) costs.observePrefill(seconds, numTokens);
     this.#lastEndedMs = endedMs;
   }
 
@@ -452,13 +491,16 @@ export class Engine {
   }
 
   #plan(): SchedulePlan {
-    const { arena, runtime, limits } = this.#options;
+    const { arena, blocks, runtime, limits } = this.#options;
     const { residency } = this.#tiers!;
     this.#showQueue();
+    let numFreePages = arena.numFree;
+    for (let i = 0; i < this.#holders.length; i++) numFreePages += this.#holders[i]!.numReclaimablePages;
     return schedule({
       waiting: this.#startable(),
       running: this.#running,
-      numFreePages: arena.numFree + residency.idle.numReclaimablePages,
+      numFreePages,
+      prefixCache: blocks,
       numWantedPages: residency.numWantedPages,
       blockSizeTokens: runtime.blockTokens,
       maxBatchTokens: limits.maxBatchTokens,
@@ -506,8 +548,9 @@ export class Engine {
     this.wake();
   }
 
-  #carryOut(plan: SchedulePlan): void {
-    const { arena, metrics, now } = this.#options;
+  /** @returns the blocks that are kept since */
+  #carryOut(plan: SchedulePlan): MadeBlock[] {
+    const { arena, blocks, metrics, runtime } = this.#options;
     for (const sequence of plan.preempted) {
       this.#giveBackBlocks(sequence);
       this.#letGoOfAdapter(this.#live.get(sequence)!);
@@ -522,22 +565,48 @@ export class Engine {
       this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
       this.#running.push(sequence);
       sequence.status = 'running';
-      const live = this.#live.get(sequence)!;
-      live.scheduledMs ??= now();
-      this.#holdAdapter(live);
+      this.#holdAdapter(this.#live.get(sequence)!);
     }
-    let numNewPages = 0;
-    for (let i = 0; i < plan.chunks.length; i++) numNewPages += plan.chunks[i]!.numNewBlocks;
-    reclaim(arena, numNewPages, [this.#tiers!.residency.idle]);
+    // What is shared is held before room is made for others, or it might leave.
     for (let i = 0; i < plan.chunks.length; i++) {
-      const { sequence, numNewBlocks } = plan.chunks[i]!;
-      if (numNewBlocks === 0) continue;
-      const table = sequence.roomForBlocks(numNewBlocks);
-      if (!arena.take('kv', numNewBlocks, table, sequence.numBlocks)) {
-        throw new InvariantError(`the plan takes ${numNewBlocks} pages, ${arena.numFree} are free`);
-      }
-      sequence.numBlocks += numNewBlocks;
+      const { sequence, numCachedBlocks } = plan.chunks[i]!;
+      if (numCachedBlocks === 0) continue;
+      sequence.roomForBlocks(numCachedBlocks);
+      for (let at = 0; at < numCachedBlocks; at++) blocks.share(sequence, at);
+      sequence.numBlocks = numCachedBlocks;
+      sequence.numKeptBlocks = numCachedBlocks;
+      sequence.numComputedTokens = numCachedBlocks * runtime.blockTokens;
     }
+    for (const sequence of plan.admitted) this.#beginToRun(this.#live.get(sequence)!);
+    const made: MadeBlock[] = [];
+    for (let i = 0; i < plan.chunks.length; i++) {
+      const { sequence, endTokens, numCachedBlocks, numNewBlocks } = plan.chunks[i]!;
+      for (let at = 0; at < numCachedBlocks; at++) {
+        if (sequence.blocks[at] === -1 && !blocks.share(sequence, at)) {
+          throw new InvariantError(
+            `the plan shares block ${at} of sequence ${sequence.id}, which nobody made`,
+          );
+        }
+      }
+      if (numNewBlocks > 0) {
+        reclaim(arena, numNewBlocks, this.#holders);
+        blocks.take(sequence, numNewBlocks);
+      }
+      if (endTokens <= sequence.numKnownTokens) blocks.keep(sequence, endTokens, made);
+    }
+    return made;
+  }
+
+  #beginToRun(live: Live): void {
+    if (live.scheduledMs !== null) return;
+    const { blocks, metrics, now } = this.#options;
+    const { sequence } = live;
+    live.scheduledMs = now();
+    if (!blocks.isCaching) return;
+    sequence.numCachedTokens = Math.min(sequence.numComputedTokens, sequence.numPromptTokens);
+    blocks.count(sequence.adapterKey, sequence.numPromptTokens, sequence.numCachedTokens);
+    metrics.prefixCacheQueries.inc(sequence.numPromptTokens);
+    metrics.prefixCacheHits.inc(sequence.numCachedTokens);
   }
 
   #holdAdapter(live: Live): void {
@@ -587,12 +656,18 @@ export class Engine {
     onSpan?.('emit', beginMs, now());
   }
 
-  /** Native refused the step: its sequences fail, the engine goes on. */
-  #failStep(chunks: readonly Chunk[], cause: unknown): void {
+  /** Native refused the step: its sequences fail, and those that share what it was to compute. The engine goes on. */
+  #failStep(step: StepInFlight, cause: unknown): void {
     if (isClosedError(cause)) throw cause;
-    this.#options.log.error({ err: cause, numSequences: chunks.length }, 'step failed');
+    const { blocks, log } = this.#options;
+    const lost = new Set(step.chunks.map(({ sequence }) => sequence));
+    for (const { made } of [step, ...this.#steps]) {
+      for (const { block, maker } of made) if (lost.has(maker)) blocks.forget(block);
+      for (const sequence of this.#running) if (blocks.holdsForgotten(sequence)) lost.add(sequence);
+    }
+    log.error({ err: cause, numSequences: lost.size }, 'step failed');
     const error = new EngineError('step_failed', 'the step that computed this request failed', { cause });
-    for (const { sequence } of chunks) this.#cutOff(this.#live.get(sequence)!, 'error', error);
+    for (const sequence of lost) this.#cutOff(this.#live.get(sequence)!, 'error', error);
   }
 
   /** The one running sequence has the whole arena and needs more. Only an open-ended one may come here. */
@@ -654,8 +729,7 @@ export class Engine {
   }
 
   #giveBackBlocks(sequence: Sequence): void {
-    this.#options.arena.giveBack('kv', sequence.blocks.subarray(0, sequence.numBlocks));
-    sequence.numBlocks = 0;
+    this.#options.blocks.release(sequence);
     sequence.numComputedTokens = 0;
   }
 

@@ -191,8 +191,7 @@ export function collect(
   };
   const choices = promise.then(
     () => {
-      const numOutput = handles.reduce((sum, { sequence }) => sum + sequence.numOutputTokens, 0);
-      const usage = usageOf(numTokensOf(prompts), numOutput);
+      const usage = jobUsage(job, handles);
       return { choices: bestChoices(prompts.length, request, handles, collected), usage };
     },
     (error) => {
@@ -205,6 +204,17 @@ export function collect(
 
 export function numTokensOf(prompts: readonly ArrayLike<number>[]): number {
   return prompts.reduce((sum, prompt) => sum + prompt.length, 0);
+}
+
+/** Each prompt counts once, and as its first choice found it in the prefix cache. */
+export function jobUsage({ prompts, request }: Job, handles: readonly SequenceHandle[]): Usage {
+  let numOutput = 0;
+  let numCached = 0;
+  for (const [index, { sequence }] of handles.entries()) {
+    numOutput += sequence.numOutputTokens;
+    if (index % request.bestOf === 0) numCached += sequence.numCachedTokens;
+  }
+  return usageOf(numTokensOf(prompts), numOutput, numCached);
 }
 
 /** Of each prompt's bestOf sequences the n with the highest mean logprob, in the order of their numbers when n is all. */

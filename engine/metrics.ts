@@ -6,11 +6,13 @@ import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import type { FetchEvent } from './adapters/adapter-cache.ts';
 import type { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { type Arena, pageOwners } from './ladder/arena.ts';
+import type { BlockPool } from './ladder/block-pool.ts';
 import type { FinishReason } from './stop.ts';
 
 /** What the gauges read. */
 export interface MetricSources {
   arena: Arena;
+  blocks: BlockPool;
   hostArena: Arena | null;
   tiers: AdapterTiers;
   engine: { numRunning: number; numWaiting: number; waitingAdapterKeys: Iterable<string> };
@@ -51,6 +53,14 @@ export class EngineMetrics {
     'Prompt tokens computed, of sequences that ended.',
   );
   readonly generationTokens = this.#counter('vllm:generation_tokens_total', 'Tokens generated.');
+  readonly prefixCacheQueries = this.#counter(
+    'vllm:prefix_cache_queries_total',
+    'Prompt tokens looked up in the prefix cache.',
+  );
+  readonly prefixCacheHits = this.#counter(
+    'vllm:prefix_cache_hits_total',
+    'Prompt tokens that the prefix cache had.',
+  );
   readonly rejected = this.#counter(
     'motet_requests_rejected_total',
     'Requests refused because the queue was full.',
@@ -197,7 +207,7 @@ export class EngineMetrics {
   }
 
   /** Adds the gauges. Once, when the parts exist. */
-  watch({ arena, hostArena, tiers, engine, blockSizeTokens, unixSeconds }: MetricSources): void {
+  watch({ arena, blocks, hostArena, tiers, engine, blockSizeTokens, unixSeconds }: MetricSources): void {
     const gauge = (name: string, help: string, read: () => number) =>
       new Gauge({
         name,
@@ -218,15 +228,15 @@ export class EngineMetrics {
     const maxAdapters = () => {
       const numResident = numOn('device');
       const meanPages = arena.numUsed('adapter') / Math.max(1, numResident);
-      return numResident + Math.floor(arena.numFree / Math.max(1, meanPages));
+      return numResident + Math.floor((arena.numFree + blocks.numReclaimablePages) / Math.max(1, meanPages));
     };
 
     gauge('vllm:num_requests_running', 'Sequences that run.', () => engine.numRunning);
     gauge('vllm:num_requests_waiting', 'Sequences that wait.', () => engine.numWaiting);
     gauge(
       'vllm:kv_cache_usage_perc',
-      'Part of the pages that adapters leave to KV that is in use, 0 to 1.',
-      () => arena.numUsed('kv') / Math.max(1, arena.numPages - arena.numUsed('adapter')),
+      'Part of the pages that adapters leave to KV that sequences hold, 0 to 1.',
+      () => blocks.numHeldPages / Math.max(1, arena.numPages - arena.numUsed('adapter')),
     );
     gauge('vllm:num_gpu_loaded_lora_adapters', 'Adapters in the device tier.', () => numOn('device'));
     gauge(
@@ -291,11 +301,13 @@ export class EngineMetrics {
 
     new Gauge({
       name: 'motet_arena_bytes',
-      help: 'Bytes of the device arena by what holds them: kv, adapter, free.',
+      help: 'Bytes of the device arena by what holds them: kv (of sequences), cached (KV that is only kept), adapter, free.',
       labelNames: ['kind'],
       registers: [this.registry],
       collect() {
-        for (const owner of pageOwners) this.set({ kind: owner }, arena.numUsed(owner) * arena.pageBytes);
+        this.set({ kind: 'kv' }, blocks.numHeldPages * arena.pageBytes);
+        this.set({ kind: 'cached' }, blocks.numReclaimablePages * arena.pageBytes);
+        this.set({ kind: 'adapter' }, arena.numUsed('adapter') * arena.pageBytes);
         this.set({ kind: 'free' }, arena.numFree * arena.pageBytes);
       },
     });
@@ -316,6 +328,15 @@ export class EngineMetrics {
         let fileBytes = 0;
         for (const { file } of tiers.adapters) fileBytes += file.sizeBytes;
         this.set({ tier: 'disk', kind: 'adapter' }, fileBytes);
+      },
+    });
+    new Counter({
+      name: 'motet_prefix_cache_evictions_total',
+      help: 'Kept KV blocks that left because their pages were wanted.',
+      registers: [this.registry],
+      collect() {
+        this.reset();
+        this.inc(blocks.numEvicted);
       },
     });
     tiers.onLoaded = (seconds) => this.adapterLoadSeconds.observe(seconds);

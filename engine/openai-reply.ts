@@ -40,13 +40,16 @@ export interface Usage {
   prompt_tokens: number;
   completion_tokens: number;
   total_tokens: number;
+  /** Prompt tokens that need not be computed, since the prefix cache had them. */
+  prompt_tokens_details: { cached_tokens: number };
 }
 
-export function usageOf(numPromptTokens: number, numOutputTokens: number): Usage {
+export function usageOf(numPromptTokens: number, numOutputTokens: number, numCachedTokens: number): Usage {
   return {
     prompt_tokens: numPromptTokens,
     completion_tokens: numOutputTokens,
     total_tokens: numPromptTokens + numOutputTokens,
+    prompt_tokens_details: { cached_tokens: numCachedTokens },
   };
 }
 

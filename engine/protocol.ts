@@ -28,6 +28,8 @@ export interface AdapterStatus {
   inFlight: number;
   /** Sequences that have used it since it was loaded. Not there in older engines. */
   requests?: number;
+  /** Prompt tokens asked of it, and those that the prefix cache had. Not there in older engines. */
+  prefixCache?: { promptTokens: number; cachedTokens: number };
   /** Where it was loaded from, as the caller named it; of a URI, without its query. */
   path: string;
   /** Unix seconds of when it became resident in this tier. */
@@ -48,7 +50,10 @@ export interface AdapterStatus {
 /** An arena: total and free bytes, and how the others are used. */
 export interface ArenaUse {
   totalBytes: number;
+  /** With those that hold KV which is only kept in case it is asked for again. */
   freeBytes: number;
+  /** Of the free ones, those that hold KV. Not there in older engines. */
+  cachedBytes?: number;
   kvBytes: number;
   adapterBytes: number;
 }

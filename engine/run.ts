@@ -15,6 +15,8 @@ import { checkDevice } from './device.ts';
 import { Engine } from './engine.ts';
 import { InputError } from './input-error.ts';
 import { arenasOf } from './ladder/arena.ts';
+import { BlockPool } from './ladder/block-pool.ts';
+import { MeasuredCosts } from './ladder/costs.ts';
 import { EngineMetrics } from './metrics.ts';
 import { readBaseModel } from './model/base-model.ts';
 import { prepareModel } from './model/prepare.ts';
@@ -98,6 +100,15 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   const { arena, hostArena } = arenasOf(runtime, runtime.numPages);
   const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
   const now = () => performance.now();
+  const costs = new MeasuredCosts();
+  const blocks = new BlockPool({
+    arena,
+    blockTokens: runtime.blockTokens,
+    isCaching: config.prefixCache,
+    rule: config.evictionRule,
+    costs,
+    now,
+  });
   const wallClock = () => Date.now();
   const onFatal = (error: unknown) => {
     log.fatal({ err: error }, 'the engine cannot go on');
@@ -110,6 +121,8 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   const engine = new Engine({
     runtime,
     arena,
+    blocks,
+    costs,
     limits,
     eosTokenIds,
     createDetokenizer,
@@ -122,6 +135,8 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     loader: runtime,
     arena,
     hostArena,
+    holders: [blocks],
+    rule: config.evictionRule,
     readFile: (path) => readAdapterFile(path, prepared.dims, { maxRank }),
     numPagesKept: () => engine.numPagesKept(),
     numPagesPromised: () => engine.numPagesPromised(),
@@ -136,6 +151,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   });
   metrics.watch({
     arena,
+    blocks,
     hostArena,
     tiers,
     engine,
@@ -152,13 +168,14 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     tiers,
     text,
     arena,
+    blocks,
     hostArena,
     metrics,
     log,
     baseName,
     modelSource: config.model,
     sources,
-    kvKeepers: [],
+    kvKeepers: [blocks],
     apiKeys: config.apiKeys,
     callers,
     maxBodyBytes,

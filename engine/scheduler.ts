@@ -11,13 +11,15 @@
  *   3. Admission, first come first served. When the pages for the whole sequence are not in sight, the head waits and
  *      all behind it wait too. One exception, so that a flood for one adapter does not starve the others: a sequence
  *      whose adapter has nothing running may pass a head whose adapter already has its share of the seats, at most
- *      maxPassedOver times per head.
+ *      maxPassedOver times per head. What the prefix cache has of a prompt is not computed again; that includes the
+ *      blocks that chunks of this very plan write, since a step writes all KV of a layer before it reads any.
  *
  * Loops over all that runs count instead of iterating: an iterator makes an object a turn, for every token.
  *
  * Progress: the engine admits only sequences that fit into the arena alone, so the oldest one can always run.
  * Continuous batching is Orca's (Yu et al., 2022); chunked prefill Sarathi's (Agrawal et al., 2023).
  */
+import type { BlockHash } from './ladder/block-hash.ts';
 import { blocksFor, type Sequence } from './sequence.ts';
 
 export interface ScheduleInput {
@@ -25,7 +27,9 @@ export interface ScheduleInput {
   waiting: readonly Sequence[];
   /** In the order they were admitted; with those that only wait for their last step to be over. */
   running: readonly Sequence[];
+  /** With those that hold blocks that are only kept. */
   numFreePages: number;
+  prefixCache: PrefixCache;
   /** Pages that an adapter load waits for: left alone by admission. */
   numWantedPages: number;
   blockSizeTokens: number;
@@ -33,10 +37,22 @@ export interface ScheduleInput {
   maxSequences: number;
 }
 
-/** A run of a sequence's tokens in this step: positions numComputedTokens … + numTokens − 1. */
+/** What the scheduler asks of the pool of KV blocks. */
+export interface PrefixCache {
+  /** Whether the block is kept, and whether a sequence has it; null: it is not there. */
+  find(hash: BlockHash): 'held' | 'unheld' | null;
+  /** Pages that come free if this sequence alone is preempted: at least one. */
+  numPagesOfItsOwn(sequence: Sequence): number;
+}
+
+/** A run of a sequence's tokens in this step: positions endTokens − numTokens … endTokens − 1. */
 export interface Chunk {
   sequence: Sequence;
   numTokens: number;
+  /** Positions that are computed after it. */
+  endTokens: number;
+  /** Of a sequence that is admitted: leading blocks that the cache has, or that chunks before this one write. */
+  numCachedBlocks: number;
   /** Blocks to take first. */
   numNewBlocks: number;
 }
@@ -56,7 +72,7 @@ export interface SchedulePlan {
 export const maxPassedOver = 16;
 
 export function schedule(input: ScheduleInput): SchedulePlan {
-  const { blockSizeTokens } = input;
+  const { blockSizeTokens, prefixCache } = input;
   const plan: SchedulePlan = { chunks: [], preempted: [], admitted: [], passedOver: [] };
   const running = input.running.filter((sequence) => !sequence.isFinished && !sequence.isFull);
   let numFreePages = input.numFreePages;
@@ -69,13 +85,14 @@ export function schedule(input: ScheduleInput): SchedulePlan {
     const numNewBlocks = newBlocks(sequence, numTokens);
     numFreePages -= numNewBlocks;
     budgetTokens -= numTokens;
-    plan.chunks.push({ sequence, numTokens, numNewBlocks });
+    const endTokens = sequence.numComputedTokens + numTokens;
+    plan.chunks.push({ sequence, numTokens, endTokens, numCachedBlocks: 0, numNewBlocks });
   };
 
   const preemptYoungest = () => {
     const victim = running.pop()!;
     plan.preempted.push(victim);
-    numFreePages += victim.numBlocks;
+    numFreePages += prefixCache.numPagesOfItsOwn(victim);
   };
 
   // 1. Decode. The loop sees `running` shrink from its end; a victim is never older than the one that needs the page.
@@ -105,6 +122,7 @@ export function schedule(input: ScheduleInput): SchedulePlan {
 
   // 3. Admission.
   if (input.waiting.length === 0 || isShortOfPages || plan.preempted.length > 0) return plan;
+  if (running.length >= input.maxSequences || budgetTokens === 0) return plan;
   const waiting = [...input.waiting];
   const seats = countSeats(running);
   const numVoices = new Set([...seats.keys(), ...waiting.map((sequence) => sequence.adapterKey)]).size;
@@ -114,27 +132,82 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   for (const sequence of running) {
     numPromisedPages += blocksFor(sequence.numTokens, blockSizeTokens) - sequence.numBlocks;
   }
-  for (const chunk of plan.chunks) numPromisedPages -= chunk.numNewBlocks;
+  const planned: PlannedBlocks = { made: new Set(), shared: new Set() };
+  for (const chunk of plan.chunks) {
+    numPromisedPages -= chunk.numNewBlocks;
+    addHashes(chunk, blockSizeTokens, planned);
+  }
 
   while (waiting.length > 0 && running.length < input.maxSequences && budgetTokens > 0) {
     const next = nextToAdmit(waiting, seats, shareOfSeats);
     const sequence = waiting[next]!;
     // The pages for all its tokens and for the next one must be in sight, or it would only be preempted again.
     const numWantedPages = running.length === 0 ? 0 : input.numWantedPages;
-    const numNeededPages = blocksFor(sequence.numTokens + 1, blockSizeTokens);
     const isAlone = running.length === 0;
-    if (!isAlone && numNeededPages > numFreePages - numPromisedPages - numWantedPages) break;
-    const numTokens = tokensThatFit(sequence, budgetTokens, numFreePages, blockSizeTokens);
-    if (numTokens === 0) break;
+    const numPagesInSight = numFreePages - numPromisedPages - numWantedPages;
+    // It takes one of its own at least: this spares the look into the cache.
+    if (!isAlone && numPagesInSight <= 0) break;
+    const cached = findCached(sequence, blockSizeTokens, prefixCache, planned);
+    const numCachedTokens = cached.numBlocks * blockSizeTokens;
+    const numNeededPages = blocksFor(sequence.numTokens + 1, blockSizeTokens) - cached.numBlocks;
+    if (!isAlone && numNeededPages + cached.numUnheld > numPagesInSight) break;
+    const numTokens = Math.min(
+      sequence.numTokens - numCachedTokens,
+      budgetTokens,
+      (numFreePages - cached.numUnheld) * blockSizeTokens,
+    );
+    if (numTokens <= 0) break;
     if (next > 0) plan.passedOver.push(waiting[0]!);
     waiting.splice(next, 1);
     running.push(sequence);
     seats.set(sequence.adapterKey, (seats.get(sequence.adapterKey) ?? 0) + 1);
     plan.admitted.push(sequence);
-    addChunk(sequence, numTokens);
-    numPromisedPages += numNeededPages - plan.chunks.at(-1)!.numNewBlocks;
+    const numNewBlocks = blocksFor(numTokens, blockSizeTokens);
+    const endTokens = numCachedTokens + numTokens;
+    const chunk: Chunk = { sequence, numTokens, endTokens, numCachedBlocks: cached.numBlocks, numNewBlocks };
+    plan.chunks.push(chunk);
+    addHashes(chunk, blockSizeTokens, planned);
+    numFreePages -= numNewBlocks + cached.numUnheld;
+    budgetTokens -= numTokens;
+    numPromisedPages += numNeededPages - numNewBlocks;
   }
   return plan;
+}
+
+/** Blocks that the chunks of a plan make full, and those that they share; a block may be both. */
+interface PlannedBlocks {
+  made: Set<BlockHash>;
+  shared: Set<BlockHash>;
+}
+
+function addHashes(chunk: Chunk, blockSizeTokens: number, { made, shared }: PlannedBlocks): void {
+  const { sequence, endTokens, numTokens, numCachedBlocks } = chunk;
+  const begin = Math.floor((endTokens - numTokens) / blockSizeTokens);
+  const end = Math.min(Math.floor(endTokens / blockSizeTokens), sequence.blockHashes.length);
+  for (let i = 0; i < numCachedBlocks; i++) shared.add(sequence.blockHashes[i]!);
+  for (let i = begin; i < end; i++) made.add(sequence.blockHashes[i]!);
+}
+
+/**
+ * The leading blocks of a waiting sequence that need not be computed, and how many of them nobody has: those are among the
+ * free pages. The last token is always computed: what is drawn next comes from its row.
+ */
+function findCached(
+  sequence: Sequence,
+  blockSizeTokens: number,
+  prefixCache: PrefixCache,
+  { made, shared }: PlannedBlocks,
+): { numBlocks: number; numUnheld: number } {
+  const hashes = sequence.blockHashes;
+  const most = Math.min(hashes.length, Math.floor((sequence.numTokens - 1) / blockSizeTokens));
+  let numUnheld = 0;
+  for (let i = 0; i < most; i++) {
+    const hash = hashes[i]!;
+    const found = prefixCache.find(hash);
+    if (found === null && !made.has(hash)) return { numBlocks: i, numUnheld };
+    if (found === 'unheld' && !shared.has(hash)) numUnheld++;
+  }
+  return { numBlocks: most, numUnheld };
 }
 
 /** The longest chunk of a prompt within the token budget and the free pages. */

@@ -5,6 +5,7 @@
  * The counters are those after the steps in flight, so that the next step can be planned before they are over. A token
  * that such a step draws is counted already, and a reference stands in its place until it is known.
  */
+import type { BlockHash } from './ladder/block-hash.ts';
 import type { SamplingParams } from './sampling.ts';
 import type { FinishReason } from './stop.ts';
 
@@ -21,7 +22,10 @@ export class Sequence {
   readonly params: SamplingParams;
   /** Those that are on the device while it runs. */
   adapters: readonly AdapterUse[];
-  /** Says which voice this is, for fairness: the adapter's digest, '' for the base. */
+  /**
+   * Says which voice this is: the adapter's digest, '' for the base; of a composition all digests with their weights, since
+   * sequences of one voice share KV.
+   */
   readonly adapterKey: string;
   readonly numPromptTokens: number;
   /** Prompt and the most output it may get. */
@@ -38,6 +42,12 @@ export class Sequence {
   /** [≥ numBlocks] page ids, in order of position. */
   blocks = new Int32Array(4);
   numBlocks = 0;
+  /** Of its leading full blocks, as far as they were wanted yet; none when there is no prefix cache. */
+  blockHashes: BlockHash[] = [];
+  /** Leading blocks that are shared or were offered to the prefix cache. */
+  numKeptBlocks = 0;
+  /** Prompt tokens that the prefix cache had when it first ran. */
+  numCachedTokens = 0;
 
   status: SequenceStatus = 'waiting';
   finishReason: FinishReason | null = null;
@@ -67,6 +77,11 @@ export class Sequence {
   /** Those that are known. */
   get numOutputTokens(): number {
     return this.numTokens - this.numUnknownTokens - this.numPromptTokens;
+  }
+
+  /** Of the tokens it has, prompt and output. */
+  get numKnownTokens(): number {
+    return this.numTokens - this.numUnknownTokens;
   }
 
   /** It has all it may get: nothing is left to draw. */

@@ -21,10 +21,11 @@ import {
   completionJob,
   encode,
   type Job,
-  numTokensOf,
+  jobUsage,
   type ServedModel,
 } from './generate.ts';
 import type { Arena } from './ladder/arena.ts';
+import type { BlockPool } from './ladder/block-pool.ts';
 import type { EngineMetrics } from './metrics.ts';
 import {
   parseChat,
@@ -36,14 +37,7 @@ import {
   parseTokenize,
   parseUnloadAdapter,
 } from './openai.ts';
-import {
-  chatFormat,
-  completionFormat,
-  doneEvent,
-  eventOf,
-  type ReplyFormat,
-  usageOf,
-} from './openai-reply.ts';
+import { chatFormat, completionFormat, doneEvent, eventOf, type ReplyFormat } from './openai-reply.ts';
 import {
   type AdapterList,
   type ArenaUse,
@@ -60,6 +54,7 @@ import type { Sources } from './sources.ts';
 
 export interface ServerOptions extends ServedModel {
   arena: Arena;
+  blocks: BlockPool;
   hostArena: Arena | null;
   metrics: EngineMetrics;
   log: Logger;
@@ -296,8 +291,7 @@ function stream(options: ServerOptions, job: Job, format: ReplyFormat, response:
       response.end();
       cancel();
     } else if (numOpen === 0) {
-      const numOutput = handles.reduce((sum, { sequence }) => sum + sequence.numOutputTokens, 0);
-      if (job.request.includeUsage) write(events.usage(usageOf(numTokensOf(job.prompts), numOutput)));
+      if (job.request.includeUsage) write(events.usage(jobUsage(job, handles)));
       write(doneEvent);
       response.end();
     }
@@ -376,22 +370,27 @@ function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, star
   };
 }
 
-function adapterList({ arena, hostArena, tiers }: ServerOptions): AdapterList {
+function adapterList({ arena, blocks, hostArena, tiers }: ServerOptions): AdapterList {
   return {
     object: 'list',
-    arena: arenaUse(arena),
-    ...(hostArena && { hostArena: arenaUse(hostArena) }),
-    data: tiers.statuses(),
+    arena: arenaUse(arena, blocks.numReclaimablePages),
+    ...(hostArena && { hostArena: arenaUse(hostArena, 0) }),
+    data: tiers.statuses().map((status) => {
+      const { queries, hits } = blocks.countsOf(status.digest);
+      return { ...status, prefixCache: { promptTokens: queries, cachedTokens: hits } };
+    }),
     loading: [...tiers.loadingNames].sort(),
   };
 }
 
-function arenaUse(arena: Arena): ArenaUse {
+/** @param numCached  pages of KV that is only kept */
+function arenaUse(arena: Arena, numCached: number): ArenaUse {
   const bytes = (numPages: number) => numPages * arena.pageBytes;
   return {
     totalBytes: bytes(arena.numPages),
-    freeBytes: bytes(arena.numFree),
-    kvBytes: bytes(arena.numUsed('kv')),
+    freeBytes: bytes(arena.numFree + numCached),
+    cachedBytes: bytes(numCached),
+    kvBytes: bytes(arena.numUsed('kv') - numCached),
     adapterBytes: bytes(arena.numUsed('adapter')),
   };
 }

@@ -11,7 +11,7 @@
 import type { AdapterModule } from '../../native/index.ts';
 import { EngineError, InvariantError } from '../errors.ts';
 import type { Arena } from '../ladder/arena.ts';
-import { type Kept, rules } from '../ladder/policy.ts';
+import { type EvictionRule, type Kept, rules } from '../ladder/policy.ts';
 import { type Candidate, type Reclaimable, reclaim } from '../ladder/reclaim.ts';
 import type { Tier } from '../protocol.ts';
 import type { AdapterFile } from './adapter-tiers.ts';
@@ -70,6 +70,8 @@ export interface ResidencyOptions {
   /** Others who hold pages of the device arena that they could do without, and of the host arena. */
   holders?: readonly Reclaimable[];
   hostHolders?: readonly Reclaimable[];
+  /** What leaves first. */
+  rule: EvictionRule;
   /** Pages that must stay for KV, so that every running sequence can go on to its end. */
   numPagesKept: () => number;
   /** Called when a load begins or stops to wait for pages, and when pages came back: the scheduler must look again. */
@@ -200,7 +202,7 @@ export class Residency {
   async writeThrough(adapter: Resident): Promise<void> {
     const { loader, hostArena, hostHolders = [], now } = this.#options;
     if (!this.mayWriteThrough(adapter)) throw new InvariantError('nothing to write through');
-    const lessWorth = this.#leavingHost(hostRank(adapter, this.#options.arena.pageBytes));
+    const lessWorth = this.#leavingHost(hostRank(adapter, this.#options));
     if (!reclaim(hostArena!, adapter.numPages, [lessWorth, ...hostHolders])) return;
     const pages = new Int32Array(adapter.numPages);
     hostArena!.take('adapter', pages.length, pages);
@@ -373,7 +375,6 @@ export class Residency {
   }
 
   #leavingDevice(mayLeave: (adapter: Resident) => boolean): Reclaimable {
-    const { pageBytes } = this.#options.arena;
     const all = this.#onDevice;
     return {
       kind: 'adapter',
@@ -382,15 +383,14 @@ export class Residency {
         for (const adapter of all) if (mayLeave(adapter)) count += adapter.numPages;
         return count;
       },
-      next: () => leastOf(all, mayLeave, (adapter) => deviceRank(adapter, pageBytes), this.#evict),
+      next: () => leastOf(all, mayLeave, (adapter) => deviceRank(adapter, this.#options), this.#evict),
     };
   }
 
   /** @param below only what ranks lower */
   #leavingHost(below: number): Reclaimable {
-    const { pageBytes } = this.#options.arena;
     const all = this.#onHost;
-    const rankOf = (adapter: Resident) => hostRank(adapter, pageBytes);
+    const rankOf = (adapter: Resident) => hostRank(adapter, this.#options);
     const mayLeave = (adapter: Resident) =>
       !adapter.isMoving && (adapter.names.size > 0 || adapter.device !== null) && rankOf(adapter) < below;
     const evict = (adapter: Resident) => {
@@ -483,13 +483,13 @@ function leastOf(
 }
 
 /** What keeping it on the device saves: the way up from the host arena where it is there too, else from its files. */
-function deviceRank(adapter: Resident, pageBytes: number): number {
-  return rules.cost(kept(adapter, pageBytes, adapter.host ? 'host' : 'disk', 1));
+function deviceRank(adapter: Resident, { arena, rule }: ResidencyOptions): number {
+  return rules[rule](kept(adapter, arena.pageBytes, adapter.host ? 'host' : 'disk', 1));
 }
 
 /** What keeping it in the host arena saves: the way from its files, hardly ever when the device has it. */
-function hostRank(adapter: Resident, pageBytes: number): number {
-  return rules.cost(kept(adapter, pageBytes, 'disk', adapter.device ? hostCopyShare : 1));
+function hostRank(adapter: Resident, { arena, rule }: ResidencyOptions): number {
+  return rules[rule](kept(adapter, arena.pageBytes, 'disk', adapter.device ? hostCopyShare : 1));
 }
 
 function kept(adapter: Resident, pageBytes: number, from: 'host' | 'disk', share: number): Kept {

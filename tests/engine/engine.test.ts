@@ -10,10 +10,11 @@ const spell = (parts: EngineParts, numPromptTokens: number, words: string) => {
 };
 
 /** Nothing is held, and the books add up. */
-function expectNothingHeld({ arena, engine, fatal, tiers }: EngineParts) {
+function expectNothingHeld({ arena, blocks, engine, fatal, tiers }: EngineParts) {
   arena.check();
+  blocks.check([]);
   expect(fatal).toEqual([]);
-  expect(arena.numUsed('kv')).toBe(0);
+  expect(blocks.numHeldPages).toBe(0);
   expect([engine.numRunning, engine.numWaiting]).toEqual([0, 0]);
   expect(tiers.statuses().every(({ inFlight }) => inFlight === 0)).toBe(true);
 }
@@ -164,10 +165,10 @@ describe('cancelling', () => {
       },
     });
     await vi.waitFor(() => expect(handle.sequence.numOutputTokens).toBeGreaterThan(0), { interval: 1 });
-    const numUsed = parts.arena.numUsed('kv');
+    const numUsed = parts.blocks.numHeldPages;
     handle.cancel();
     await done;
-    expect(parts.arena.numUsed('kv')).toBe(numUsed);
+    expect(parts.blocks.numHeldPages).toBe(numUsed);
     const numSteps = parts.runtime.steps.length;
     gate.resolve();
     await other.done;
@@ -271,10 +272,10 @@ describe('planning ahead', () => {
     const other = start(parts, { params: { maxTokens: 30 } });
     const { handle, done } = start(parts, { prompt: 'x'.repeat(20), params: { maxTokens: 30 } });
     await untilHandedIn(parts, 2);
-    const numUsed = parts.arena.numUsed('kv');
+    const numUsed = parts.blocks.numHeldPages;
     handle.cancel();
     expect((await done).outputs.length).toBe(1);
-    expect(parts.arena.numUsed('kv')).toBe(numUsed);
+    expect(parts.blocks.numHeldPages).toBe(numUsed);
     open();
     const { tokens } = await other.done;
     expect(tokens).toEqual(

@@ -13,7 +13,8 @@ import { fakeEos } from '../fixtures/fake-text.ts';
 import { generateAlone } from '../fixtures/generate-alone.ts';
 import { type SeededRandom, seededRandom } from '../fixtures/seeded-random.ts';
 
-const numSchedules = 1000;
+/** Raised to 10,000 and more for a long proof. */
+const numSchedules = Number(process.env.MOTET_SCHEDULES ?? 1000);
 const numGroups = 10;
 
 function randomParams(random: SeededRandom): SamplingParams {
@@ -35,16 +36,19 @@ function randomParams(random: SeededRandom): SamplingParams {
   };
 }
 
-/** @returns how many sequences were preempted */
-async function runSchedule(seed: number): Promise<number> {
+/** @returns how many sequences were preempted, and how many tokens the prefix cache had */
+async function runSchedule(seed: number): Promise<{ numPreempted: number; numHits: number }> {
   const random = seededRandom(seed);
+  const randomAlike = seededRandom(seed + 0.5 * 2 ** 31);
   const parts = startEngine({
     runtime: { numPages: random.from(6, 20), numHostPages: random.pick([0, 3, 12]) },
     limits: { maxBatchTokens: random.from(8, 48), maxSequences: random.from(1, 8), maxModelLen: 96 },
     tiers: { pageWaitMs: 5 },
     maxStepsInFlight: random.pick([2, 2, 1]),
+    isCaching: randomAlike.below(4) > 0,
   });
-  const { engine, tiers, arena } = parts;
+  const { blocks, engine, tiers, arena } = parts;
+  const beginnings = [0, 1].map(() => Int32Array.from({ length: 60 }, () => randomAlike.below(256)));
   const runs: Promise<void>[] = [];
   const loads: Promise<unknown>[] = [];
   // Names are loaded in place, with other content, while sequences use the old one.
@@ -64,11 +68,16 @@ async function runSchedule(seed: number): Promise<number> {
       params.biasValues = params.biasIds.map(() => 2);
       const adapter: Adapter | null = random.below(3) === 0 ? null : (tiers.get(random.pick(names)) ?? null);
       const promptTokens = Int32Array.from({ length: random.from(1, 60) }, () => random.below(256));
+      if (randomAlike.below(2) === 0) {
+        const numAlike = randomAlike.below(promptTokens.length + 1);
+        promptTokens.set(randomAlike.pick(beginnings).subarray(0, numAlike));
+      }
       const cancelAfter = random.below(4) === 0 ? random.below(6) : Number.POSITIVE_INFINITY;
       runs.push(runOne(parts, promptTokens, params, adapter, cancelAfter));
     }
     for (let i = random.below(8); i > 0; i--) await new Promise((resolve) => setImmediate(resolve));
     arena.check();
+    if (turn === 5) void blocks.purge(`sha256:${Buffer.from('/adapters/0-r1').toString('hex')}`);
   }
   await Promise.all(loads);
   await Promise.all(runs);
@@ -80,8 +89,12 @@ async function runSchedule(seed: number): Promise<number> {
   expect(parts.runtime.adapters.size).toBe(0);
   arena.check();
   expect(parts.hostArena?.numFree).toBe(parts.hostArena?.numPages);
-  const preempted = await parts.metrics.registry.getSingleMetric('vllm:num_preemptions_total')!.get();
-  return preempted.values[0]?.value ?? 0;
+  const total = async (name: string) =>
+    (await parts.metrics.registry.getSingleMetric(name)!.get()).values[0]?.value ?? 0;
+  return {
+    numPreempted: await total('vllm:num_preemptions_total'),
+    numHits: await total('vllm:prefix_cache_hits_total'),
+  };
 }
 
 async function runOne(
@@ -136,15 +149,20 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
   'every sequence of a random schedule gives the tokens it gives alone (group %i of 10)',
   async (group) => {
     let numPreempted = 0;
+    let numHits = 0;
     for (let i = 0; i < numSchedules / numGroups; i++) {
-      const seed = group * 1000 + i;
+      const seed = group * numSchedules + i;
       try {
-        numPreempted += await runSchedule(seed);
+        const counts = await runSchedule(seed);
+        numPreempted += counts.numPreempted;
+        numHits += counts.numHits;
       } catch (cause) {
         throw new Error(`schedule with seed ${seed} failed: ${(cause as Error).message}`, { cause });
       }
     }
-    // Otherwise the arenas are too large, and the test says less than its name.
+    // Otherwise the arenas are too large or the prompts too different, and the test says less than its name.
     expect(numPreempted).toBeGreaterThan(0);
+    expect(numHits).toBeGreaterThan(0);
   },
+  numSchedules * 30,
 );

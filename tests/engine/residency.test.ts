@@ -42,11 +42,11 @@ async function expectAlone(parts: EngineParts, name: string, tokens: number[]): 
 }
 
 /** Nothing is held but what is registered. */
-function expectBooks({ arena, hostArena, engine, tiers, fatal }: EngineParts): void {
+function expectBooks({ arena, blocks, hostArena, engine, tiers, fatal }: EngineParts): void {
   expect(fatal).toEqual([]);
   arena.check();
   hostArena?.check();
-  expect([engine.numRunning, engine.numWaiting, arena.numUsed('kv')]).toEqual([0, 0, 0]);
+  expect([engine.numRunning, engine.numWaiting, blocks.numHeldPages]).toEqual([0, 0, 0]);
   const adapters = [...tiers.adapters];
   const pages = (of: (adapter: Adapter) => boolean) =>
     adapters.filter(of).reduce((sum, { numPages }) => sum + numPages, 0);
@@ -356,6 +356,7 @@ test.each(Array.from({ length: 6 }, (_, seed) => seed))(
     await quiet(parts);
     await vi.waitFor(() => expectBooks(parts), { interval: 1 });
     for (let i = 0; i < numAdapters; i++) if (tiers.get(`${i}`)) tiers.unload(`${i}`);
+    parts.blocks.clear();
     expect([arena.numFree, hostArena?.numFree]).toEqual([arena.numPages, hostArena?.numPages]);
     expect(runtime.adapters.size).toBe(0);
   },

@@ -33,6 +33,7 @@ function plan(input: Partial<ScheduleInput>) {
     waiting: [],
     running: [],
     numFreePages: 100,
+    prefixCache: { find: () => null, numPagesOfItsOwn: ({ numBlocks }) => numBlocks },
     numWantedPages: 0,
     blockSizeTokens: 16,
     maxBatchTokens: 64,
@@ -215,5 +216,64 @@ describe('admission', () => {
     const head = sequence({ numTokens: 2, adapterKey: 'flood', wasPreempted: true });
     const waiting = [head, sequence({ numTokens: 2, adapterKey: 'quiet' })];
     expect(plan({ running, waiting, maxSequences: 5 }).admitted).toEqual([head]);
+  });
+});
+
+describe('the prefix cache', () => {
+  /** Its first blocks have these names. */
+  const named = (numTokens: number, ...blockHashes: string[]) =>
+    Object.assign(sequence({ numTokens }), { blockHashes });
+  const cacheOf = (found: Record<string, 'held' | 'unheld'>): ScheduleInput['prefixCache'] => ({
+    find: (hash) => found[hash] ?? null,
+    numPagesOfItsOwn: ({ numBlocks }) => numBlocks,
+  });
+  const shape = (made: ReturnType<typeof plan>) =>
+    made.chunks.map((chunk) => [chunk.numCachedBlocks, chunk.numTokens, chunk.endTokens, chunk.numNewBlocks]);
+
+  test('spares a prompt the blocks that are there, up to the first that is not', () => {
+    const prefixCache = cacheOf({ a: 'held', b: 'held', d: 'held' });
+    const made = plan({ waiting: [named(70, 'a', 'b', 'c', 'd')], prefixCache });
+    expect(shape(made)).toEqual([[2, 38, 70, 3]]);
+  });
+
+  test('leaves a prompt its last token to compute', () => {
+    const prefixCache = cacheOf({ a: 'held', b: 'held' });
+    expect(shape(plan({ waiting: [named(32, 'a', 'b')], prefixCache }))).toEqual([[1, 16, 32, 1]]);
+    expect(shape(plan({ waiting: [named(33, 'a', 'b')], prefixCache }))).toEqual([[2, 1, 33, 1]]);
+  });
+
+  test('lets prompts of one step share what the first of them computes', () => {
+    const waiting = [named(40, 'a', 'b'), named(40, 'a', 'b'), named(40, 'a', 'c')];
+    expect(shape(plan({ waiting }))).toEqual([
+      [0, 40, 40, 3],
+      [2, 8, 40, 1],
+      [1, 16, 32, 1],
+    ]);
+  });
+
+  test('counts blocks that nobody has among the free pages, once', () => {
+    const prefixCache = cacheOf({ a: 'unheld', b: 'unheld' });
+    const waiting = [named(40, 'a', 'b'), named(40, 'a', 'b')];
+    const running = [decoding(18)];
+    const numAdmitted = (numFreePages: number) =>
+      plan({ running, waiting, prefixCache, numFreePages }).admitted.length;
+    expect([2, 3, 4].map(numAdmitted)).toEqual([0, 1, 2]);
+  });
+
+  test('counts a block that nobody has also when somebody computes it again', () => {
+    const prefixCache = cacheOf({ a: 'unheld' });
+    const again = Object.assign(named(16, 'a'), { numComputedTokens: 0 });
+    const input = { running: [again], waiting: [named(17, 'a')], prefixCache };
+    // One for the block of the first, one for the block that is shared, and one for the last token.
+    expect([2, 3].map((numFreePages) => plan({ ...input, numFreePages }).admitted.length)).toEqual([0, 1]);
+  });
+
+  test('counts no page of a preempted sequence that others have too', () => {
+    const [old, middle, young] = [decoding(33), decoding(33), decoding(33)];
+    const prefixCache = { find: () => null, numPagesOfItsOwn: () => 1 };
+    expect(plan({ running: [old, middle, young], prefixCache, numFreePages: 0 }).preempted).toEqual([
+      young,
+      middle,
+    ]);
   });
 });

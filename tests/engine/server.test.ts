@@ -22,7 +22,8 @@ function holdSteps({ runtime }: Served): () => void {
   runtime.gate = gate.promise;
   return gate.resolve;
 }
-const allBack = ({ arena }: Served) => vi.waitFor(() => expect(arena.numUsed('kv')).toBe(0), { interval: 1 });
+const allBack = ({ blocks }: Served) =>
+  vi.waitFor(() => expect(blocks.numHeldPages).toBe(0), { interval: 1 });
 
 describe('chat completions', () => {
   test('answer in OpenAI’s shape', async () => {
@@ -43,7 +44,12 @@ describe('chat completions', () => {
           stop_reason: null,
         },
       ],
-      usage: { prompt_tokens: chatPromptLength, completion_tokens: 3, total_tokens: chatPromptLength + 3 },
+      usage: {
+        prompt_tokens: chatPromptLength,
+        completion_tokens: 3,
+        total_tokens: chatPromptLength + 3,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
     });
   });
 
@@ -542,7 +548,7 @@ describe('a client that goes away', () => {
     const body = { ...completion, max_tokens: 500, ignore_eos: true, stream };
     const reply = served.post(enginePaths.completions, body, { signal: abort.signal });
     const ended = reply.then((response) => response.text()).catch(() => 'gone');
-    await vi.waitFor(() => expect(served.arena.numUsed('kv')).toBeGreaterThan(0), { interval: 1 });
+    await vi.waitFor(() => expect(served.blocks.numHeldPages).toBeGreaterThan(0), { interval: 1 });
     abort.abort();
     await allBack(served);
     expect(await ended).toBe('gone');
@@ -563,8 +569,8 @@ describe('a client that goes away', () => {
     );
     socket.pause();
     const isClosed = new Promise((resolve) => socket.once('close', resolve).on('error', () => {}));
-    await vi.waitFor(() => expect(served.arena.numUsed('kv')).toBeGreaterThan(0), { interval: 1 });
-    await vi.waitFor(() => expect(served.arena.numUsed('kv')).toBe(0), { timeout: 20_000, interval: 5 });
+    await vi.waitFor(() => expect(served.blocks.numHeldPages).toBeGreaterThan(0), { interval: 1 });
+    await vi.waitFor(() => expect(served.blocks.numHeldPages).toBe(0), { timeout: 20_000, interval: 5 });
     expect(served.runtime.steps.length).toBeLessThan(100_000);
     socket.resume();
     await isClosed;

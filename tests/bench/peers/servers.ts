@@ -59,6 +59,8 @@ export async function startMotet(plan: ServerPlan): Promise<PeerServer> {
     ...['--model', await modelGguf(plan.shape, plan.kind), '--served-name', 'base', '--cache', cacheFolder],
     ...['--port', '0', '--device-memory', '3GiB', '--threads', `${plan.threads}`],
     ...['--adapter-quantization', plan.formats.adapterQuantization, '--kv-cache-dtype', plan.formats.kvType],
+    // As with the others: a prompt that comes again is computed again.
+    ...['--prefix-cache', 'off'],
     ...folders.flatMap((folder) => ['--adapter', `${basename(folder)}=${folder}`]),
   ]);
   return {

@@ -1,0 +1,192 @@
+import { describe, expect, test } from 'vitest';
+import { Arena } from '../../../engine/ladder/arena.ts';
+import { BlockPool } from '../../../engine/ladder/block-pool.ts';
+import { MeasuredCosts } from '../../../engine/ladder/costs.ts';
+import { reclaim } from '../../../engine/ladder/reclaim.ts';
+import { defaultSampling } from '../../../engine/sampling.ts';
+import { Sequence } from '../../../engine/sequence.ts';
+import { seededRandom } from '../../fixtures/seeded-random.ts';
+
+function pool(numPages = 16) {
+  let nowMs = 0;
+  const arena = new Arena(numPages, 1024);
+  const blocks = new BlockPool({
+    arena,
+    blockTokens: 16,
+    isCaching: true,
+    rule: 'cost',
+    costs: new MeasuredCosts(),
+    now: () => nowMs++,
+  });
+  return { arena, blocks };
+}
+
+let nextId = 0;
+function sequence(promptTokens: ArrayLike<number>, adapterKey = ''): Sequence {
+  return new Sequence({
+    id: nextId++,
+    promptTokens,
+    maxTotalTokens: 10_000,
+    params: defaultSampling(),
+    adapterKey,
+  });
+}
+const ascending = (length: number, first = 0) => Array.from({ length }, (_, i) => first + i);
+
+/** As the engine lets a sequence begin: shares what is there, takes the rest, keeps what is full. @returns blocks shared */
+function begin({ arena, blocks }: ReturnType<typeof pool>, made: Sequence): number {
+  blocks.hash(made, made.numTokens);
+  let numShared = 0;
+  made.roomForBlocks(made.blockHashes.length);
+  while (numShared < made.blockHashes.length && blocks.share(made, numShared)) numShared++;
+  made.numBlocks = made.numKeptBlocks = numShared;
+  const numNew = Math.ceil(made.numTokens / 16) - numShared;
+  if (!reclaim(arena, numNew, [blocks])) throw new Error('no room');
+  blocks.take(made, numNew);
+  blocks.keep(made, made.numTokens, null);
+  return numShared;
+}
+
+describe('kept blocks', () => {
+  test('are found by a sequence that begins alike, up to the block that differs', () => {
+    const parts = pool();
+    expect(begin(parts, sequence(ascending(50)))).toBe(0);
+    expect(begin(parts, sequence([...ascending(40), 7, 7, 7, 7, 7, 7, 7, 7, 7]))).toBe(2);
+    expect(parts.blocks.numHeldPages).toBe(6);
+  });
+
+  test('are found after their sequence has ended, without its partial last block', () => {
+    const parts = pool();
+    const first = sequence(ascending(50));
+    begin(parts, first);
+    parts.blocks.release(first);
+    expect([parts.blocks.numHeldPages, parts.blocks.numReclaimablePages, parts.arena.numFree]).toEqual([
+      0, 3, 13,
+    ]);
+    expect(begin(parts, sequence(ascending(50)))).toBe(3);
+  });
+
+  test.each<[string, string]>([
+    ['another adapter', 'sha256:b'],
+    ['the base', ''],
+  ])('of an adapter are not found by %s', (_, voice) => {
+    const parts = pool();
+    begin(parts, sequence(ascending(50), 'sha256:a'));
+    expect(begin(parts, sequence(ascending(50), voice))).toBe(0);
+  });
+
+  test('at another place are not found: a hash stands for all that is before it', () => {
+    const parts = pool();
+    begin(parts, sequence(ascending(32)));
+    expect(begin(parts, sequence(ascending(16, 16)))).toBe(0);
+  });
+
+  test('leave from the end of a chain, and only when nobody has them', () => {
+    const parts = pool(4);
+    const first = sequence(ascending(48));
+    begin(parts, first);
+    expect(reclaim(parts.arena, 2, [parts.blocks])).toBe(false);
+    parts.blocks.release(first);
+    expect(reclaim(parts.arena, 3, [parts.blocks])).toBe(true);
+    expect(begin(parts, sequence(ascending(48)))).toBe(1);
+  });
+
+  test('leave later the more often they were used', () => {
+    const parts = pool(4);
+    const [often, once] = [ascending(16), ascending(16, 500)];
+    for (const tokens of [often, often, often, once]) {
+      const made = sequence(tokens);
+      begin(parts, made);
+      parts.blocks.release(made);
+    }
+    expect(reclaim(parts.arena, 3, [parts.blocks])).toBe(true);
+    expect(begin(parts, sequence(often))).toBe(1);
+  });
+
+  test('that are computed twice at once are kept once', () => {
+    const parts = pool();
+    const [a, b] = [sequence(ascending(32)), sequence(ascending(32))];
+    for (const made of [a, b]) parts.blocks.take(made, 2);
+    for (const made of [a, b]) parts.blocks.keep(made, 32, null);
+    for (const made of [a, b]) parts.blocks.release(made);
+    expect([parts.blocks.numReclaimablePages, parts.arena.numFree]).toEqual([2, 14]);
+  });
+
+  test('that are forgotten go with their last holder', async () => {
+    const parts = pool();
+    const [a, b] = [sequence(ascending(32), 'sha256:a'), sequence(ascending(32), 'sha256:a')];
+    for (const made of [a, b]) begin(parts, made);
+    expect(await parts.blocks.purge('sha256:a')).toMatchObject({ device: 2 * 1024 });
+    expect(parts.blocks.holdsForgotten(b)).toBe(true);
+    parts.blocks.release(a);
+    expect(parts.arena.numFree).toBe(14);
+    parts.blocks.release(b);
+    expect([parts.blocks.numReclaimablePages, parts.arena.numFree]).toEqual([0, 16]);
+  });
+
+  test('of other adapters stay when one is purged', async () => {
+    const parts = pool();
+    for (const voice of ['sha256:a', 'sha256:b', 'sha256:b@0.5+sha256:a@1']) {
+      const made = sequence(ascending(32), voice);
+      begin(parts, made);
+      parts.blocks.release(made);
+    }
+    expect(await parts.blocks.purge('sha256:a')).toMatchObject({ device: 4 * 1024 });
+    expect(begin(parts, sequence(ascending(32), 'sha256:b'))).toBe(2);
+    expect(parts.arena.numFree).toBe(14);
+  });
+});
+
+/** Raised to a million and more for a long proof. */
+const numOperations = Number(process.env.MOTET_LADDER_OPERATIONS ?? 20_000);
+
+test.each([1, 2, 3])(
+  'the books of arena and pool add up over a random run (seed %i)',
+  (seed) => {
+    const random = seededRandom(seed);
+    const parts = pool(random.from(8, 40));
+    const { arena, blocks } = parts;
+    const held: Sequence[] = [];
+    const adapters: Int32Array[] = [];
+    let numShared = 0;
+    for (let turn = 0; turn < numOperations / 3; turn++) {
+      const action = random.below(10);
+      if (action < 4) {
+        // Few beginnings, so that many are alike; few enough pages, so that blocks leave.
+        const made = sequence(
+          ascending(random.from(1, 80), random.below(3) * 100),
+          random.pick(['', 'sha256:a']),
+        );
+        const numPages = Math.ceil(made.numTokens / 16);
+        if (numPages <= arena.numFree + blocks.numReclaimablePages - numPages) {
+          numShared += begin(parts, made);
+          held.push(made);
+        }
+      } else if (action < 7 && held.length > 0) {
+        const [made] = held.splice(random.below(held.length), 1);
+        blocks.release(made!);
+      } else if (action === 7) {
+        const pages = new Int32Array(random.from(1, 4));
+        if (reclaim(arena, pages.length, [blocks]) && arena.take('adapter', pages.length, pages))
+          adapters.push(pages);
+      } else if (action === 8 && adapters.length > 0) {
+        arena.giveBack('adapter', adapters.pop()!);
+      } else if (random.below(20) === 0) {
+        void blocks.purge('sha256:a');
+      }
+      // A check reads every page: not after every one of a million operations.
+      if (numOperations > 100_000 && turn % 100 > 0) continue;
+      arena.check();
+      blocks.check(held);
+    }
+    for (const made of held) blocks.release(made);
+    for (const pages of adapters) arena.giveBack('adapter', pages);
+    blocks.clear();
+    arena.check();
+    blocks.check([]);
+    expect(arena.numFree).toBe(arena.numPages);
+    expect(numShared).toBeGreaterThan(0);
+    expect(blocks.numEvicted).toBeGreaterThan(0);
+  },
+  numOperations / 10 + 30_000,
+);
