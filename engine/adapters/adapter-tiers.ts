@@ -82,6 +82,8 @@ export interface Adapter extends Resident {
   readonly loadSeconds: { fetch: number; verify: number };
   /** Sequences that have used it since it was registered. */
   numRequests: number;
+  /** Loads that are about to name it: until they have, it stays without a name. */
+  numNaming: number;
 }
 
 /** What a purge has let go of. */
@@ -230,10 +232,16 @@ export class AdapterTiers {
       let adapter = await this.#loadSource(source);
       // Between the load and this line another name may have let go of the same adapter.
       while (this.#byDigest.get(adapter.digest) !== adapter) adapter = await this.#loadSource(source);
-      if (this.#purging.has(adapter.digest)) throw purged(adapter.digest);
-      const replaced = this.#lastNamed(name, adapter);
-      await this.#pin(adapter, isPinned ?? (adapter.isPinned || replaced?.isPinned === true), replaced);
-      this.#point(name, adapter);
+      adapter.numNaming++;
+      try {
+        const replaced = this.#lastNamed(name, adapter);
+        await this.#pin(adapter, isPinned ?? (adapter.isPinned || replaced?.isPinned === true), replaced);
+        if (this.#purging.has(adapter.digest)) throw purged(adapter.digest);
+        this.#point(name, adapter);
+      } finally {
+        adapter.numNaming--;
+        this.#freeIfUnused(adapter);
+      }
       this.#writeThrough(adapter);
       return adapter;
     })();
@@ -391,6 +399,7 @@ export class AdapterTiers {
       sourceUri: source.uri,
       loadSeconds,
       numRequests: 0,
+      numNaming: 0,
     };
     await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, 'name'));
     this.#byDigest.set(file.digest, adapter);
@@ -474,7 +483,6 @@ export class AdapterTiers {
       const numLeaving = replaced?.isPinned ? replaced.numPages : 0;
       const numPinned = this.residency.numPagesBeside(adapter) - numLeaving;
       if (arena.numPages - numPinned < Math.max(1, numPagesPromised())) {
-        this.#freeIfUnused(adapter);
         throw new EngineError(
           'arena_full',
           `pinned: with this adapter pins would take ${numPinned * arena.pageBytes} bytes of the device arena's ` +
@@ -511,10 +519,10 @@ export class AdapterTiers {
     this.#freeIfUnused(adapter);
   }
 
-  /** Its bytes go when it has no name, no sequence, and is not on its way. */
+  /** Its bytes go when it has no name and gets none, has no sequence, and is not on its way. */
   #freeIfUnused(adapter: Adapter): void {
     if (adapter.numInFlight < 0) throw new InvariantError(`adapter ${adapter.digest} released too often`);
-    if (adapter.numInFlight > 0 || adapter.names.size > 0) return;
+    if (adapter.numInFlight > 0 || adapter.names.size > 0 || adapter.numNaming > 0) return;
     if (adapter.isMoving || this.#bringing.has(adapter)) return;
     if (this.#byDigest.get(adapter.digest) === adapter) this.#byDigest.delete(adapter.digest);
     const dropped = this.residency.drop(adapter);

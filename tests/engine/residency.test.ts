@@ -105,6 +105,25 @@ describe('more adapters than the device holds', () => {
   });
 });
 
+describe('a load in place with a pin', () => {
+  test('keeps what it brings up when the last other name goes meanwhile', async () => {
+    const parts = await withAdapters(['a', 'b'], 3, { runtime: { numPages: 7 } });
+    expect(tiersOf(parts, ['a', 'b'])).toEqual(['device', 'device']);
+    await parts.tiers.load('c', pathOf('c', 3), false);
+    expect(tierOf(parts, 'a')).toBe('disk');
+    const loadAdapter = parts.runtime.loadAdapter.bind(parts.runtime);
+    vi.spyOn(parts.runtime, 'loadAdapter').mockImplementationOnce((...args) => {
+      parts.tiers.unload('a');
+      return loadAdapter(...args);
+    });
+    await parts.tiers.load('again', pathOf('a', 3), false, true);
+    expect(tierOf(parts, 'again')).toBe('device');
+    expect(adapterOf(parts, 'again').isPinned).toBe(true);
+    await quiet(parts);
+    expectBooks(parts);
+  });
+});
+
 describe('a sequence whose adapter is not on the device', () => {
   test('waits alone: those that run and those behind it go on', async () => {
     const parts = await withAdapters(['a', 'b'], 3, { runtime: { numPages: 12, numHostPages: 6 } });
