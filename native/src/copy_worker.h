@@ -4,29 +4,24 @@
 #pragma once
 #include <napi.h>
 
-#include <condition_variable>
 #include <deque>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 #include "model.h"
 #include "pages.h"
+#include "worker_thread.h"
 
 namespace motet {
 
 class CopyWorker {
  public:
-  CopyWorker(Napi::Env env, std::shared_ptr<Model> model);
-  ~CopyWorker();
+  CopyWorker(Napi::Env env, std::shared_ptr<Model> model) : model_(std::move(model)), thread_(env, "motet copy", [this] { loop(); }) {}
 
   // Copies page from[i] of `source` to page to[i] of the other tier. `owner`, the object that this worker belongs to, is kept
   // alive until that is done. Resolves with { seconds }. Throws when the line is full.
   Napi::Promise start(Napi::Env env, Napi::Object owner, Tier source, std::vector<int32_t> from, std::vector<int32_t> to);
   bool busy() const { return !jobs_.empty(); }
-  // Ends the thread, after the copy in progress. Runs by itself when the environment ends.
-  void stop();
 
  private:
   static constexpr size_t kMaxJobs = 256;
@@ -38,19 +33,13 @@ class CopyWorker {
     std::vector<int32_t> from, to;
     double seconds = 0;
   };
-  static void on_environment_end(void* worker) { static_cast<CopyWorker*>(worker)->stop(); }
   void loop();
   void finish(Napi::Env env);
 
   std::shared_ptr<Model> model_;
-  Napi::Env env_;
-  Napi::ThreadSafeFunction done_;
-  std::deque<Job> jobs_;  // JavaScript's thread's; the first is the one that is done next
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<Job*> posted_;
-  bool stopping_ = false;
-  std::thread thread_;
+  std::deque<Job> jobs_;      // JavaScript's thread's; the first is the one that is done next
+  std::deque<Job*> posted_;   // under the thread's lock
+  WorkerThread thread_;       // last: it works with what is above
 };
 
 }  // namespace motet

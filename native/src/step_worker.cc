@@ -22,29 +22,6 @@ void resolve(std::span<int32_t> ids, const StepOutput& before, bool has_failed, 
 
 }  // namespace
 
-StepWorker::StepWorker(Napi::Env env, std::shared_ptr<Model> model)
-    : model_(std::move(model)),
-      env_(env),
-      done_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}), "motet step", 0, 1)) {
-  done_.Unref(env);  // an idle engine does not keep the process alive
-  thread_ = std::thread([this] { loop(); });
-  napi_add_env_cleanup_hook(env, on_environment_end, this);
-}
-
-StepWorker::~StepWorker() { stop(); }
-
-void StepWorker::stop() {
-  {
-    const std::lock_guard lock(mutex_);
-    if (stopping_) return;
-    stopping_ = true;
-  }
-  napi_remove_env_cleanup_hook(env_, on_environment_end, this);
-  wake_.notify_one();
-  thread_.join();
-  done_.Release();
-}
-
 const Batch& StepWorker::prepare(const Napi::Value& batch) {
   if (num_started_ - num_finished_ == kMaxSteps)
     throw Napi::Error::New(batch.Env(), "step: expected at most one step to be under way, got a third one");
@@ -58,24 +35,15 @@ Napi::Promise StepWorker::start(Napi::Env env, Napi::Object owner, std::vector<s
   next.deferred = Napi::Promise::Deferred::New(env);
   next.owner = Napi::Persistent(owner);
   next.adapters = std::move(adapters);
-  if (num_started_++ == num_finished_) done_.Ref(env);
-  {
-    const std::lock_guard lock(mutex_);
-    num_posted_ = num_started_;
-  }
-  wake_.notify_one();
+  if (num_started_++ == num_finished_) thread_.has_work(env, true);
+  thread_.post([&] { num_posted_ = num_started_; });
   return next.deferred->Promise();
 }
 
 void StepWorker::loop() {
-  std::unique_lock lock(mutex_);
-  for (uint64_t step = 0;; ++step) {
-    wake_.wait(lock, [&] { return num_posted_ > step || stopping_; });
-    if (stopping_) return;
-    lock.unlock();
+  for (uint64_t step = 0; thread_.wait([&] { return num_posted_ > step; }, [] {}); ++step) {
     run(job(step), job(step + kMaxSteps - 1));
-    done_.NonBlockingCall([this](Napi::Env env, Napi::Function) { finish(env); });
-    lock.lock();
+    thread_.call_back([this](Napi::Env env) { finish(env); });
   }
 }
 
@@ -103,7 +71,7 @@ void StepWorker::finish(Napi::Env env) {
   const Napi::Promise::Deferred deferred = *job.deferred;
   job.deferred.reset();
   job.adapters.clear();
-  if (++num_finished_ == num_started_) done_.Unref(env);
+  if (++num_finished_ == num_started_) thread_.has_work(env, false);
   if (!job.error.empty()) return deferred.Reject(Napi::Error::New(env, job.error).Value());
   try {
     Napi::Object result = from_step_output(env, job.output, job.batch.batch.want_logits, job.arrays);

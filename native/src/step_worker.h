@@ -6,24 +6,21 @@
 #include <napi.h>
 
 #include <array>
-#include <condition_variable>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "batch.h"
 #include "model.h"
 #include "translate.h"
+#include "worker_thread.h"
 
 namespace motet {
 
 class StepWorker {
  public:
-  StepWorker(Napi::Env env, std::shared_ptr<Model> model);
-  ~StepWorker();
+  StepWorker(Napi::Env env, std::shared_ptr<Model> model) : model_(std::move(model)), thread_(env, "motet step", [this] { loop(); }) {}
 
   // Copies the arrays of the next step, which `start` then starts. Throws when two are under way, and what to_batch throws.
   const Batch& prepare(const Napi::Value& batch);
@@ -31,8 +28,6 @@ class StepWorker {
   // ended; the adapters are held by shared pointers. Resolves with StepResult's object.
   Napi::Promise start(Napi::Env env, Napi::Object owner, std::vector<std::shared_ptr<Adapter>> adapters);
   bool busy() const { return num_started_ > num_finished_; }
-  // Ends the thread, after the step in progress. Runs by itself when the environment ends, before the channel back does.
-  void stop();
 
  private:
   static constexpr int kMaxSteps = 2;
@@ -49,22 +44,16 @@ class StepWorker {
     double began_ms = 0, ended_ms = 0;  // steady clock
     ResultArrays arrays;
   };
-  static void on_environment_end(void* worker) { static_cast<StepWorker*>(worker)->stop(); }
   Job& job(uint64_t step) { return jobs_[step % kMaxSteps]; }
   void loop();
   void run(Job& job, const Job& before);
   void finish(Napi::Env env);
 
   std::shared_ptr<Model> model_;
-  Napi::Env env_;
-  Napi::ThreadSafeFunction done_;
   std::array<Job, kMaxSteps> jobs_;
   uint64_t num_started_ = 0, num_finished_ = 0;  // JavaScript's thread
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  uint64_t num_posted_ = 0;
-  bool stopping_ = false;
-  std::thread thread_;
+  uint64_t num_posted_ = 0;                      // under the thread's lock
+  WorkerThread thread_;                          // last: it works with what is above
 };
 
 }  // namespace motet

@@ -406,6 +406,20 @@ TEST_F(SmallModel, RefusesInt8KvOfHeadsThatOverflowItsScores) {
   EXPECT_THROW(open(false, 1, KvType::kInt8), RuntimeError);
 }
 
+// More rows than one pass over the weights takes: a sequence with adapters goes on in the next one.
+TEST_F(SmallModel, ManyRowsGiveTheBitsOfEachSequenceAlone) {
+  const std::vector<int> counts(12, 30);
+  ASSERT_GT(12 * 30, pass_rows(kHidden));
+  std::vector<Voice> voices;
+  for (size_t s = 0; s < counts.size(); ++s) voices.push_back(kVoices[(s + 3) % kVoices.size()]);
+  const auto model = open(false, 3);
+  const std::vector<float> together = run(*model, counts, voices).logits;
+  for (size_t s = 0; s < counts.size(); ++s) {
+    const std::vector<float> alone = run(*model, {30}, {voices[s]}).logits;
+    EXPECT_EQ(std::memcmp(&together[s * 30 * kVocab], alone.data(), alone.size() * sizeof(float)), 0) << "sequence " << s;
+  }
+}
+
 // Adapters of one row each are read side by side, however many are left over.
 TEST_F(SmallModel, AdaptersSideBySideGiveTheBitsOfOneAlone) {
   for (const bool int8_adapters : {false, true}) {

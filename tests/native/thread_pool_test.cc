@@ -31,6 +31,38 @@ TEST_P(ThreadPoolTest, RunsEveryTaskOnce) {
   }
 }
 
+TEST_P(ThreadPoolTest, RunsEveryTaskOnceWhereEachThreadHasItsOwn) {
+  ThreadPool pool(GetParam());
+  const std::vector<uint8_t> bytes(1 << 16);
+  // The last ends within a line, and is longer than a wait.
+  std::vector<ThreadPool::Ahead> ahead(GetParam(), {bytes.data(), bytes.data() + 100});
+  ahead.back().end = bytes.data() + bytes.size();
+  for (int call = 0; call < 300; ++call) {
+    const int num_tasks = call % 20;
+    std::vector<int> runs(num_tasks, 0);
+    const auto count = [&](int task, int) { ++runs[task]; };
+    if (call % 3 == 0) pool.run_apart(num_tasks, {}, count);
+    else pool.run_apart(num_tasks, ahead, count);
+    for (int task = 0; task < num_tasks; ++task) ASSERT_EQ(runs[task], 1) << "task " << task << " of " << num_tasks;
+  }
+}
+
+TEST_P(ThreadPoolTest, ThreadsBeginWithTasksOfTheirOwn) {
+  ThreadPool pool(GetParam());
+  const int num_tasks = 5 * GetParam();
+  EXPECT_EQ(pool.first_task(num_tasks, 0), 0);
+  EXPECT_EQ(pool.first_task(num_tasks, GetParam()), num_tasks);
+  std::atomic<int> waiting{0};
+  std::vector<int> first(GetParam(), -1);
+  pool.run_apart(num_tasks, {}, [&](int task, int thread) {
+    if (first[thread] >= 0) return;
+    first[thread] = task;
+    waiting.fetch_add(1);
+    while (waiting.load() < GetParam()) std::this_thread::yield();  // nobody has done its first yet
+  });
+  for (int thread = 0; thread < GetParam(); ++thread) EXPECT_EQ(first[thread], pool.first_task(num_tasks, thread));
+}
+
 TEST_P(ThreadPoolTest, ManyTinyCallsFollowEachOther) {
   ThreadPool pool(GetParam());
   std::vector<int64_t> sums(5, 0);
