@@ -12,7 +12,7 @@ import type { AdapterModule } from '../../native/index.ts';
 import { EngineError, InvariantError } from '../errors.ts';
 import type { Arena } from '../ladder/arena.ts';
 import { type EvictionRule, type Kept, rules } from '../ladder/policy.ts';
-import { type Candidate, type Reclaimable, reclaim } from '../ladder/reclaim.ts';
+import { type Reclaimable, reclaim } from '../ladder/reclaim.ts';
 import type { Tier } from '../protocol.ts';
 import type { AdapterFile } from './adapter-tiers.ts';
 
@@ -375,37 +375,19 @@ export class Residency {
   }
 
   #leavingDevice(mayLeave: (adapter: Resident) => boolean): Reclaimable {
-    const all = this.#onDevice;
-    return {
-      kind: 'adapter',
-      get numReclaimablePages() {
-        let count = 0;
-        for (const adapter of all) if (mayLeave(adapter)) count += adapter.numPages;
-        return count;
-      },
-      next: () => leastOf(all, mayLeave, (adapter) => deviceRank(adapter, this.#options), this.#evict),
-    };
+    const rankOf = (adapter: Resident) => deviceRank(adapter, this.#options);
+    return leaving(this.#onDevice, mayLeave, rankOf, this.#evict);
   }
 
   /** @param below only what ranks lower */
   #leavingHost(below: number): Reclaimable {
-    const all = this.#onHost;
     const rankOf = (adapter: Resident) => hostRank(adapter, this.#options);
     const mayLeave = (adapter: Resident) =>
       !adapter.isMoving && (adapter.names.size > 0 || adapter.device !== null) && rankOf(adapter) < below;
-    const evict = (adapter: Resident) => {
+    return leaving(this.#onHost, mayLeave, rankOf, (adapter) => {
       this.#leaveHost(adapter);
       this.onEviction('host');
-    };
-    return {
-      kind: 'adapter',
-      get numReclaimablePages() {
-        let count = 0;
-        for (const adapter of all) if (mayLeave(adapter)) count += adapter.numPages;
-        return count;
-      },
-      next: () => leastOf(all, mayLeave, rankOf, evict),
-    };
+    });
   }
 
   #evict = (adapter: Resident): void => {
@@ -462,24 +444,35 @@ function isBehind(other: Resident, adapter: Resident): boolean {
   return isResting(other) && other.names.size > 0 && other.queuePlace > adapter.queuePlace;
 }
 
-function leastOf(
+/** Those of `all` that may leave, the lowest rank first. */
+function leaving(
   all: Iterable<Resident>,
   mayLeave: (adapter: Resident) => boolean,
   rankOf: (adapter: Resident) => number,
   evict: (adapter: Resident) => void,
-): Candidate | null {
-  let least: Resident | null = null;
-  let rank = Number.POSITIVE_INFINITY;
-  for (const adapter of all) {
-    if (!mayLeave(adapter)) continue;
-    const own = rankOf(adapter);
-    if (least !== null && own >= rank) continue;
-    least = adapter;
-    rank = own;
-  }
-  if (least === null) return null;
-  const chosen = least;
-  return { rank, evict: () => evict(chosen) };
+): Reclaimable {
+  return {
+    kind: 'adapter',
+    get numReclaimablePages() {
+      let count = 0;
+      for (const adapter of all) if (mayLeave(adapter)) count += adapter.numPages;
+      return count;
+    },
+    next() {
+      let least: Resident | null = null;
+      let rank = Number.POSITIVE_INFINITY;
+      for (const adapter of all) {
+        if (!mayLeave(adapter)) continue;
+        const own = rankOf(adapter);
+        if (least !== null && own >= rank) continue;
+        least = adapter;
+        rank = own;
+      }
+      if (least === null) return null;
+      const chosen = least;
+      return { rank, evict: () => evict(chosen) };
+    },
+  };
 }
 
 /** What keeping it on the device saves: the way up from the host arena where it is there too, else from its files. */
@@ -496,5 +489,5 @@ function kept(adapter: Resident, pageBytes: number, from: 'host' | 'disk', share
   const numBytes = adapter.numPages * pageBytes;
   const restoreSeconds = adapter.seconds[from] || numBytes / guessedBytesPerSecond[from];
   const { uses, lastUsedMs } = adapter;
-  return { restoreSeconds: restoreSeconds * share, numBytes, uses, lastUsedMs, isPinned: false };
+  return { restoreSeconds: restoreSeconds * share, numBytes, uses, lastUsedMs };
 }

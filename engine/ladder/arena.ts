@@ -1,5 +1,5 @@
 /**
- * The device arena's pages: equal pages, taken and given back by KV blocks and adapters alike. This file keeps the
+ * The pages of one tier, device or host: equal pages, taken and given back by KV blocks and adapters alike. This file keeps the
  * books; the bytes are the native side's. Invariant: free + used by each owner = all, and no page has two owners.
  * One arena for both is S-LoRA's unified paging (Sheng et al., 2023, §5).
  *

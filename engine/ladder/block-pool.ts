@@ -291,7 +291,6 @@ export class BlockPool implements Reclaimable, KvKeeper {
       numBytes: arena.pageBytes,
       uses: block.uses,
       lastUsedMs: block.lastUsedMs,
-      isPinned: false,
     });
     this.#unheld.add(block);
   }

@@ -19,8 +19,6 @@ export interface Kept {
   /** The count as it was at lastUsedMs: 1 for the first use. */
   uses: number;
   lastUsedMs: number;
-  /** Never leaves by itself. */
-  isPinned: boolean;
 }
 
 /** Counts one more use. */
@@ -29,20 +27,13 @@ export function touch(kept: Pick<Kept, 'uses' | 'lastUsedMs'>, nowMs: number): v
   kept.lastUsedMs = nowMs;
 }
 
-/** Seconds a byte that keeping it is expected to save. */
-export function value({ restoreSeconds, numBytes, uses, lastUsedMs }: Kept, nowMs: number): number {
-  return (restoreSeconds * uses * 2 ** ((lastUsedMs - nowMs) / halfLifeMs)) / numBytes;
-}
-
-/** Of two things the one with the lower rank leaves first; one that is pinned does not leave. */
+/** Of two things the one with the lower rank leaves first. */
 export const rules = {
   /** By value. */
-  cost: ({ restoreSeconds, numBytes, uses, lastUsedMs, isPinned }: Kept): number =>
-    isPinned
-      ? Number.POSITIVE_INFINITY
-      : Math.log2((restoreSeconds * uses) / numBytes) + lastUsedMs / halfLifeMs,
+  cost: ({ restoreSeconds, numBytes, uses, lastUsedMs }: Kept): number =>
+    Math.log2((restoreSeconds * uses) / numBytes) + lastUsedMs / halfLifeMs,
   /** What was not used for the longest time, whatever it costs. */
-  lru: ({ lastUsedMs, isPinned }: Kept): number => (isPinned ? Number.POSITIVE_INFINITY : lastUsedMs),
+  lru: ({ lastUsedMs }: Kept): number => lastUsedMs,
 };
 
 export type EvictionRule = keyof typeof rules;

@@ -99,6 +99,20 @@ const full: Record<Kind, object> = {
 
 type Case = [path: string, value: unknown, message: RegExp | null];
 
+/** Of models and adapters alike. */
+const remoteSources: Case[] = [
+  ...[
+    'hf://org/Name-1.5B',
+    'hf://org/name@refs%2Fpr%2F1/gguf/tiny.gguf',
+    'oci://ghcr.io/org/tiny',
+    'oci://registry.example:5000/a/b/tiny_x:v1.0',
+    `oci://ghcr.io/org/tiny@${digest}`,
+  ].map((uri): Case => ['spec.source', { uri }, null]),
+  ['spec.source', { uri: 'hf://org/name@main', digest }, null],
+  ['spec.source', { uri: 's3://my-bucket/folder/a b/tiny.gguf', digest }, null],
+  ['spec.source', { uri: 's3://bucket/x' }, /digest is required for https:\/\/ and s3/],
+];
+
 // What is refused, with what the message says after the field; null is accepted. Left out: `undefined`.
 const cases: Record<Kind, Case[]> = {
   BaseModel: [
@@ -110,16 +124,7 @@ const cases: Record<Kind, Case[]> = {
     ['spec.source', { uri: 'hostpath:///var/models/x.gguf' }, null],
     ['spec.source', { uri: 'file:///models/..x/x..gguf' }, null],
     ['spec.source.uri', 'https://models.example:8443/a/@b/x.gguf?part=1', null],
-    ...[
-      'hf://org/Name-1.5B',
-      'hf://org/name@refs%2Fpr%2F1/gguf/tiny.gguf',
-      'oci://ghcr.io/org/tiny',
-      'oci://registry.example:5000/a/b/tiny_x:v1.0',
-      `oci://ghcr.io/org/tiny@${digest}`,
-    ].map((uri): Case => ['spec.source', { uri }, null]),
-    ['spec.source', { uri: 'hf://org/name@main', digest }, null],
-    ['spec.source', { uri: 's3://my-bucket/folder/a b/tiny.gguf', digest }, null],
-    ['spec.source', { uri: 's3://bucket/x' }, /digest is required for https:\/\/ and s3/],
+    ...remoteSources,
     ...[
       'smollm2',
       'gs://bucket/x',
@@ -312,16 +317,7 @@ const cases: Record<Kind, Case[]> = {
     ['spec.source.uri', undefined, /Required value/],
     ['spec.source', { uri: 'pvc://adapters/sql' }, null],
     ['spec.source', { uri: 'file:///motet/adapters/sql', digest }, null],
-    ...[
-      'hf://org/Name-1.5B',
-      'hf://org/name@refs%2Fpr%2F1/gguf/tiny.gguf',
-      'oci://ghcr.io/org/tiny',
-      'oci://registry.example:5000/a/b/tiny_x:v1.0',
-      `oci://ghcr.io/org/tiny@${digest}`,
-    ].map((uri): Case => ['spec.source', { uri }, null]),
-    ['spec.source', { uri: 'hf://org/name@main', digest }, null],
-    ['spec.source', { uri: 's3://my-bucket/folder/a b/tiny.gguf', digest }, null],
-    ['spec.source', { uri: 's3://bucket/x' }, /digest is required for https:\/\/ and s3/],
+    ...remoteSources,
     ['spec.source', { uri: 'https://adapters.example/sql' }, /digest is required for https/],
     ...['sql', 'hostpath:///x', 'hf://x', 'pvc://adapters', 'http://h/x', 'oci://h', 's3://bucket'].map(
       (uri): Case => ['spec.source.uri', uri, /expected pvc:\/\/CLAIM\/PATH, file/],
