@@ -241,7 +241,6 @@ const noHooks = ['--no-hooks'];
 /** Installs a release `motet` in a namespace of its own, for the test that asks. */
 async function install(values: object = {}, args: string[] = [], folder = chartFolder): Promise<string> {
   const namespace = await createNamespace(plane, restricted);
-  await helm(plane, ['install', 'motet', folder, '-n', namespace, ...args, '-f', '-'], values);
   onTestFinished(async () => {
     await helm(plane, ['uninstall', 'motet', '-n', namespace, '--ignore-not-found', ...noHooks]);
     // The next test installs the definitions anew; they must be gone, and not about to go.
@@ -249,6 +248,7 @@ async function install(values: object = {}, args: string[] = [], folder = chartF
     await kubectl(plane, ['delete', 'crd', '-l', 'app.kubernetes.io/name=motet', '--ignore-not-found']);
     await kubectl(plane, gone);
   });
+  await helm(plane, ['install', 'motet', folder, '-n', namespace, ...args, '-f', '-'], values);
   return namespace;
 }
 
