@@ -5,13 +5,14 @@
 import type { StepBatch } from '../native/index.ts';
 import { needsHistory } from './sampling.ts';
 import type { Chunk } from './scheduler.ts';
-import type { Sequence } from './sequence.ts';
+import { blocksFor, type Sequence } from './sequence.ts';
 
 /** Added to a logit to forbid a token; finite, so that a sampler never meets infinity minus infinity. */
 const forbiddenLogit = -1e9;
 
 export class BatchLayout {
   readonly #eosTokenIds: readonly number[];
+  readonly #blockTokens: number;
   // Bounded by the limits.
   readonly #tokenIds: Column<Int32Array>;
   readonly #positions: Column<Int32Array>;
@@ -39,7 +40,12 @@ export class BatchLayout {
   readonly #biasValues = new Column(new Float32Array(64));
   readonly #historyIds = new Column(new Int32Array(1024));
 
-  constructor(limits: { maxBatchTokens: number; maxSequences: number }, eosTokenIds: Iterable<number>) {
+  constructor(
+    limits: { maxBatchTokens: number; maxSequences: number },
+    eosTokenIds: Iterable<number>,
+    blockTokens: number,
+  ) {
+    this.#blockTokens = blockTokens;
     const { maxBatchTokens, maxSequences } = limits;
     const ints = (length: number) => new Column(new Int32Array(length));
     const floats = (length: number) => new Column(new Float32Array(length));
@@ -87,8 +93,10 @@ export class BatchLayout {
       numTokens += length;
       this.#sequenceStarts.values[s + 1] = numTokens;
 
-      this.#blockIds.grow(numBlocks + sequence.numBlocks);
-      for (let i = 0; i < sequence.numBlocks; i++) {
+      // Those behind may be on their way yet.
+      const numOfSequence = blocksFor(begin + length, this.#blockTokens);
+      this.#blockIds.grow(numBlocks + numOfSequence);
+      for (let i = 0; i < numOfSequence; i++) {
         this.#blockIds.values[numBlocks++] = sequence.blocks[i]!;
       }
       this.#blockStarts.values[s + 1] = numBlocks;

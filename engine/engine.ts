@@ -69,6 +69,8 @@ export interface EngineOptions {
   onSpan?: (name: 'plan' | 'emit', beginMs: number, endMs: number) => void;
 }
 
+const isInFlight = (sequence: Sequence) => sequence.isInFlight;
+
 /** One drawn token with its alternatives, when logprobs were asked for. */
 export interface TokenLogprobs {
   tokenId: number;
@@ -168,13 +170,16 @@ export class Engine {
 
   constructor(options: EngineOptions) {
     this.#options = options;
-    this.#layout = new BatchLayout(options.limits, options.eosTokenIds);
+    this.#layout = new BatchLayout(options.limits, options.eosTokenIds, options.runtime.blockTokens);
   }
 
   /** The tiers need the engine (pages to keep) and the engine the tiers (pages wanted): this closes the circle. */
   start(tiers: AdapterTiers): void {
     this.#tiers = tiers;
-    this.#holders = [this.#options.blocks, tiers.residency.idle];
+    const { blocks } = this.#options;
+    this.#holders = [blocks, tiers.residency.idle];
+    blocks.host?.shareWith([tiers.residency.hostCopies]);
+    blocks.onArrived = () => this.wake();
     tiers.onFailed = (adapter, error) => this.#failWaiting(adapter, error);
     this.#loop = this.#run().catch((error) => this.#options.onFatal(error));
   }
@@ -341,8 +346,10 @@ export class Engine {
       else if (this.#steps.length === 0) this.#rest(plan);
       if (!step || (this.#steps.length > 0 && !this.#steps[0]!.outcome)) await this.#untilWoken();
     }
+    // What was on its way to a sequence has arrived when the pool is closed, and the sequence may go.
+    await this.#options.blocks.settled();
     this.#reap();
-    this.#options.blocks.clear();
+    await this.#options.blocks.close();
   }
 
   /** Hands in steps until as many are in flight as may be. @returns the plan that could not be carried out, if one */
@@ -352,8 +359,11 @@ export class Engine {
       const beginMs = now();
       this.#reap();
       const plan = this.#plan();
-      if (plan.chunks.length === 0 || (plan.preempted.length > 0 && this.#steps.length > 0)) return plan;
-      this.#handIn(plan.chunks, this.#carryOut(plan));
+      if (plan.chunks.length === 0 && plan.admitted.length === 0) return plan;
+      if (plan.preempted.length > 0 && (this.#steps.length > 0 || plan.preempted.some(isInFlight)))
+        return plan;
+      const made = this.#carryOut(plan);
+      if (plan.chunks.length > 0) this.#handIn(plan.chunks, made);
       onSpan?.('plan', beginMs, now());
     }
     return null;
@@ -362,7 +372,8 @@ export class Engine {
   /** No step is in flight, and the plan has none: says why. null: the engine is closed. */
   #rest(plan: SchedulePlan | null): void {
     this.#lastEndedMs = null;
-    if (plan === null) return;
+    // Those end in a wake.
+    if (plan === null || this.#options.blocks.isFetching) return;
     const tiers = this.#tiers!;
     if (plan.preempted.length > 0 || this.#waiting.length > 0) {
       const [first] = this.#startable();
@@ -409,6 +420,7 @@ export class Engine {
     for (let i = 0; i < chunks.length; i++) {
       const { sequence, numTokens } = chunks[i]!;
       sequence.numComputedTokens += numTokens;
+      sequence.skipReady();
       sequence.numStepsInFlight++;
     }
     for (let i = 0; i < this.#sampled.length; i++) {
@@ -423,10 +435,12 @@ export class Engine {
     const { chunks, sampled, outcome } = step;
     let numTokens = 0;
     let numPrefillTokens = 0;
+    let sumPositions = 0;
     for (let i = 0; i < chunks.length; i++) {
       const chunk = chunks[i]!;
       chunk.sequence.numStepsInFlight--;
       numTokens += chunk.numTokens;
+      sumPositions += chunk.numTokens * (chunk.endTokens - chunk.numTokens / 2);
       if (chunk.numTokens > 1) numPrefillTokens += chunk.numTokens;
     }
     if ('error' in outcome!) {
@@ -437,8 +451,9 @@ export class Engine {
     const { blocks, costs, metrics, eosTokenIds, now } = this.#options;
     // The tokens at these positions are known: the step before drew the last of them.
     for (let i = 0; i < chunks.length; i++) {
-      const { sequence, endTokens } = chunks[i]!;
+      const { sequence, numTokens, endTokens } = chunks[i]!;
       if (!sequence.isFinished) blocks.keep(sequence, endTokens, null);
+      blocks.computed(sequence, endTokens - numTokens, endTokens);
     }
     const { tokens, logprobs, beganMs, endedMs } = outcome!.result;
     const nowMs = now();
@@ -473,7 +488,7 @@ export class Engine {
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
     const seconds = (endedMs - beganMs) / 1000;
     metrics.observeStep(seconds, gapSeconds, chunks.length, numTokens);
-    if (2 * numPrefillTokens > numTokens) costs.observePrefill(seconds, numTokens);
+    if (2 * numPrefillTokens > numTokens) costs.observePrefill(seconds, numTokens, sumPositions / numTokens);
     this.#lastEndedMs = endedMs;
   }
 
@@ -482,7 +497,7 @@ export class Engine {
     let numLeft = 0;
     for (let i = 0; i < this.#running.length; i++) {
       const sequence = this.#running[i]!;
-      if (sequence.isFinished && sequence.numStepsInFlight === 0) this.#dispose(sequence);
+      if (sequence.isFinished && !sequence.isInFlight) this.#dispose(sequence);
       else this.#running[numLeft++] = sequence;
     }
     if (numLeft === this.#running.length) return;
@@ -550,7 +565,7 @@ export class Engine {
 
   /** @returns the blocks that are kept since */
   #carryOut(plan: SchedulePlan): MadeBlock[] {
-    const { arena, blocks, metrics, runtime } = this.#options;
+    const { arena, blocks, metrics } = this.#options;
     for (const sequence of plan.preempted) {
       this.#giveBackBlocks(sequence);
       this.#letGoOfAdapter(this.#live.get(sequence)!);
@@ -561,49 +576,43 @@ export class Engine {
       metrics.preemptions.inc();
     }
     for (const sequence of plan.passedOver) sequence.numPassedOver++;
-    for (const sequence of plan.admitted) {
+    for (const { sequence } of plan.admitted) {
       this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
       this.#running.push(sequence);
       sequence.status = 'running';
       this.#holdAdapter(this.#live.get(sequence)!);
     }
     // What is shared is held before room is made for others, or it might leave.
-    for (let i = 0; i < plan.chunks.length; i++) {
-      const { sequence, numCachedBlocks } = plan.chunks[i]!;
-      if (numCachedBlocks === 0) continue;
-      sequence.roomForBlocks(numCachedBlocks);
-      for (let at = 0; at < numCachedBlocks; at++) blocks.share(sequence, at);
-      sequence.numBlocks = numCachedBlocks;
-      sequence.numKeptBlocks = numCachedBlocks;
-      sequence.numComputedTokens = numCachedBlocks * runtime.blockTokens;
+    for (const { sequence, ways } of plan.admitted) {
+      sequence.roomForBlocks(ways.length);
+      for (let at = 0; at < ways.length; at++) if (ways[at] === 'share') blocks.share(sequence, at);
     }
-    for (const sequence of plan.admitted) this.#beginToRun(this.#live.get(sequence)!);
+    for (const { sequence, ways } of plan.admitted) {
+      reclaim(arena, ways.filter((way) => way !== 'share').length, this.#holders);
+      const numCachedTokens = blocks.begin(sequence, ways);
+      this.#beginToRun(this.#live.get(sequence)!, numCachedTokens);
+    }
+    blocks.startFetching();
     const made: MadeBlock[] = [];
     for (let i = 0; i < plan.chunks.length; i++) {
-      const { sequence, endTokens, numCachedBlocks, numNewBlocks } = plan.chunks[i]!;
-      for (let at = 0; at < numCachedBlocks; at++) {
-        if (sequence.blocks[at] === -1 && !blocks.share(sequence, at)) {
-          throw new InvariantError(
-            `the plan shares block ${at} of sequence ${sequence.id}, which nobody made`,
-          );
-        }
-      }
+      const { sequence, endTokens, numNewBlocks } = plan.chunks[i]!;
       if (numNewBlocks > 0) {
         reclaim(arena, numNewBlocks, this.#holders);
         blocks.take(sequence, numNewBlocks);
       }
       if (endTokens <= sequence.numKnownTokens) blocks.keep(sequence, endTokens, made);
     }
+    for (const { sequence } of plan.admitted) blocks.shareMade(sequence);
     return made;
   }
 
-  #beginToRun(live: Live): void {
+  #beginToRun(live: Live, numCachedTokens: number): void {
     if (live.scheduledMs !== null) return;
     const { blocks, metrics, now } = this.#options;
     const { sequence } = live;
     live.scheduledMs = now();
     if (!blocks.isCaching) return;
-    sequence.numCachedTokens = Math.min(sequence.numComputedTokens, sequence.numPromptTokens);
+    sequence.numCachedTokens = numCachedTokens;
     blocks.count(sequence.adapterKey, sequence.numPromptTokens, sequence.numCachedTokens);
     metrics.prefixCacheQueries.inc(sequence.numPromptTokens);
     metrics.prefixCacheHits.inc(sequence.numCachedTokens);
@@ -731,6 +740,7 @@ export class Engine {
   #giveBackBlocks(sequence: Sequence): void {
     this.#options.blocks.release(sequence);
     sequence.numComputedTokens = 0;
+    sequence.ready = [];
   }
 
   /** Prompt and most output tokens of a request, checked against the context and the arena. */

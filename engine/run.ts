@@ -100,20 +100,24 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   const { arena, hostArena } = arenasOf(runtime, runtime.numPages);
   const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
   const now = () => performance.now();
-  const costs = new MeasuredCosts();
-  const blocks = new BlockPool({
-    arena,
-    blockTokens: runtime.blockTokens,
-    isCaching: config.prefixCache,
-    rule: config.evictionRule,
-    costs,
-    now,
-  });
-  const wallClock = () => Date.now();
   const onFatal = (error: unknown) => {
     log.fatal({ err: error }, 'the engine cannot go on');
     process.exit(1);
   };
+  const costs = new MeasuredCosts();
+  const blocks = new BlockPool({
+    arena,
+    hostArena,
+    copier: runtime,
+    blockTokens: runtime.blockTokens,
+    isCaching: config.prefixCache,
+    rule: config.evictionRule,
+    costs,
+    log,
+    now,
+    onFailed: onFatal,
+  });
+  const wallClock = () => Date.now();
 
   const { maxBatchTokens, maxSequences, maxWaiting, maxLoraRank: maxRank } = config;
   const { eosTokenIds, createDetokenizer } = text;
@@ -136,6 +140,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     arena,
     hostArena,
     holders: [blocks],
+    hostHolders: blocks.host ? [blocks.host] : [],
     rule: config.evictionRule,
     readFile: (path) => readAdapterFile(path, prepared.dims, { maxRank }),
     numPagesKept: () => engine.numPagesKept(),

@@ -12,7 +12,8 @@
  *      all behind it wait too. One exception, so that a flood for one adapter does not starve the others: a sequence
  *      whose adapter has nothing running may pass a head whose adapter already has its share of the seats, at most
  *      maxPassedOver times per head. What the prefix cache has of a prompt is not computed again; that includes the
- *      blocks that chunks of this very plan write, since a step writes all KV of a layer before it reads any.
+ *      blocks that chunks of this very plan write, since a step writes all KV of a layer before it reads any. Blocks that
+ *      must be copied to the device first get their pages now; the sequence runs up to them, and waits for them alone.
  *
  * Loops over all that runs count instead of iterating: an iterator makes an object a turn, for every token.
  *
@@ -37,10 +38,16 @@ export interface ScheduleInput {
   maxSequences: number;
 }
 
+/** A kept block: on the device, with or without sequences that have it; on its way there; or below, and worth a copy. */
+export type FoundBlock = 'held' | 'unheld' | 'arriving' | 'host';
+
+/** How a block comes into the table of a sequence that begins to run. */
+export type BlockWay = 'share' | 'fetch' | 'compute';
+
 /** What the scheduler asks of the pool of KV blocks. */
 export interface PrefixCache {
-  /** Whether the block is kept, and whether a sequence has it; null: it is not there. */
-  find(hash: BlockHash): 'held' | 'unheld' | null;
+  /** null: it must be computed. */
+  find(hash: BlockHash): FoundBlock | null;
   /** Pages that come free if this sequence alone is preempted: at least one. */
   numPagesOfItsOwn(sequence: Sequence): number;
 }
@@ -51,10 +58,15 @@ export interface Chunk {
   numTokens: number;
   /** Positions that are computed after it. */
   endTokens: number;
-  /** Of a sequence that is admitted: leading blocks that the cache has, or that chunks before this one write. */
-  numCachedBlocks: number;
   /** Blocks to take first. */
   numNewBlocks: number;
+}
+
+/** A sequence that begins to run. */
+export interface Admission {
+  sequence: Sequence;
+  /** Of the leading blocks of its table, up to the last one that is not computed. What is shared may be of chunks before its own. */
+  ways: readonly BlockWay[];
 }
 
 export interface SchedulePlan {
@@ -62,8 +74,8 @@ export interface SchedulePlan {
   chunks: Chunk[];
   /** Youngest first; none of them has a chunk. */
   preempted: Sequence[];
-  /** Members of waiting that begin to run, in order. */
-  admitted: Sequence[];
+  /** Members of waiting that begin to run, in order. One whose blocks are on their way may have no chunk yet. */
+  admitted: Admission[];
   /** Heads of the queue that one behind them passed, once per pass. */
   passedOver: Sequence[];
 }
@@ -79,14 +91,14 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   let budgetTokens = input.maxBatchTokens;
 
   const newBlocks = (sequence: Sequence, numTokens: number) =>
-    blocksFor(sequence.numComputedTokens + numTokens, blockSizeTokens) - sequence.numBlocks;
+    Math.max(0, blocksFor(sequence.numComputedTokens + numTokens, blockSizeTokens) - sequence.numBlocks);
 
   const addChunk = (sequence: Sequence, numTokens: number) => {
     const numNewBlocks = newBlocks(sequence, numTokens);
     numFreePages -= numNewBlocks;
     budgetTokens -= numTokens;
     const endTokens = sequence.numComputedTokens + numTokens;
-    plan.chunks.push({ sequence, numTokens, endTokens, numCachedBlocks: 0, numNewBlocks });
+    plan.chunks.push({ sequence, numTokens, endTokens, numNewBlocks });
   };
 
   const preemptYoungest = () => {
@@ -109,14 +121,15 @@ export function schedule(input: ScheduleInput): SchedulePlan {
     isShortOfPages = false;
     for (let i = 0; i < running.length; i++) {
       const sequence = running[i]!;
-      if (sequence.numPendingTokens === 1) continue;
+      const { numRunnableTokens } = sequence;
+      if (sequence.numPendingTokens === 1 || numRunnableTokens === 0) continue;
       if (budgetTokens === 0) break;
       const numTokens = tokensThatFit(sequence, budgetTokens, numFreePages, blockSizeTokens);
-      isShortOfPages = numTokens < Math.min(sequence.numPendingTokens, budgetTokens);
+      isShortOfPages = numTokens < Math.min(numRunnableTokens, budgetTokens);
       if (numTokens > 0) addChunk(sequence, numTokens);
       if (isShortOfPages) break;
     }
-    if (plan.chunks.length > 0 || running.length === 0) break;
+    if (plan.chunks.length > 0 || !isShortOfPages) break;
     preemptYoungest();
   } while (running.length > 0);
 
@@ -147,67 +160,94 @@ export function schedule(input: ScheduleInput): SchedulePlan {
     const numPagesInSight = numFreePages - numPromisedPages - numWantedPages;
     // It takes one of its own at least: this spares the look into the cache.
     if (!isAlone && numPagesInSight <= 0) break;
-    const cached = findCached(sequence, blockSizeTokens, prefixCache, planned);
-    const numCachedTokens = cached.numBlocks * blockSizeTokens;
-    const numNeededPages = blocksFor(sequence.numTokens + 1, blockSizeTokens) - cached.numBlocks;
-    if (!isAlone && numNeededPages + cached.numUnheld > numPagesInSight) break;
-    const numTokens = Math.min(
-      sequence.numTokens - numCachedTokens,
-      budgetTokens,
-      (numFreePages - cached.numUnheld) * blockSizeTokens,
-    );
-    if (numTokens <= 0) break;
+    const found = findWays(sequence, blockSizeTokens, prefixCache, planned);
+    const { ways, numTaken } = found;
+    const numPages = blocksFor(sequence.numTokens + 1, blockSizeTokens) - ways.length + numTaken;
+    if (!isAlone && numPages > numPagesInSight) break;
+    if (numTaken > numFreePages) break;
+    const begin = found.numReady * blockSizeTokens;
+    const chunk: Chunk = { sequence, numTokens: 0, endTokens: begin, numNewBlocks: 0 };
+    if (!found.isWaiting) {
+      const numPositions = (ways.length + numFreePages - numTaken) * blockSizeTokens;
+      chunk.numTokens =
+        Math.min(found.nextReady * blockSizeTokens, sequence.numTokens, begin + budgetTokens, numPositions) -
+        begin;
+      if (chunk.numTokens <= 0) break;
+      chunk.endTokens = begin + chunk.numTokens;
+      chunk.numNewBlocks = Math.max(0, blocksFor(chunk.endTokens, blockSizeTokens) - ways.length);
+      plan.chunks.push(chunk);
+    }
     if (next > 0) plan.passedOver.push(waiting[0]!);
     waiting.splice(next, 1);
     running.push(sequence);
     seats.set(sequence.adapterKey, (seats.get(sequence.adapterKey) ?? 0) + 1);
-    plan.admitted.push(sequence);
-    const numNewBlocks = blocksFor(numTokens, blockSizeTokens);
-    const endTokens = numCachedTokens + numTokens;
-    const chunk: Chunk = { sequence, numTokens, endTokens, numCachedBlocks: cached.numBlocks, numNewBlocks };
-    plan.chunks.push(chunk);
+    plan.admitted.push({ sequence, ways });
+    for (let i = 0; i < ways.length; i++)
+      if (ways[i] !== 'compute') planned.shared.add(sequence.blockHashes[i]!);
     addHashes(chunk, blockSizeTokens, planned);
-    numFreePages -= numNewBlocks + cached.numUnheld;
-    budgetTokens -= numTokens;
-    numPromisedPages += numNeededPages - numNewBlocks;
+    numFreePages -= chunk.numNewBlocks + numTaken;
+    budgetTokens -= chunk.numTokens;
+    numPromisedPages += numPages - numTaken - chunk.numNewBlocks;
   }
   return plan;
 }
 
-/** Blocks that the chunks of a plan make full, and those that they share; a block may be both. */
+/** Blocks that the chunks of a plan make full, and those that come into tables; a block may be both. */
 interface PlannedBlocks {
   made: Set<BlockHash>;
   shared: Set<BlockHash>;
 }
 
-function addHashes(chunk: Chunk, blockSizeTokens: number, { made, shared }: PlannedBlocks): void {
-  const { sequence, endTokens, numTokens, numCachedBlocks } = chunk;
+function addHashes(chunk: Chunk, blockSizeTokens: number, { made }: PlannedBlocks): void {
+  const { sequence, endTokens, numTokens } = chunk;
   const begin = Math.floor((endTokens - numTokens) / blockSizeTokens);
   const end = Math.min(Math.floor(endTokens / blockSizeTokens), sequence.blockHashes.length);
-  for (let i = 0; i < numCachedBlocks; i++) shared.add(sequence.blockHashes[i]!);
   for (let i = begin; i < end; i++) made.add(sequence.blockHashes[i]!);
 }
 
-/**
- * The leading blocks of a waiting sequence that need not be computed, and how many of them nobody has: those are among the
- * free pages. The last token is always computed: what is drawn next comes from its row.
- */
-function findCached(
+/** How a waiting sequence would come to the blocks that it has tokens for. */
+interface FoundWays {
+  ways: BlockWay[];
+  /** Pages that they take from the free ones: of its own, and those of shared blocks that nobody has. */
+  numTaken: number;
+  /** Leading blocks that are not computed; whether some of them must arrive first. */
+  numReady: number;
+  isWaiting: boolean;
+  /** The first block that is ready behind what is computed first; Infinity: none. */
+  nextReady: number;
+}
+
+/** The last token is always computed: what is drawn next comes from its row. */
+function findWays(
   sequence: Sequence,
   blockSizeTokens: number,
   prefixCache: PrefixCache,
   { made, shared }: PlannedBlocks,
-): { numBlocks: number; numUnheld: number } {
+): FoundWays {
   const hashes = sequence.blockHashes;
   const most = Math.min(hashes.length, Math.floor((sequence.numTokens - 1) / blockSizeTokens));
-  let numUnheld = 0;
+  const found: FoundWays = {
+    ways: [],
+    numTaken: 0,
+    numReady: 0,
+    isWaiting: false,
+    nextReady: Number.POSITIVE_INFINITY,
+  };
+  const { ways } = found;
   for (let i = 0; i < most; i++) {
     const hash = hashes[i]!;
-    const found = prefixCache.find(hash);
-    if (found === null && !made.has(hash)) return { numBlocks: i, numUnheld };
-    if (found === 'unheld' && !shared.has(hash)) numUnheld++;
+    const state = prefixCache.find(hash);
+    if (state === null && !made.has(hash)) continue;
+    while (ways.length < i) ways.push('compute');
+    ways.push(state === 'host' ? 'fetch' : 'share');
+    if ((state === 'host' || state === 'unheld') && !shared.has(hash)) found.numTaken++;
+    const isLeading = found.numReady === i;
+    if (isLeading) found.numReady++;
+    if (isLeading && (state === 'host' || state === 'arriving')) found.isWaiting = true;
+    if (!isLeading && i < found.nextReady) found.nextReady = i;
   }
-  return { numBlocks: most, numUnheld };
+  for (const way of ways) if (way === 'compute') found.numTaken++;
+  return found;
 }
 
 /** The longest chunk of a prompt within the token budget and the free pages. */
@@ -220,7 +260,7 @@ function tokensThatFit(
   const numPositions = (sequence.numBlocks + numFreePages) * blockSizeTokens;
   return Math.max(
     0,
-    Math.min(sequence.numPendingTokens, budgetTokens, numPositions - sequence.numComputedTokens),
+    Math.min(sequence.numRunnableTokens, budgetTokens, numPositions - sequence.numComputedTokens),
   );
 }
 

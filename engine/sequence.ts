@@ -15,6 +15,15 @@ export interface AdapterUse {
   weight: number;
 }
 
+/** Positions, whole blocks, whose KV is in the table, or will be, and was not computed for this sequence. */
+export interface ReadyRange {
+  /** Tokens. */
+  begin: number;
+  end: number;
+  /** Copies that still bring blocks of it. */
+  numArriving: number;
+}
+
 export type SequenceStatus = 'waiting' | 'running' | 'finished';
 
 export class Sequence {
@@ -35,10 +44,13 @@ export class Sequence {
   tokens: Int32Array;
   numTokens: number;
   numUnknownTokens = 0;
-  /** Positions whose KV is in the block table. */
+  /** Leading positions whose KV is in the block table. */
   numComputedTokens = 0;
-  /** Steps that write into its blocks. */
+  /** Behind those, ascending: what need not be computed. */
+  ready: ReadyRange[] = [];
+  /** Steps and copies that write into its blocks. */
   numStepsInFlight = 0;
+  numCopiesInFlight = 0;
   /** [≥ numBlocks] page ids, in order of position. */
   blocks = new Int32Array(4);
   numBlocks = 0;
@@ -46,7 +58,7 @@ export class Sequence {
   blockHashes: BlockHash[] = [];
   /** Leading blocks that are shared or were offered to the prefix cache. */
   numKeptBlocks = 0;
-  /** Prompt tokens that the prefix cache had when it first ran. */
+  /** Prompt tokens that the prefix cache had, in whatever tier, when it first ran. */
   numCachedTokens = 0;
 
   status: SequenceStatus = 'waiting';
@@ -92,6 +104,25 @@ export class Sequence {
   /** Tokens that must run before the next one can be drawn: 1 while decoding. */
   get numPendingTokens(): number {
     return this.numTokens - this.numComputedTokens;
+  }
+
+  /** Of those, the next ones that may run: up to what is ready behind them, or on its way. */
+  get numRunnableTokens(): number {
+    return (this.ready[0]?.begin ?? this.numTokens) - this.numComputedTokens;
+  }
+
+  /** Something writes into its blocks. */
+  get isInFlight(): boolean {
+    return this.numStepsInFlight > 0 || this.numCopiesInFlight > 0;
+  }
+
+  /** Goes over what is ready at the end of what is computed. */
+  skipReady(): void {
+    for (let next = this.ready[0]; next; next = this.ready[0]) {
+      if (next.begin > this.numComputedTokens || next.numArriving > 0) return;
+      this.numComputedTokens = next.end;
+      this.ready.shift();
+    }
   }
 
   get isFinished(): boolean {

@@ -263,8 +263,8 @@ export interface Runtime {
   releaseAdapter(handle: number): void;
   /**
    * Copies page from[i] of one arena to page to[i] of the other, on a thread of its own: steps go on, and copies are done in
-   * the order in which they were asked for. At most 256 may be under way. The pages of both sides are the caller's until it
-   * resolves: nobody else may read or write them.
+   * the order in which they were asked for. At most 256 may be under way. Until it resolves nobody else may read or write the
+   * pages that are copied to. Those that are copied from may be read; who writes to them makes what arrives worthless, not more.
    * @returns how long the copying took, without the wait before it
    */
   copyPages(direction: 'toHost' | 'toDevice', from: Int32Array, to: Int32Array): Promise<{ seconds: number }>;

@@ -11,7 +11,7 @@
 import type { AdapterModule } from '../../native/index.ts';
 import { EngineError, InvariantError } from '../errors.ts';
 import type { Arena } from '../ladder/arena.ts';
-import { type EvictionRule, type Kept, rules } from '../ladder/policy.ts';
+import { copyShare, type EvictionRule, type Kept, rules } from '../ladder/policy.ts';
 import { type Reclaimable, reclaim } from '../ladder/reclaim.ts';
 import type { Tier } from '../protocol.ts';
 import type { AdapterFile } from './adapter-tiers.ts';
@@ -103,8 +103,6 @@ export class NobodyWaits extends Error {
 
 /** What copying a byte costs until it was measured; of adapters that were never brought back. */
 const guessedBytesPerSecond = { host: 4e9, disk: 4e8 };
-/** On the device as well: losing it costs nothing now, so it leaves the host first. */
-const hostCopyShare = 0.1;
 
 export class Residency {
   readonly #options: ResidencyOptions;
@@ -202,8 +200,8 @@ export class Residency {
   async writeThrough(adapter: Resident): Promise<void> {
     const { loader, hostArena, hostHolders = [], now } = this.#options;
     if (!this.mayWriteThrough(adapter)) throw new InvariantError('nothing to write through');
-    const lessWorth = this.#leavingHost(hostRank(adapter, this.#options));
-    if (!reclaim(hostArena!, adapter.numPages, [lessWorth, ...hostHolders])) return;
+    const rank = hostRank(adapter, this.#options);
+    if (!reclaim(hostArena!, adapter.numPages, [this.#leavingHost(rank), ...hostHolders], rank)) return;
     const pages = new Int32Array(adapter.numPages);
     hostArena!.take('adapter', pages.length, pages);
     const beginMs = now();
@@ -482,7 +480,7 @@ function deviceRank(adapter: Resident, { arena, rule }: ResidencyOptions): numbe
 
 /** What keeping it in the host arena saves: the way from its files, hardly ever when the device has it. */
 function hostRank(adapter: Resident, { arena, rule }: ResidencyOptions): number {
-  return rules[rule](kept(adapter, arena.pageBytes, 'disk', adapter.device ? hostCopyShare : 1));
+  return rules[rule](kept(adapter, arena.pageBytes, 'disk', adapter.device ? copyShare : 1));
 }
 
 function kept(adapter: Resident, pageBytes: number, from: 'host' | 'disk', share: number): Kept {

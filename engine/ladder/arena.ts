@@ -75,8 +75,11 @@ export class Arena {
     return this.#numUsed[owner];
   }
 
-  /** Writes `count` pages to out[at..]; false, and nothing taken, when fewer are free. */
-  take(owner: PageOwner, count: number, out: Int32Array, at = 0): boolean {
+  /**
+   * Writes `count` pages to out[at..]; false, and nothing taken, when fewer are free.
+   * @param isWrittenWhole  they will be, although the owner's are not always
+   */
+  take(owner: PageOwner, count: number, out: Int32Array, at = 0, isWrittenWhole = false): boolean {
     if (count > this.#numFree) return false;
     for (let i = 0; i < count; i++) {
       const page = this.#free[--this.#numFree]!;
@@ -84,7 +87,8 @@ export class Arena {
       out[at + i] = page;
     }
     this.#numUsed[owner] += count;
-    if (this.#clearing?.partlyWritten.includes(owner)) this.#clear(out.subarray(at, at + count));
+    if (!isWrittenWhole && this.#clearing?.partlyWritten.includes(owner))
+      this.#clear(out.subarray(at, at + count));
     return true;
   }
 

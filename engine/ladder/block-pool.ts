@@ -1,48 +1,45 @@
 /**
- * KV blocks on the device arena. A sequence takes pages of its own; a block that is full, and whose tokens are known, is
- * kept under its hash, shared by every sequence that begins alike, and stays when they have ended until its page is wanted.
- * Full blocks never change: a sequence writes behind them only. The last, partial block is never shared.
+ * KV blocks. A sequence takes pages of its own on the device; a block that is full, and whose tokens are known, is kept under its
+ * hash, shared by every sequence that begins alike, and stays when they have ended until its page is wanted. Full blocks never
+ * change: a sequence writes behind them only. The last, partial block is never shared.
  *
- * Invariant: a kv page of the arena is either of one sequence alone, or of one kept block, which counts its holders; a
- * kept block without holders stands in the queue of those that may leave.
- * Hashed blocks are vLLM's automatic prefix caching (Kwon et al., 2023, §4.4).
+ * With a host arena every block that is computed is copied there beside the steps (host-blocks.ts). One that has left the device
+ * comes back from it, to a page of its own, when a sequence wants it and computing it would take longer.
+ *
+ * Invariant: a kv page of the device is either of one sequence alone, or of one kept block, which counts its holders; a
+ * kept block without holders stands in the queue of those that may leave. A kept block is in one arena at least.
+ * Hashed blocks are vLLM's automatic prefix caching (Kwon et al., 2023, §4.4); conversations that come back are Pensieve's (Yu
+ * et al., 2025).
  */
+import type { Logger } from 'pino';
 import { InvariantError } from '../errors.ts';
 import type { KvKeeper } from '../purge.ts';
-import type { Sequence } from '../sequence.ts';
+import type { BlockWay, FoundBlock } from '../scheduler.ts';
+import type { ReadyRange, Sequence } from '../sequence.ts';
 import type { Arena } from './arena.ts';
 import { type BlockHash, BlockHasher, voiceHash } from './block-hash.ts';
 import type { MeasuredCosts } from './costs.ts';
+import { HostBlocks, type PageCopier } from './host-blocks.ts';
+import { type Arrival, type KeptBlock, type Place, placeOf } from './kept-block.ts';
 import { LeavingQueue } from './leaving-queue.ts';
 import { type EvictionRule, rules, touch } from './policy.ts';
 import type { Candidate, Reclaimable } from './reclaim.ts';
 
 export interface BlockPoolOptions {
   arena: Arena;
+  /** null: there is no host tier. */
+  hostArena: Arena | null;
+  copier: PageCopier;
   blockTokens: number;
   /** false: blocks are no one's but their sequence's, and nothing is kept. */
   isCaching: boolean;
   rule: EvictionRule;
   costs: MeasuredCosts;
+  log: Logger;
   /** Milliseconds, never going back. */
   now: () => number;
-}
-
-/** A full block that is kept under its hash. */
-export interface KeptBlock {
-  readonly hash: BlockHash;
-  readonly voice: string;
-  readonly page: number;
-  /** Its index in a block table. */
-  readonly depth: number;
-  /** Sequences that have it in their table. */
-  numHolders: number;
-  /** Not to be found any more: its content is wrong or unwanted. It goes with its last holder. */
-  isForgotten: boolean;
-  uses: number;
-  lastUsedMs: number;
-  rank: number;
-  queueIndex: number;
+  /** A copy was refused: our own books are broken. */
+  onFailed: (error: unknown) => void;
 }
 
 /** A block that is kept since a step was planned which computes it as a part of `maker`. */
@@ -57,6 +54,8 @@ export interface CacheCounts {
   hits: number;
 }
 
+/** Copies to the device that are under way at most; with more, what the host has is computed anew. */
+const maxFetches = 64;
 /** Voices whose counts are remembered; the least recently asked is forgotten. */
 const maxVoices = 4096;
 
@@ -65,21 +64,45 @@ export class BlockPool implements Reclaimable, KvKeeper {
   readonly #options: BlockPoolOptions;
   readonly #hasher: BlockHasher;
   readonly #byHash = new Map<BlockHash, KeptBlock>();
-  /** [numPages] the kept block in that page. */
+  /** [numPages] the kept block in that page of the device. */
   readonly #byPage: (KeptBlock | null)[];
-  readonly #unheld = new LeavingQueue<KeptBlock>();
+  readonly #unheld = new LeavingQueue<Place>();
+  /** null: nothing is kept below the device. */
+  readonly host: HostBlocks | null;
+  /** Blocks that the next copy to the device brings, and who hears of it. */
+  #fetched: KeptBlock[] = [];
+  #arrival: Arrival = { waits: [] };
+  readonly #fetches = new Set<Promise<void>>();
   /** By voice, the least recently asked first. */
   readonly #counts = new Map<string, CacheCounts>();
   /** Used again by `release`. */
   readonly #pages: Int32Array;
-  /** Blocks that left because their pages were wanted. */
+  /** Blocks that left the device because their pages were wanted. */
   numEvicted = 0;
+  /** Called with the bytes of each copy to the device, and the seconds it took. */
+  onFetched: (numBytes: number, seconds: number) => void = () => {};
+  /** Called when blocks have come to the device: those who waited for them may go on. */
+  onArrived: () => void = () => {};
 
   constructor(options: BlockPoolOptions) {
     this.#options = options;
     this.#hasher = new BlockHasher(options.blockTokens);
     this.#byPage = new Array<KeptBlock | null>(options.arena.numPages).fill(null);
     this.#pages = new Int32Array(options.arena.numPages);
+    const { hostArena, copier, blockTokens, rule, costs, log } = options;
+    this.host =
+      hostArena && options.isCaching
+        ? new HostBlocks({
+            arena: hostArena,
+            copier,
+            blockTokens,
+            rule,
+            costs,
+            log,
+            onLost: (block) => this.#lose(block),
+            onWritten: (block) => this.#rank(block),
+          })
+        : null;
   }
 
   get isCaching(): boolean {
@@ -96,8 +119,8 @@ export class BlockPool implements Reclaimable, KvKeeper {
   }
 
   next(): Candidate | null {
-    const block = this.#unheld.first();
-    return block && { rank: block.rank, evict: () => this.#evict(block) };
+    const place = this.#unheld.first();
+    return place && { rank: place.rank, evict: () => this.#evict(place.block) };
   }
 
   /** Makes the hashes of the full blocks among a sequence's first `numTokens` tokens, which are known. */
@@ -110,34 +133,145 @@ export class BlockPool implements Reclaimable, KvKeeper {
     }
   }
 
-  /** Whether a block is there, and whether it has holders; null: it is not there. */
-  find(hash: BlockHash): 'held' | 'unheld' | null {
+  /** How a block may come into a table; null: it must be computed. */
+  find(hash: BlockHash): FoundBlock | null {
     const block = this.#byHash.get(hash);
     if (!block) return null;
-    return block.numHolders > 0 ? 'held' : 'unheld';
+    if (block.arrival) return 'arriving';
+    if (block.device) return block.numHolders > 0 ? 'held' : 'unheld';
+    return this.#isWorthFetching(block) ? 'host' : null;
+  }
+
+  /** Pure: what is measured in, what is cheaper out. */
+  #isWorthFetching({ depth }: KeptBlock): boolean {
+    const { arena, blockTokens, costs } = this.#options;
+    const isRoomInLine = this.#fetches.size < maxFetches;
+    return (
+      isRoomInLine &&
+      costs.copySeconds(arena.pageBytes) < costs.prefillSeconds(blockTokens, depth * blockTokens)
+    );
   }
 
   /**
    * Puts the block of index `at` into the table of a sequence, which holds it from now on.
-   * @returns false when it is not there; the place in the table is −1 then
+   * @returns false when it is not on the device, nor on its way there; the place in the table is −1 then
    */
   share(sequence: Sequence, at: number): boolean {
     const block = this.#byHash.get(sequence.blockHashes[at]!);
-    sequence.blocks[at] = block?.page ?? -1;
-    if (!block) return false;
-    if (block.numHolders++ === 0) this.#unheld.remove(block);
+    sequence.blocks[at] = block?.device?.page ?? -1;
+    if (!block?.device) return false;
+    if (block.numHolders++ === 0) {
+      this.#unheld.remove(block.device);
+      this.host?.rank(block);
+    }
     touch(block, this.#options.now());
     return true;
+  }
+
+  /**
+   * Puts a block that the host arena has into the table of a sequence, in a page of the device that must be free, and which
+   * `startFetching` fills. Another sequence may have done so a moment ago.
+   */
+  #fetch(sequence: Sequence, at: number): void {
+    if (this.share(sequence, at)) return;
+    const block = this.#byHash.get(sequence.blockHashes[at]!);
+    if (!block?.host)
+      throw new InvariantError(`the plan fetches block ${at} of sequence ${sequence.id}, which is gone`);
+    if (!this.#options.arena.take('kv', 1, sequence.blocks, at, true)) throw noPages(1, 0);
+    const page = sequence.blocks[at]!;
+    block.device = placeOf(block, page);
+    block.numHolders = 1;
+    block.arrival = this.#arrival;
+    touch(block, this.#options.now());
+    this.#byPage[page] = block;
+    this.host!.pin(block);
+    this.#fetched.push(block);
+  }
+
+  /** One copy for all that was fetched since the last one. */
+  startFetching(): void {
+    if (this.#fetched.length === 0) return;
+    const blocks = this.#fetched;
+    const arrival = this.#arrival;
+    this.#fetched = [];
+    this.#arrival = { waits: [] };
+    const { copier, costs, arena, onFailed } = this.#options;
+    const from = Int32Array.from(blocks, (block) => block.host!.page);
+    const to = Int32Array.from(blocks, (block) => block.device!.page);
+    const copy = (async () => {
+      const { seconds } = await copier.copyPages('toDevice', from, to);
+      const numBytes = blocks.length * arena.pageBytes;
+      costs.observeCopy(seconds, numBytes);
+      this.onFetched(numBytes, seconds);
+      for (const block of blocks) {
+        block.arrival = null;
+        this.host!.unpin(block);
+        if (block.isForgotten && block.numHolders === 0) this.#leaveDevice(block);
+      }
+      for (const { sequence, range } of arrival.waits) {
+        range.numArriving--;
+        sequence.numCopiesInFlight--;
+        sequence.skipReady();
+      }
+    })();
+    const over = copy.catch(onFailed).finally(() => {
+      this.#fetches.delete(over);
+      this.onArrived();
+    });
+    this.#fetches.add(over);
+  }
+
+  /** Whether something is on its way to the device. */
+  get isFetching(): boolean {
+    return this.#fetches.size > 0;
   }
 
   /** Takes pages of its own for a sequence, which must be free. */
   take(sequence: Sequence, count: number): void {
     const { arena } = this.#options;
     const table = sequence.roomForBlocks(count);
-    if (!arena.take('kv', count, table, sequence.numBlocks)) {
-      throw new InvariantError(`the plan takes ${count} pages, ${arena.numFree} are free`);
-    }
+    if (!arena.take('kv', count, table, sequence.numBlocks)) throw noPages(count, arena.numFree);
     sequence.numBlocks += count;
+  }
+
+  /**
+   * Gives a sequence that begins to run the blocks of its table in their ways, beside those that it shares already, and says what
+   * it need not compute. Pages must be free for all that are not shared.
+   * @returns tokens of its prompt that it need not compute
+   */
+  begin(sequence: Sequence, ways: readonly BlockWay[]): number {
+    const { arena, blockTokens } = this.#options;
+    sequence.roomForBlocks(ways.length);
+    sequence.numBlocks = ways.length;
+    let range: ReadyRange | null = null;
+    for (let at = 0; at < ways.length; at++) {
+      if (ways[at] === 'compute') {
+        if (!arena.take('kv', 1, sequence.blocks, at)) throw noPages(1, 0);
+        range = null;
+        continue;
+      }
+      if (ways[at] === 'fetch') this.#fetch(sequence, at);
+      if (range === null) {
+        range = { begin: at * blockTokens, end: 0, numArriving: 0 };
+        sequence.ready.push(range);
+      }
+      range.end = (at + 1) * blockTokens;
+      const arrival = this.#byPage[sequence.blocks[at]!]?.arrival;
+      if (arrival) waitFor(arrival, sequence, range);
+    }
+    let numCached = 0;
+    for (const { begin, end } of sequence.ready)
+      numCached += Math.max(0, Math.min(end, sequence.numPromptTokens) - begin);
+    sequence.skipReady();
+    return numCached;
+  }
+
+  /** Puts the blocks into the table that were shared before anybody had made them; they are made now, for the same step. */
+  shareMade(sequence: Sequence): void {
+    for (let at = 0; at < sequence.numBlocks; at++) {
+      if (sequence.blocks[at] === -1 && !this.share(sequence, at))
+        throw new InvariantError(`the plan shares block ${at} of sequence ${sequence.id}, which nobody made`);
+    }
   }
 
   /**
@@ -146,31 +280,54 @@ export class BlockPool implements Reclaimable, KvKeeper {
    * @param made  what is kept now and was not is added here
    */
   keep(sequence: Sequence, numTokens: number, made: MadeBlock[] | null): void {
-    const { blockTokens, now } = this.#options;
+    const { blockTokens } = this.#options;
     if ((sequence.numKeptBlocks + 1) * blockTokens > numTokens || !this.isCaching) return;
     this.hash(sequence, numTokens);
     const end = Math.floor(numTokens / blockTokens);
     for (let depth = sequence.numKeptBlocks; depth < end; depth++) {
       const hash = sequence.blockHashes[depth]!;
       const page = sequence.blocks[depth]!;
-      if (this.#byHash.has(hash) || this.#byPage[page]) continue;
-      const block: KeptBlock = {
-        hash,
-        voice: sequence.adapterKey,
-        page,
-        depth,
-        numHolders: 1,
-        isForgotten: false,
-        uses: 1,
-        lastUsedMs: now(),
-        rank: 0,
-        queueIndex: -1,
-      };
+      const known = this.#byHash.get(hash);
+      if (known?.device || this.#byPage[page]) continue;
+      const block = known ?? this.#newBlock(hash, sequence.adapterKey, depth);
+      block.device = placeOf(block, page);
+      block.numHolders = 1;
+      this.host?.rank(block);
       this.#byHash.set(hash, block);
       this.#byPage[page] = block;
       made?.push({ block, maker: sequence });
     }
     sequence.numKeptBlocks = end;
+  }
+
+  #newBlock(hash: BlockHash, voice: string, depth: number): KeptBlock {
+    return {
+      hash,
+      voice,
+      depth,
+      device: null,
+      host: null,
+      numHolders: 0,
+      isComputed: false,
+      isWriting: false,
+      arrival: null,
+      isForgotten: false,
+      uses: 1,
+      lastUsedMs: this.#options.now(),
+    };
+  }
+
+  /** A step is over that computed these positions of a sequence. */
+  computed(sequence: Sequence, beginTokens: number, endTokens: number): void {
+    if (!this.host) return;
+    const { blockTokens } = this.#options;
+    const end = Math.min(Math.floor(endTokens / blockTokens), sequence.numBlocks);
+    for (let depth = Math.floor(beginTokens / blockTokens); depth < end; depth++) {
+      const block = this.#byPage[sequence.blocks[depth]!];
+      if (!block) continue;
+      block.isComputed = true;
+      this.host.write(block);
+    }
   }
 
   /** Takes a sequence's blocks back: what is kept stays, the rest is free. */
@@ -183,9 +340,10 @@ export class BlockPool implements Reclaimable, KvKeeper {
       const block = this.#byPage[page];
       if (block && --block.numHolders > 0) continue;
       if (block && !block.isForgotten) {
-        this.#enqueue(block, nowMs);
+        this.#letGo(block, nowMs);
         continue;
       }
+      if (block) block.device = null;
       this.#byPage[page] = null;
       this.#pages[numFreed++] = page;
     }
@@ -204,12 +362,13 @@ export class BlockPool implements Reclaimable, KvKeeper {
     return count;
   }
 
-  /** From now on nobody finds it. */
+  /** From now on nobody finds it; what sequences hold of it goes with the last of them. */
   forget(block: KeptBlock): void {
-    if (block.isForgotten) return;
-    block.isForgotten = true;
-    this.#byHash.delete(block.hash);
-    if (block.numHolders === 0) this.#free(block);
+    this.#lose(block);
+    // A copy that is under way reads one page and writes the other: both go when it is over.
+    if (block.arrival) return;
+    if (block.host) this.host!.remove(block);
+    if (block.device && block.numHolders === 0) this.#leaveDevice(block);
   }
 
   /** Whether a block that was forgotten is in a sequence's table. */
@@ -222,18 +381,30 @@ export class BlockPool implements Reclaimable, KvKeeper {
 
   /**
    * Forgets every block that was made with an adapter, alone or in a composition. What sequences still hold goes with them.
-   * @returns the bytes of those that were kept
+   * @returns the bytes of those that were kept, when no copy of them is under way any more
    */
   async purge(digest: string): Promise<{ device: number; host: number; disk: number }> {
     const blocks = [...this.#byHash.values()].filter(({ voice }) => voice.includes(digest));
+    const { pageBytes } = this.#options.arena;
+    const bytesOf = (tier: 'device' | 'host') => blocks.filter((block) => block[tier]).length * pageBytes;
+    const bytes = { device: bytesOf('device'), host: bytesOf('host'), disk: 0 };
     for (const block of blocks) this.forget(block);
     this.#counts.delete(digest);
-    return { device: blocks.length * this.#options.arena.pageBytes, host: 0, disk: 0 };
+    await this.settled();
+    return bytes;
   }
 
-  /** Forgets all that nobody holds. */
-  clear(): void {
-    for (let block = this.#unheld.first(); block; block = this.#unheld.first()) this.forget(block);
+  /** Forgets everything, when nobody holds anything any more; resolves when no copy is under way. */
+  async close(): Promise<void> {
+    await this.host?.close();
+    await this.settled();
+    for (const block of [...this.#byHash.values()]) this.forget(block);
+  }
+
+  /** Every copy that was begun is over. */
+  async settled(): Promise<void> {
+    await this.host?.settled();
+    await Promise.all(this.#fetches);
   }
 
   /** One prompt began to run. */
@@ -262,15 +433,15 @@ export class BlockPool implements Reclaimable, KvKeeper {
       if (block === null && count > 1)
         throw new InvariantError(`page ${page} has ${count} sequences, and no hash`);
       if (block === null) continue;
-      if (block.page !== page || block.numHolders !== count)
+      if (block.device?.page !== page || block.numHolders !== count)
         throw new InvariantError(
           `block in page ${page} counts ${block.numHolders} holders, and has ${count}`,
         );
       if (!block.isForgotten && this.#byHash.get(block.hash) !== block)
         throw new InvariantError(`block in page ${page} is kept, and cannot be found`);
-      if ((count === 0) !== block.queueIndex >= 0)
+      if ((count === 0) !== block.device.queueIndex >= 0)
         throw new InvariantError(
-          `block in page ${page} has ${count} holders, and queue index ${block.queueIndex}`,
+          `block in page ${page} has ${count} holders, and queue index ${block.device.queueIndex}`,
         );
       if (count === 0) numUnheld++;
     }
@@ -278,32 +449,72 @@ export class BlockPool implements Reclaimable, KvKeeper {
       throw new InvariantError(
         `${arena.numUsed('kv')} kv pages: ${numHolders.size} held, ${numUnheld} kept, ${this.#unheld.size} queued`,
       );
+    for (const block of this.#byHash.values()) {
+      if (!block.device && !block.host)
+        throw new InvariantError(`block of depth ${block.depth} is kept, and is nowhere`);
+    }
   }
 
-  #enqueue(block: KeptBlock, nowMs: number): void {
-    const { rule, costs, arena, blockTokens } = this.#options;
+  /** Nobody holds it any more; it stays while there is room. */
+  #letGo(block: KeptBlock, nowMs: number): void {
     // A use lasts until the block is let go, and never counts for less than one use now.
     touch(block, nowMs);
     block.uses = Math.max(1, block.uses - 1);
-    const restoreSeconds = costs.prefillSecondsPerToken * blockTokens;
-    block.rank = rules[rule]({
-      restoreSeconds,
-      numBytes: arena.pageBytes,
-      uses: block.uses,
-      lastUsedMs: block.lastUsedMs,
-    });
-    this.#unheld.add(block);
+    block.device!.rank = this.#rankOf(block);
+    this.#unheld.add(block.device!);
+    this.host?.rank(block);
+    this.host?.write(block);
+  }
+
+  /** What its way back costs has changed. */
+  #rank(block: KeptBlock): void {
+    if (!block.device || block.device.queueIndex < 0) return;
+    this.#unheld.remove(block.device);
+    block.device.rank = this.#rankOf(block);
+    this.#unheld.add(block.device);
+  }
+
+  /** On the device: the way back is a copy where the host has it. */
+  #rankOf({ depth, host, uses, lastUsedMs }: KeptBlock): number {
+    const { rule, costs, arena, blockTokens } = this.#options;
+    const prefillSeconds = costs.prefillSeconds(blockTokens, depth * blockTokens);
+    const restoreSeconds = host
+      ? Math.min(prefillSeconds, costs.copySeconds(arena.pageBytes))
+      : prefillSeconds;
+    return rules[rule]({ restoreSeconds, numBytes: arena.pageBytes, uses, lastUsedMs });
   }
 
   #evict(block: KeptBlock): void {
     this.numEvicted++;
-    this.forget(block);
+    this.#leaveDevice(block);
+    if (!block.host) this.#lose(block);
   }
 
-  #free(block: KeptBlock): void {
-    this.#unheld.remove(block);
-    this.#byPage[block.page] = null;
-    this.#pages[0] = block.page;
+  #leaveDevice(block: KeptBlock): void {
+    const place = block.device!;
+    if (place.queueIndex >= 0) this.#unheld.remove(place);
+    block.device = null;
+    this.#byPage[place.page] = null;
+    this.#pages[0] = place.page;
     this.#options.arena.giveBack('kv', this.#pages.subarray(0, 1));
   }
+
+  #lose(block: KeptBlock): void {
+    if (block.isForgotten) return;
+    block.isForgotten = true;
+    this.#byHash.delete(block.hash);
+  }
+}
+
+/** One wait for each copy, however many blocks of the range it brings. */
+function waitFor(arrival: Arrival, sequence: Sequence, range: ReadyRange): void {
+  const last = arrival.waits.at(-1);
+  if (last?.range === range) return;
+  arrival.waits.push({ sequence, range });
+  range.numArriving++;
+  sequence.numCopiesInFlight++;
+}
+
+function noPages(count: number, numFree: number): InvariantError {
+  return new InvariantError(`the plan takes ${count} pages, ${numFree} are free`);
 }

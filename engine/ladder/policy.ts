@@ -11,6 +11,9 @@
 /** How long an unused thing takes to be worth half. About the pause between two turns of a conversation. */
 export const halfLifeMs = 300_000;
 
+/** What a copy is worth in a tier below one that has it too, and keeps it: losing it costs nothing now. A part of its value. */
+export const copyShare = 0.1;
+
 /** A thing that is kept, and its use. */
 export interface Kept {
   /** By the next way that is open: a copy from the tier below, or making it anew. Above 0. */

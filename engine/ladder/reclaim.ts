@@ -17,13 +17,26 @@ export interface Candidate {
   evict(): void;
 }
 
-/** @returns whether `numPages` are free now. When they could not be, nothing has left. */
-export function reclaim(arena: Arena, numPages: number, holders: readonly Reclaimable[]): boolean {
+/**
+ * @param below  only what ranks lower may leave
+ * @returns whether `numPages` are free now. When all that may leave would not be enough, nothing has left; what ranks too high shows
+ *          on the way only, so with `below` some may have left in vain.
+ */
+export function reclaim(
+  arena: Arena,
+  numPages: number,
+  holders: readonly Reclaimable[],
+  below = Number.POSITIVE_INFINITY,
+): boolean {
   if (numPages <= arena.numFree) return true;
   let numAtMost = arena.numFree;
   for (const holder of holders) numAtMost += holder.numReclaimablePages;
   if (numPages > numAtMost) return false;
-  while (arena.numFree < numPages) leastOf(holders)!.evict();
+  while (arena.numFree < numPages) {
+    const least = leastOf(holders)!;
+    if (least.rank >= below) return false;
+    least.evict();
+  }
   return true;
 }
 

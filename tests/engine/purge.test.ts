@@ -64,6 +64,10 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   await vi.waitFor(() => expect(tiers.get('a')?.host).not.toBeNull(), { interval: 1 });
   const adapter = tiers.get('a')!;
 
+  // To look at device pages through; later there is none, since KV fills the host arena.
+  const spare = new Int32Array(1);
+  expect(hostArena!.take('kv', 1, spare)).toBe(true);
+
   // It was at other places of the arena before, its sequences wrote KV, and one of them runs.
   const prompt = (seed: number) => Array.from({ length: 90 }, (_, i) => (i * seed + 3) % 512);
   const alone = await generate(parts, { promptTokens: prompt(5), maxTokens: 200 });
@@ -89,8 +93,6 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   ]);
   const other = generate(parts, { promptTokens: prompt(5), maxTokens: 200 });
   await isWell.promise;
-  const spare = new Int32Array(1);
-  expect(hostArena!.take('kv', 1, spare)).toBe(true);
   const secrets = new Set<string>();
   // Its first blocks are full and do not change any more.
   for (const page of [...handle!.sequence.blocks.slice(0, 5), ...adapter.device!.pages]) {

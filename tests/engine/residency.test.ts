@@ -348,7 +348,7 @@ test.each(Array.from({ length: 6 }, (_, seed) => seed))(
     const runs: Promise<void>[] = [];
     for (let turn = 0; turn < 400; turn++) {
       const popular = random.below(3) > 0 ? random.below(12) : random.below(numAdapters);
-      if (turn % 50 === 20) await load(popular, turn).catch(expectNoRoom);
+      if (turn % 50 === 20) await load(popular, turn).catch(expectRefusal);
       if (turn % 100 === 70) runtime.failNextLoad = new Error('input/output error');
       const adapter = tiers.get(`${popular}`)!;
       const path = paths.get(`${popular}`)!;
@@ -375,13 +375,15 @@ test.each(Array.from({ length: 6 }, (_, seed) => seed))(
     await quiet(parts);
     await vi.waitFor(() => expectBooks(parts), { interval: 1 });
     for (let i = 0; i < numAdapters; i++) if (tiers.get(`${i}`)) tiers.unload(`${i}`);
-    parts.blocks.clear();
+    await parts.blocks.close();
     expect([arena.numFree, hostArena?.numFree]).toEqual([arena.numPages, hostArena?.numPages]);
     expect(runtime.adapters.size).toBe(0);
   },
 );
 
-function expectNoRoom(error: unknown): void {
+/** For want of room, or by the error that the test made, whoever meets that first. */
+function expectRefusal(error: unknown): void {
   expect(error).toBeInstanceOf(EngineError);
-  expect((error as EngineError).code).toBe('arena_full');
+  const { code, message } = error as EngineError;
+  if (code !== 'arena_full') expect(message).toContain('input/output error');
 }

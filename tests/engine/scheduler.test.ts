@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import { defaultSampling } from '../../engine/sampling.ts';
-import { maxPassedOver, type ScheduleInput, schedule } from '../../engine/scheduler.ts';
+import { type FoundBlock, maxPassedOver, type ScheduleInput, schedule } from '../../engine/scheduler.ts';
 import { Sequence } from '../../engine/sequence.ts';
 
 let nextId = 0;
@@ -44,6 +44,8 @@ function plan(input: Partial<ScheduleInput>) {
 const chunks = (made: ReturnType<typeof plan>) =>
   made.chunks.map((chunk) => [chunk.sequence, chunk.numTokens]);
 
+const admitted = (made: ReturnType<typeof plan>) => made.admitted.map((admission) => admission.sequence);
+
 describe('decode', () => {
   test('gives every running sequence its next token before any prompt', () => {
     const [a, prefilling, b] = [decoding(), sequence({ numTokens: 100, numComputed: 32 }), decoding()];
@@ -82,7 +84,7 @@ describe('decode', () => {
       waiting: [sequence({ numTokens: 1 })],
       numFreePages: 1,
     });
-    expect(made.admitted).toEqual([]);
+    expect(admitted(made)).toEqual([]);
   });
 });
 
@@ -145,7 +147,7 @@ describe('prefill', () => {
     ];
     const made = plan({ running: [old, young], waiting: [sequence({ numTokens: 1 })], numFreePages: 2 });
     expect(chunks(made)).toEqual([[old, 32]]);
-    expect(made.admitted).toEqual([]);
+    expect(admitted(made)).toEqual([]);
   });
 
   test('preempts the youngest prompt when no prompt can go on', () => {
@@ -162,29 +164,29 @@ describe('prefill', () => {
 describe('admission', () => {
   test('admits in order of arrival, up to the seats', () => {
     const waiting = Array.from({ length: 5 }, () => sequence({ numTokens: 2 }));
-    expect(plan({ waiting, maxSequences: 3 }).admitted).toEqual(waiting.slice(0, 3));
+    expect(admitted(plan({ waiting, maxSequences: 3 }))).toEqual(waiting.slice(0, 3));
   });
 
   test('makes all wait behind a head whose pages are not in sight', () => {
     const waiting = [sequence({ numTokens: 200 }), sequence({ numTokens: 2 })];
     const made = plan({ running: [decoding(18)], waiting, numFreePages: 5 });
-    expect(made.admitted).toEqual([]);
+    expect(admitted(made)).toEqual([]);
   });
 
   test('counts the pages that admitted prompts will still take', () => {
     const waiting = [sequence({ numTokens: 160 }), sequence({ numTokens: 160 })];
-    expect(plan({ waiting, numFreePages: 20 }).admitted).toEqual(waiting.slice(0, 1));
+    expect(admitted(plan({ waiting, numFreePages: 20 }))).toEqual(waiting.slice(0, 1));
   });
 
   test('leaves the pages that a load waits for', () => {
     const input = { running: [decoding(18)], waiting: [sequence({ numTokens: 16 })], numFreePages: 4 };
-    expect(plan({ ...input, numWantedPages: 2 }).admitted).toEqual(input.waiting);
-    expect(plan({ ...input, numWantedPages: 3 }).admitted).toEqual([]);
+    expect(admitted(plan({ ...input, numWantedPages: 2 }))).toEqual(input.waiting);
+    expect(admitted(plan({ ...input, numWantedPages: 3 }))).toEqual([]);
   });
 
   test('admits a sequence when nothing runs, whatever a load waits for', () => {
     const waiting = [sequence({ numTokens: 60 })];
-    expect(plan({ waiting, numFreePages: 4, numWantedPages: 4 }).admitted).toEqual(waiting);
+    expect(admitted(plan({ waiting, numFreePages: 4, numWantedPages: 4 }))).toEqual(waiting);
   });
 
   test('lets an adapter that has no seat pass a flood for another', () => {
@@ -192,7 +194,7 @@ describe('admission', () => {
     const flood = sequence({ numTokens: 2, adapterKey: 'flood' });
     const starving = sequence({ numTokens: 2, adapterKey: 'quiet' });
     const made = plan({ running, waiting: [flood, starving], maxSequences: 5 });
-    expect(made.admitted).toEqual([starving]);
+    expect(admitted(made)).toEqual([starving]);
     expect(made.passedOver).toEqual([flood]);
   });
 
@@ -200,7 +202,7 @@ describe('admission', () => {
     const running = [sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' })];
     const flood = sequence({ numTokens: 2, adapterKey: 'flood' });
     const quiet = sequence({ numTokens: 2, adapterKey: 'quiet' });
-    expect(plan({ running, waiting: [flood, quiet], maxSequences: 4 }).admitted).toEqual([flood, quiet]);
+    expect(admitted(plan({ running, waiting: [flood, quiet], maxSequences: 4 }))).toEqual([flood, quiet]);
   });
 
   test('admits the head once it was passed over often enough', () => {
@@ -208,14 +210,14 @@ describe('admission', () => {
     const head = sequence({ numTokens: 2, adapterKey: 'flood' });
     head.numPassedOver = maxPassedOver;
     const waiting = [head, sequence({ numTokens: 2, adapterKey: 'quiet' })];
-    expect(plan({ running, waiting, maxSequences: 5 }).admitted).toEqual([head]);
+    expect(admitted(plan({ running, waiting, maxSequences: 5 }))).toEqual([head]);
   });
 
   test('lets nobody pass a sequence that was preempted', () => {
     const running = [0, 1, 2, 3].map(() => sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' }));
     const head = sequence({ numTokens: 2, adapterKey: 'flood', wasPreempted: true });
     const waiting = [head, sequence({ numTokens: 2, adapterKey: 'quiet' })];
-    expect(plan({ running, waiting, maxSequences: 5 }).admitted).toEqual([head]);
+    expect(admitted(plan({ running, waiting, maxSequences: 5 }))).toEqual([head]);
   });
 });
 
@@ -223,31 +225,70 @@ describe('the prefix cache', () => {
   /** Its first blocks have these names. */
   const named = (numTokens: number, ...blockHashes: string[]) =>
     Object.assign(sequence({ numTokens }), { blockHashes });
-  const cacheOf = (found: Record<string, 'held' | 'unheld'>): ScheduleInput['prefixCache'] => ({
+  const cacheOf = (found: Record<string, FoundBlock>): ScheduleInput['prefixCache'] => ({
     find: (hash) => found[hash] ?? null,
     numPagesOfItsOwn: ({ numBlocks }) => numBlocks,
   });
+  /** By sequence: how its blocks come (the first letters of the ways), and its chunk: tokens, where it ends, new blocks. */
   const shape = (made: ReturnType<typeof plan>) =>
-    made.chunks.map((chunk) => [chunk.numCachedBlocks, chunk.numTokens, chunk.endTokens, chunk.numNewBlocks]);
+    made.admitted.map(({ sequence, ways }) => {
+      const chunk = made.chunks.find((one) => one.sequence === sequence);
+      const letters = ways.map((way) => way[0]).join('');
+      return [letters, ...(chunk ? [chunk.numTokens, chunk.endTokens, chunk.numNewBlocks] : [])];
+    });
 
-  test('spares a prompt the blocks that are there, up to the first that is not', () => {
+  test('spares a prompt the blocks that are there, and stops before those behind a gap', () => {
     const prefixCache = cacheOf({ a: 'held', b: 'held', d: 'held' });
     const made = plan({ waiting: [named(70, 'a', 'b', 'c', 'd')], prefixCache });
-    expect(shape(made)).toEqual([[2, 38, 70, 3]]);
+    expect(shape(made)).toEqual([['sscs', 16, 48, 0]]);
+  });
+
+  test('takes pages at once for what must be copied, and runs up to it', () => {
+    const prefixCache = cacheOf({ a: 'unheld', c: 'host', d: 'arriving' });
+    const waiting = [named(70, 'a', 'b', 'c', 'd')];
+    expect(shape(plan({ waiting, prefixCache }))).toEqual([['scfs', 16, 32, 0]]);
+    // Blocks 0, 1 and 2 now, and one for the last tokens.
+    const numAdmitted = (numFreePages: number) =>
+      plan({ running: [decoding(18)], waiting, prefixCache, numFreePages }).admitted.length;
+    expect([3, 4].map(numAdmitted)).toEqual([0, 1]);
+  });
+
+  test.each(['host', 'arriving'] as const)(
+    'lets one begin without a chunk whose first blocks are %s',
+    (found) => {
+      const made = plan({ waiting: [named(70, 'a', 'b')], prefixCache: cacheOf({ a: found, b: 'held' }) });
+      expect(shape(made)).toEqual([[found === 'host' ? 'fs' : 'ss']]);
+    },
+  );
+
+  test('copies for two sequences once', () => {
+    const prefixCache = cacheOf({ a: 'host', b: 'host' });
+    const waiting = [named(33, 'a', 'b'), named(33, 'a', 'b')];
+    const numAdmitted = (numFreePages: number) =>
+      plan({ running: [decoding(18)], waiting, prefixCache, numFreePages }).admitted.length;
+    expect([2, 3, 4].map(numAdmitted)).toEqual([0, 1, 2]);
+  });
+
+  test('preempts nobody because all wait for their blocks', () => {
+    const waits = sequence({ numTokens: 40 });
+    waits.numBlocks = 2;
+    waits.ready = [{ begin: 0, end: 32, numArriving: 1 }];
+    const made = plan({ running: [waits], numFreePages: 0 });
+    expect([made.chunks, made.preempted]).toEqual([[], []]);
   });
 
   test('leaves a prompt its last token to compute', () => {
     const prefixCache = cacheOf({ a: 'held', b: 'held' });
-    expect(shape(plan({ waiting: [named(32, 'a', 'b')], prefixCache }))).toEqual([[1, 16, 32, 1]]);
-    expect(shape(plan({ waiting: [named(33, 'a', 'b')], prefixCache }))).toEqual([[2, 1, 33, 1]]);
+    expect(shape(plan({ waiting: [named(32, 'a', 'b')], prefixCache }))).toEqual([['s', 16, 32, 1]]);
+    expect(shape(plan({ waiting: [named(33, 'a', 'b')], prefixCache }))).toEqual([['ss', 1, 33, 1]]);
   });
 
   test('lets prompts of one step share what the first of them computes', () => {
     const waiting = [named(40, 'a', 'b'), named(40, 'a', 'b'), named(40, 'a', 'c')];
     expect(shape(plan({ waiting }))).toEqual([
-      [0, 40, 40, 3],
-      [2, 8, 40, 1],
-      [1, 16, 32, 1],
+      ['', 40, 40, 3],
+      ['ss', 8, 40, 1],
+      ['s', 16, 32, 1],
     ]);
   });
 

@@ -1,3 +1,4 @@
+import { pino } from 'pino';
 import { describe, expect, test } from 'vitest';
 import { Arena } from '../../../engine/ladder/arena.ts';
 import { BlockPool } from '../../../engine/ladder/block-pool.ts';
@@ -12,13 +13,25 @@ function pool(numPages = 16) {
   const arena = new Arena(numPages, 1024);
   const blocks = new BlockPool({
     arena,
+    hostArena: null,
+    copier: {
+      copyPages() {
+        throw new Error('there is no host arena');
+      },
+    },
     blockTokens: 16,
     isCaching: true,
     rule: 'cost',
     costs: new MeasuredCosts(),
+    log: pino({ level: 'silent' }),
     now: () => nowMs++,
+    onFailed: fail,
   });
   return { arena, blocks };
+}
+
+function fail(error: unknown): never {
+  throw error;
 }
 
 let nextId = 0;
@@ -142,7 +155,7 @@ const numOperations = Number(process.env.MOTET_LADDER_OPERATIONS ?? 20_000);
 
 test.each([1, 2, 3])(
   'the books of arena and pool add up over a random run (seed %i)',
-  (seed) => {
+  async (seed) => {
     const random = seededRandom(seed);
     const parts = pool(random.from(8, 40));
     const { arena, blocks } = parts;
@@ -181,7 +194,7 @@ test.each([1, 2, 3])(
     }
     for (const made of held) blocks.release(made);
     for (const pages of adapters) arena.giveBack('adapter', pages);
-    blocks.clear();
+    await blocks.close();
     arena.check();
     blocks.check([]);
     expect(arena.numFree).toBe(arena.numPages);
