@@ -14,6 +14,7 @@
  *
  * Full blocks of a prompt are in the prefix cache from when a step has them: steps run in order, so a sequence that shares
  * them in the same step or the next reads what was written. When the step fails, they and whoever has them are lost with it.
+ * Blocks that the host arena has are copied beside the steps; a sequence runs up to them and waits for them alone.
  *
  * Nothing is made for a token but its text: loops over a batch count, since an iterator makes an object a turn, and what
  * a sequence says is written over what it said before.
@@ -25,7 +26,7 @@ import { BatchLayout } from './batch.ts';
 import { EngineError, InvariantError } from './errors.ts';
 import type { Arena } from './ladder/arena.ts';
 import type { BlockHash } from './ladder/block-hash.ts';
-import type { BlockPool, MadeBlock } from './ladder/block-pool.ts';
+import type { BlockPool, CachedTokens, MadeBlock } from './ladder/block-pool.ts';
 import type { MeasuredCosts } from './ladder/costs.ts';
 import { type Reclaimable, reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
@@ -589,8 +590,7 @@ export class Engine {
     }
     for (const { sequence, ways } of plan.admitted) {
       reclaim(arena, ways.filter((way) => way !== 'share').length, this.#holders);
-      const numCachedTokens = blocks.begin(sequence, ways);
-      this.#beginToRun(this.#live.get(sequence)!, numCachedTokens);
+      this.#beginToRun(this.#live.get(sequence)!, blocks.begin(sequence, ways));
     }
     blocks.startFetching();
     const made: MadeBlock[] = [];
@@ -606,16 +606,17 @@ export class Engine {
     return made;
   }
 
-  #beginToRun(live: Live, numCachedTokens: number): void {
+  #beginToRun(live: Live, cached: CachedTokens): void {
     if (live.scheduledMs !== null) return;
     const { blocks, metrics, now } = this.#options;
     const { sequence } = live;
     live.scheduledMs = now();
     if (!blocks.isCaching) return;
-    sequence.numCachedTokens = numCachedTokens;
+    sequence.numCachedTokens = cached.device + cached.host;
     blocks.count(sequence.adapterKey, sequence.numPromptTokens, sequence.numCachedTokens);
     metrics.prefixCacheQueries.inc(sequence.numPromptTokens);
     metrics.prefixCacheHits.inc(sequence.numCachedTokens);
+    metrics.observeCached(cached);
   }
 
   #holdAdapter(live: Live): void {

@@ -6,7 +6,8 @@ import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import type { FetchEvent } from './adapters/adapter-cache.ts';
 import type { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { type Arena, pageOwners } from './ladder/arena.ts';
-import type { BlockPool } from './ladder/block-pool.ts';
+import type { BlockPool, CachedTokens } from './ladder/block-pool.ts';
+import type { Tier } from './protocol.ts';
 import type { FinishReason } from './stop.ts';
 
 /** What the gauges read. */
@@ -60,6 +61,28 @@ export class EngineMetrics {
   readonly prefixCacheHits = this.#counter(
     'vllm:prefix_cache_hits_total',
     'Prompt tokens that the prefix cache had.',
+  );
+  readonly #cachedTokens = this.#labelled(
+    'motet_kv_hit_tokens_total',
+    'Prompt tokens that the prefix cache had, by the tier in which they were.',
+    ['tier'],
+  );
+  readonly #kvMoveSeconds = new Histogram({
+    name: 'motet_kv_move_seconds',
+    help: 'One copy of KV blocks between tiers, in seconds.',
+    labelNames: ['from', 'to'],
+    buckets: tierBounds,
+    registers: [this.registry],
+  });
+  readonly #kvMoveBytes = this.#labelled(
+    'motet_kv_move_bytes_total',
+    'Bytes of KV blocks that were copied between tiers.',
+    ['from', 'to'],
+  );
+  readonly #kvWaitSeconds = this.#histogram(
+    'motet_kv_wait_seconds',
+    'From when KV blocks were asked of the host arena until they were on the device, in seconds.',
+    tierBounds,
   );
   readonly rejected = this.#counter(
     'motet_requests_rejected_total',
@@ -331,14 +354,33 @@ export class EngineMetrics {
       },
     });
     new Counter({
-      name: 'motet_prefix_cache_evictions_total',
-      help: 'Kept KV blocks that left because their pages were wanted.',
+      name: 'motet_kv_evictions_total',
+      help: 'Kept KV blocks that left a tier because their pages were wanted, by tier.',
+      labelNames: ['tier'],
       registers: [this.registry],
       collect() {
         this.reset();
-        this.inc(blocks.numEvicted);
+        this.inc({ tier: 'device' }, blocks.numEvicted);
+        this.inc({ tier: 'host' }, blocks.host?.numEvicted ?? 0);
       },
     });
+    new Counter({
+      name: 'motet_kv_refused_total',
+      help: 'KV blocks that were not copied to the host arena, since all that it held was worth more.',
+      registers: [this.registry],
+      collect() {
+        this.reset();
+        this.inc(blocks.host?.numRefused ?? 0);
+      },
+    });
+    blocks.onFetched = (numBytes, seconds, waitSeconds) => {
+      this.#observeKvMove({ from: 'host', to: 'device' }, numBytes, seconds);
+      this.#kvWaitSeconds.observe(waitSeconds);
+    };
+    if (blocks.host) {
+      blocks.host.onCopied = (numBytes, seconds) =>
+        this.#observeKvMove({ from: 'device', to: 'host' }, numBytes, seconds);
+    }
     tiers.onLoaded = (seconds) => this.adapterLoadSeconds.observe(seconds);
     tiers.onLookup = (tier) => this.#adapterLookups.inc({ tier });
     tiers.onWaited = (seconds) => this.#adapterWaitSeconds.observe(seconds);
@@ -347,6 +389,16 @@ export class EngineMetrics {
       this.#moveBytes.inc({ from, to }, bytes);
     };
     tiers.residency.onEviction = (tier) => this.#adapterEvictions.inc({ tier });
+  }
+
+  #observeKvMove(way: { from: Tier; to: Tier }, numBytes: number, seconds: number): void {
+    this.#kvMoveSeconds.observe(way, seconds);
+    this.#kvMoveBytes.inc(way, numBytes);
+  }
+
+  observeCached({ device, host }: CachedTokens): void {
+    this.#cachedTokens.inc({ tier: 'device' }, device);
+    this.#cachedTokens.inc({ tier: 'host' }, host);
   }
 
   observeAdapterFailure(code: string): void {

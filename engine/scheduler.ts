@@ -5,7 +5,7 @@
  * known yet. A sequence that has all its tokens, or has ended, holds its blocks until that step is over, but no seat.
  *
  *   1. Decode rows of all running sequences, oldest first, so that nobody's next token waits for another's prompt.
- *      When no page is free the youngest running sequence is preempted: its blocks go back and it recomputes later.
+ *      When no page is free the youngest running sequence is preempted: its blocks go back, and later it fetches or computes them again.
  *   2. Prompts of running sequences, oldest first, in chunks within the token budget. A prompt never preempts while
  *      something else can run; it waits for pages, and nothing younger takes pages before it.
  *   3. Admission, first come first served. When the pages for the whole sequence are not in sight, the head waits and

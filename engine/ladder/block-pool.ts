@@ -54,6 +54,12 @@ export interface CacheCounts {
   hits: number;
 }
 
+/** Of a prompt, by the tier in which they were found. */
+export interface CachedTokens {
+  device: number;
+  host: number;
+}
+
 /** Copies to the device that are under way at most; with more, what the host has is computed anew. */
 const maxFetches = 64;
 /** Voices whose counts are remembered; the least recently asked is forgotten. */
@@ -79,8 +85,8 @@ export class BlockPool implements Reclaimable, KvKeeper {
   readonly #pages: Int32Array;
   /** Blocks that left the device because their pages were wanted. */
   numEvicted = 0;
-  /** Called with the bytes of each copy to the device, and the seconds it took. */
-  onFetched: (numBytes: number, seconds: number) => void = () => {};
+  /** Called with the bytes of each copy to the device, the seconds it took, and those from when it was asked for. */
+  onFetched: (numBytes: number, seconds: number, waitSeconds: number) => void = () => {};
   /** Called when blocks have come to the device: those who waited for them may go on. */
   onArrived: () => void = () => {};
 
@@ -195,14 +201,15 @@ export class BlockPool implements Reclaimable, KvKeeper {
     const arrival = this.#arrival;
     this.#fetched = [];
     this.#arrival = { waits: [] };
-    const { copier, costs, arena, onFailed } = this.#options;
+    const { copier, costs, arena, now, onFailed } = this.#options;
+    const beginMs = now();
     const from = Int32Array.from(blocks, (block) => block.host!.page);
     const to = Int32Array.from(blocks, (block) => block.device!.page);
     const copy = (async () => {
       const { seconds } = await copier.copyPages('toDevice', from, to);
       const numBytes = blocks.length * arena.pageBytes;
       costs.observeCopy(seconds, numBytes);
-      this.onFetched(numBytes, seconds);
+      this.onFetched(numBytes, seconds, (now() - beginMs) / 1000);
       for (const block of blocks) {
         block.arrival = null;
         this.host!.unpin(block);
@@ -237,12 +244,14 @@ export class BlockPool implements Reclaimable, KvKeeper {
   /**
    * Gives a sequence that begins to run the blocks of its table in their ways, beside those that it shares already, and says what
    * it need not compute. Pages must be free for all that are not shared.
-   * @returns tokens of its prompt that it need not compute
+   * @returns tokens of its prompt that it need not compute, by the tier in which they were
    */
-  begin(sequence: Sequence, ways: readonly BlockWay[]): number {
+  begin(sequence: Sequence, ways: readonly BlockWay[]): CachedTokens {
     const { arena, blockTokens } = this.#options;
     sequence.roomForBlocks(ways.length);
     sequence.numBlocks = ways.length;
+    const numPromptBlocks = Math.floor(sequence.numPromptTokens / blockTokens);
+    const cached: CachedTokens = { device: 0, host: 0 };
     let range: ReadyRange | null = null;
     for (let at = 0; at < ways.length; at++) {
       if (ways[at] === 'compute') {
@@ -251,6 +260,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
         continue;
       }
       if (ways[at] === 'fetch') this.#fetch(sequence, at);
+      if (at < numPromptBlocks) cached[ways[at] === 'fetch' ? 'host' : 'device'] += blockTokens;
       if (range === null) {
         range = { begin: at * blockTokens, end: 0, numArriving: 0 };
         sequence.ready.push(range);
@@ -259,11 +269,8 @@ export class BlockPool implements Reclaimable, KvKeeper {
       const arrival = this.#byPage[sequence.blocks[at]!]?.arrival;
       if (arrival) waitFor(arrival, sequence, range);
     }
-    let numCached = 0;
-    for (const { begin, end } of sequence.ready)
-      numCached += Math.max(0, Math.min(end, sequence.numPromptTokens) - begin);
     sequence.skipReady();
-    return numCached;
+    return cached;
   }
 
   /** Puts the blocks into the table that were shared before anybody had made them; they are made now, for the same step. */

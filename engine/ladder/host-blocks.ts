@@ -167,7 +167,6 @@ export class HostBlocks implements Reclaimable {
     }
     this.#line.splice(0, numTried);
     if (places.length === 0) return;
-    const sources = places.map(({ block }) => block.device);
     let isCopied = false;
     try {
       const to = Int32Array.from(places, (place) => place.page);
@@ -178,15 +177,14 @@ export class HostBlocks implements Reclaimable {
     } catch (err) {
       log.error({ err }, 'KV blocks were not copied to the host arena');
     }
-    for (const [i, place] of places.entries()) this.#finishWriting(place, isCopied ? sources[i]! : null);
+    for (const place of places) this.#finishWriting(place, isCopied);
   }
 
-  /** @param source  where it was copied from; null: it was not */
-  #finishWriting(place: Place, source: Place | null): void {
+  #finishWriting(place: Place, isCopied: boolean): void {
     const { block } = place;
     block.isWriting = false;
-    // When it left the device meanwhile, what was copied may be what somebody else wrote there.
-    if (block.isForgotten || source === null || block.device !== source) {
+    // One that left the device meanwhile is forgotten: what was copied may be what somebody else wrote there.
+    if (block.isForgotten || !isCopied) {
       this.#options.arena.giveBack('kv', Int32Array.of(place.page));
       return;
     }

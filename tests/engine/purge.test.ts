@@ -45,7 +45,7 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   const cacheFolder = await mkdtemp(join(tmpdir(), 'motet-purge-'));
   onTestFinished(() => rm(cacheFolder, { recursive: true }));
   const model = await prepare(join(goldensFolder, 'tiny/llama3'));
-  const runtime = await open(model, { deviceMemoryBytes: 32 << 20, hostMemoryBytes: 6 << 20 });
+  const runtime = await open(model, { deviceMemoryBytes: 32 << 20, hostMemoryBytes: 32 << 20 });
   const parts = startRealEngine(runtime, model);
   const { engine, tiers, arena, hostArena, blocks } = parts;
   const sources = new Sources({ cacheFolder, maxAdapterBytes: 2 ** 30, adapterRoot: null, log });

@@ -36,8 +36,10 @@ function randomParams(random: SeededRandom): SamplingParams {
   };
 }
 
-/** @returns how many sequences were preempted, and how many tokens the prefix cache had */
-async function runSchedule(seed: number): Promise<{ numPreempted: number; numHits: number }> {
+/** @returns how many sequences were preempted, how many tokens the prefix cache had, and how often something came from the host arena */
+async function runSchedule(
+  seed: number,
+): Promise<{ numPreempted: number; numHits: number; numFetched: number }> {
   const random = seededRandom(seed);
   const randomAlike = seededRandom(seed + 0.5 * 2 ** 31);
   const parts = startEngine({
@@ -89,11 +91,13 @@ async function runSchedule(seed: number): Promise<{ numPreempted: number; numHit
   expect(parts.runtime.adapters.size).toBe(0);
   arena.check();
   expect(parts.hostArena?.numFree).toBe(parts.hostArena?.numPages);
+  const numToDevice = parts.runtime.copies.filter(({ direction }) => direction === 'toDevice').length;
   const total = async (name: string) =>
     (await parts.metrics.registry.getSingleMetric(name)!.get()).values[0]?.value ?? 0;
   return {
     numPreempted: await total('vllm:num_preemptions_total'),
     numHits: await total('vllm:prefix_cache_hits_total'),
+    numFetched: numToDevice,
   };
 }
 
@@ -150,12 +154,14 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
   async (group) => {
     let numPreempted = 0;
     let numHits = 0;
+    let numFetched = 0;
     for (let i = 0; i < numSchedules / numGroups; i++) {
       const seed = group * numSchedules + i;
       try {
         const counts = await runSchedule(seed);
         numPreempted += counts.numPreempted;
         numHits += counts.numHits;
+        numFetched += counts.numFetched;
       } catch (cause) {
         throw new Error(`schedule with seed ${seed} failed: ${(cause as Error).message}`, { cause });
       }
@@ -163,6 +169,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
     // Otherwise the arenas are too large or the prompts too different, and the test says less than its name.
     expect(numPreempted).toBeGreaterThan(0);
     expect(numHits).toBeGreaterThan(0);
+    expect(numFetched).toBeGreaterThan(0);
   },
   numSchedules * 30,
 );
