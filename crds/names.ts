@@ -24,7 +24,7 @@ export const engineAudience = 'motet-engine';
 /** Where engines find adapters: claims are mounted below, as adapterRoot/CLAIM. */
 export const adapterRoot = '/motet/adapters';
 
-export const conditionTypes = { ready: 'Ready', progressing: 'Progressing' } as const;
+export const conditionTypes = { ready: 'Ready', progressing: 'Progressing', pinned: 'Pinned' } as const;
 
 /** Reasons of BaseModel's conditions. */
 export const baseModelReasons = {
@@ -48,7 +48,7 @@ export const baseModelReasons = {
   rolledOut: 'RolledOut',
 } as const;
 
-/** Reasons of LoraAdapter's condition Ready. */
+/** Reasons of LoraAdapter's conditions. */
 export const loraAdapterReasons = {
   /** Every wanted copy is resident. */
   resident: 'Resident',
@@ -66,10 +66,14 @@ export const loraAdapterReasons = {
   baseModelNotFound: 'BaseModelNotFound',
   /** No engine of the base model is ready. */
   noEngineReady: 'NoEngineReady',
-  /** No engine has room for it. */
+  /** Not ready: no engine has room for it. Not pinned: pins would leave an engine too little; the message has its words. */
   noRoom: 'NoRoom',
   /** Another resource has one of its served names; the older one keeps it. */
   nameConflict: 'NameConflict',
+  /** Pinned: every wanted copy stays on the device. */
+  pinned: 'Pinned',
+  /** Not pinned: copies are still to be loaded or pinned. */
+  pinning: 'Pinning',
 } as const;
 
 /** Reasons of AdapterRoute's condition Ready. */

@@ -396,6 +396,12 @@ export interface LoraAdapterSpec {
    * 1.
    */
   copies: number | string;
+  /**
+   * Keep every copy in the device arena, also while nobody asks for it. Pins leave less room for all
+   * others; an engine that would have too little left refuses, the adapter is served without, and the
+   * condition Pinned says so. Default false.
+   */
+  pin: boolean;
 }
 
 /** What is, as the engines last said. */
@@ -430,8 +436,13 @@ export interface LoraAdapterStatus {
     since: string;
     /** Version that the engine serves under the adapter's names. */
     digest: string;
+    /** Whether it stays on the device. Not there for engines that know no pins. */
+    pinned?: boolean;
   }[];
-  /** `Ready`: every wanted copy is resident in the wanted version. */
+  /**
+   * `Ready`: every wanted copy is resident in the wanted version. `Pinned`, with `spec.pin` alone: every
+   * wanted copy stays on the device.
+   */
   conditions?: {
     /** What it is about. */
     type: string;

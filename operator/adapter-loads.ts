@@ -1,5 +1,5 @@
 /**
- * Loads and unloads on the engines of a base model: what is under way, and what came of it. They run beside the passes, so
+ * Loads, pins and unloads on the engines of a base model: what is under way, and what came of it. They run beside the passes, so
  * a slow source holds up nothing but itself. At a time there is one call for a name on an engine, a few for an engine, and
  * a bound on all; what finds no place is not begun, since the next pass plans it again. What failed waits for its time:
  * the wait doubles up to a bound, and what an engine refused waits long, for a change of its spec or of the engine.
@@ -29,6 +29,8 @@ export interface LoadSource {
 export interface Failure {
   pod: string;
   name: string;
+  /** What failed. */
+  call: Step['do'];
   /** Null: it says nothing about the adapter. */
   reason: RefusalReason | null;
   message: string;
@@ -65,8 +67,20 @@ interface Slot {
   /** The last load that succeeded. */
   loaded?: { source: LoadSource; atMs: number } | undefined;
   /** Since the last success. */
-  failure?: { source: LoadSource | null; count: number; seen: Failure } | undefined;
+  failure?: Failed | undefined;
 }
+
+interface Failed {
+  source: LoadSource | null;
+  count: number;
+  seen: Failure;
+}
+
+const said = {
+  load: { done: 'adapter loaded', failed: 'an adapter could not be loaded' },
+  pin: { done: 'adapter pinned as wanted', failed: 'an adapter could not be pinned as wanted' },
+  unload: { done: 'adapter unloaded', failed: 'an adapter could not be unloaded' },
+} as const;
 
 export class AdapterLoads {
   readonly #options: AdapterLoadsOptions;
@@ -88,9 +102,7 @@ export class AdapterLoads {
     const slot = this.#slot(engine, step.name);
     if (slot.running !== undefined || slot.endedAtMs >= askedAtMs) return 'busy';
     const { failure } = slot;
-    if (failure && isSame(failure.source, source) && failure.seen.retryAtMs > clock.nowMs()) {
-      return 'waits';
-    }
+    if (failure && isSame(failure, step, source) && failure.seen.retryAtMs > clock.nowMs()) return 'waits';
     const numRunning = this.#numRunning.get(engine.life) ?? 0;
     if (total.running >= limits.ofAll || numRunning >= limits.ofEngine) return 'full';
     slot.running = source;
@@ -104,7 +116,7 @@ export class AdapterLoads {
     return [...this.#slots.values()]
       .filter(({ running, failure }) => {
         if (running?.adapterUid === source.adapterUid) return true;
-        return isSame(failure?.source, source) && failure?.seen.reason !== loraAdapterReasons.noRoom;
+        return failure !== undefined && isOf(failure.source, source) && !isWithoutRoom(failure.seen);
       })
       .map(({ engine }) => engine.pod);
   }
@@ -112,7 +124,7 @@ export class AdapterLoads {
   /** Pods that had no room and are not asked again yet. */
   podsWithoutRoom(source: LoadSource): Set<string> {
     const nowMs = this.#options.clock.nowMs();
-    const failures = this.failuresOf(source).filter(({ reason }) => reason === loraAdapterReasons.noRoom);
+    const failures = this.failuresOf(source).filter(isWithoutRoom);
     return new Set(failures.filter(({ retryAtMs }) => retryAtMs > nowMs).map(({ pod }) => pod));
   }
 
@@ -128,7 +140,7 @@ export class AdapterLoads {
   /** Failures of this generation that no success followed. */
   failuresOf(source: LoadSource): Failure[] {
     return [...this.#slots.values()]
-      .filter(({ failure }) => isSame(failure?.source, source))
+      .filter(({ failure }) => failure !== undefined && isOf(failure.source, source))
       .map(({ failure }) => failure!.seen);
   }
 
@@ -141,7 +153,7 @@ export class AdapterLoads {
   reject(engine: EngineLife, name: string, source: LoadSource, message: string): void {
     const slot = this.#slot(engine, name);
     slot.loaded = undefined;
-    this.#fail(slot, source, loraAdapterReasons.digestMismatch, message);
+    this.#fail(slot, { do: 'load' }, source, loraAdapterReasons.digestMismatch, message);
   }
 
   /** Forgets engines whose life is over, and failures of adapters that are gone. */
@@ -160,14 +172,17 @@ export class AdapterLoads {
     const fields = { pod: engine.pod, name, reason: step.reason };
     try {
       if (source === null) await client.unload(engine.ip, name);
-      else await client.load(engine.ip, name, source.uri, source.digest);
+      else if (step.do === 'pin') {
+        // What it holds already is named by its digest, so nothing is fetched, and nothing is learned about the source.
+        await client.load(engine.ip, name, source.uri, step.digest, step.isPinned);
+      } else await client.load(engine.ip, name, source.uri, source.digest);
       slot.failure = undefined;
-      slot.loaded = source === null ? undefined : { source, atMs: clock.nowMs() };
-      log.info({ ...fields, ms: Math.round(clock.nowMs() - begunAtMs) }, `adapter ${step.do}ed`);
+      if (step.do !== 'pin') slot.loaded = source === null ? undefined : { source, atMs: clock.nowMs() };
+      log.info({ ...fields, ms: Math.round(clock.nowMs() - begunAtMs) }, said[step.do].done);
     } catch (error) {
       const { reason, code, message } = error as EngineCallError;
-      log.warn({ ...fields, code, error: message }, `an adapter could not be ${step.do}ed`);
-      this.#fail(slot, source, error instanceof EngineCallError ? reason : null, message);
+      log.warn({ ...fields, code, error: message }, said[step.do].failed);
+      this.#fail(slot, step, source, error instanceof EngineCallError ? reason : null, message);
     }
     slot.running = undefined;
     slot.endedAtMs = clock.nowMs();
@@ -175,14 +190,20 @@ export class AdapterLoads {
     onEnd();
   }
 
-  #fail(slot: Slot, source: LoadSource | null, reason: RefusalReason | null, message: string): void {
+  #fail(
+    slot: Slot,
+    step: Pick<Step, 'do'>,
+    source: LoadSource | null,
+    reason: RefusalReason | null,
+    message: string,
+  ): void {
     const { clock, random } = this.#options;
-    const before = isSame(slot.failure?.source, source) ? slot.failure!.count : 0;
+    const before = slot.failure && isSame(slot.failure, step, source) ? slot.failure.count : 0;
     const doubledMs = Math.min(backoffMs.first * 2 ** before, backoffMs.most);
     const waitMs = reason === loraAdapterReasons.refused ? backoffMs.refused : doubledMs;
     // Adapters that failed together, of one source perhaps, do not come back together.
     const retryAtMs = clock.nowMs() + waitMs * (0.75 + random() / 4);
-    const seen = { pod: slot.engine.pod, name: slot.name, reason, message, retryAtMs };
+    const seen = { pod: slot.engine.pod, name: slot.name, call: step.do, reason, message, retryAtMs };
     slot.failure = { source, count: before + 1, seen };
   }
 
@@ -202,10 +223,20 @@ export class AdapterLoads {
   }
 }
 
+/** The same call, for the same. */
+function isSame(failed: Failed, step: Pick<Step, 'do'>, source: LoadSource | null): boolean {
+  return failed.seen.call === step.do && isOf(failed.source, source);
+}
+
 /** Of one adapter and one generation of its spec; null stands for unloads. */
-function isSame(a: LoadSource | null | undefined, b: LoadSource | null): boolean {
-  if (a === undefined || a === null || b === null) return a === b;
+function isOf(a: LoadSource | null, b: LoadSource | null): boolean {
+  if (a === null || b === null) return a === b;
   return a.adapterUid === b.adapterUid && a.generation === b.generation;
+}
+
+/** It has no place there. One that cannot be pinned has. */
+function isWithoutRoom({ call, reason }: Failure): boolean {
+  return call === 'load' && reason === loraAdapterReasons.noRoom;
 }
 
 function keyOf({ life }: EngineLife, name: string): string {

@@ -7,6 +7,8 @@
  *     where it should be.
  *   - Another version is loaded in place: the engine points the name at it when it is there, and the old one ends with
  *     its last request.
+ *   - Pins are set on what is there, so that an adapter is served although an engine refuses to pin it. An engine pins
+ *     content and not names, so of several adapters with the same content one that wants a pin is enough.
  */
 export interface WantedAdapter {
   id: string;
@@ -16,19 +18,33 @@ export interface WantedAdapter {
   digest: string | null;
   /** Pods that should hold it. */
   pods: readonly string[];
+  /** Every copy stays on the device. */
+  isPinned: boolean;
 }
 
 export interface EngineNames {
   pod: string;
   /** Served name -> digest. */
   names: ReadonlyMap<string, string>;
+  /** Digest -> whether it stays on the device; others cannot be pinned. */
+  pins: ReadonlyMap<string, boolean>;
 }
 
 export type LoadReason = 'missing' | 'another version' | 'unknown version';
+export type PinReason = 'to be pinned' | 'not to be pinned';
 export type UnloadReason = 'nobody wants it' | 'moved';
 
 export type Step =
   | { do: 'load'; pod: string; name: string; adapterId: string; reason: LoadReason }
+  | {
+      do: 'pin';
+      pod: string;
+      name: string;
+      adapterId: string;
+      reason: PinReason;
+      digest: string;
+      isPinned: boolean;
+    }
   | { do: 'unload'; pod: string; name: string; reason: UnloadReason };
 
 /**
@@ -46,11 +62,15 @@ export function planSteps(wanted: readonly WantedAdapter[], engines: readonly En
       .flat()
       .sort((a, b) => a.rank - b.rank)
       .map(({ step }) => step),
+    ...engines.flatMap((engine) => planPins(wanted, engine)),
   ];
 }
 
 /** Whether the engine has the wanted version under each of the adapter's names. */
-export function isResident({ names, digest }: WantedAdapter, engine: EngineNames): boolean {
+export function isResident(
+  { names, digest }: Pick<WantedAdapter, 'names' | 'digest'>,
+  engine: Pick<EngineNames, 'names'>,
+): boolean {
   return digest !== null && names.every((name) => engine.names.get(name) === digest);
 }
 
@@ -77,6 +97,26 @@ function reasonToLoad({ digest }: WantedAdapter, held: string | undefined): Load
   if (held === undefined) return 'missing';
   if (digest === null) return 'unknown version';
   return held === digest ? null : 'another version';
+}
+
+function planPins(wanted: readonly WantedAdapter[], engine: EngineNames): Step[] {
+  /** Digest -> who speaks for it. */
+  const speakers = new Map<string, WantedAdapter>();
+  for (const adapter of wanted) {
+    if (!isResident(adapter, engine)) continue;
+    if (adapter.isPinned || !speakers.has(adapter.digest!)) speakers.set(adapter.digest!, adapter);
+  }
+  return [...speakers]
+    .filter(([digest, { isPinned }]) => engine.pins.get(digest) === !isPinned)
+    .map(([digest, { id, names, isPinned }]) => ({
+      do: 'pin',
+      pod: engine.pod,
+      name: names[0]!,
+      adapterId: id,
+      reason: isPinned ? 'to be pinned' : 'not to be pinned',
+      digest,
+      isPinned,
+    }));
 }
 
 function planMoved(

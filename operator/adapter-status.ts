@@ -5,7 +5,7 @@
 import { conditionTypes, loraAdapterReasons as reasons } from '../crds/names.ts';
 import type { LoraAdapter, LoraAdapterStatus } from '../crds/types.ts';
 import type { Failure } from './adapter-loads.ts';
-import { type Finding, seconds, setCondition } from './conditions.ts';
+import { type Finding, seconds, setCondition, withoutCondition } from './conditions.ts';
 import type { Engine } from './engines.ts';
 
 export interface AdapterFacts {
@@ -28,11 +28,13 @@ export interface AdapterFacts {
   /** Engines that should hold it, and that hold the wanted version. */
   numDesired: number;
   numReady: number;
+  /** Of these, where it stays on the device. */
+  numPinned: number;
   /** Copies that no engine has room for. */
   numWithoutRoom: number;
   /** Of one copy, as known or estimated. */
   bytes: number;
-  /** Loads that failed where it should be. */
+  /** Loads and pins that failed where it should be. */
   failures: readonly Failure[];
   now: Date;
 }
@@ -43,11 +45,12 @@ export function adapterStatus(facts: AdapterFacts): LoraAdapterStatus {
   const { adapter, before, digest, numDesired, numReady, now } = facts;
   const { generation } = adapter.metadata;
   const placements = placementsOf(facts);
-  const finding: Finding = {
-    type: conditionTypes.ready,
-    ...isServed(facts),
+  const finding = (type: string, verdict: Verdict): Finding => ({
+    type,
+    ...verdict,
     observedGeneration: generation!,
-  };
+  });
+  const ready = setCondition(before?.conditions, finding(conditionTypes.ready, isServed(facts)), now);
   return {
     observedGeneration: generation!,
     ...(digest !== null && { digest, ...contentOf(digest, facts) }),
@@ -56,12 +59,15 @@ export function adapterStatus(facts: AdapterFacts): LoraAdapterStatus {
     copies: `${Math.min(numReady, numDesired)}/${numDesired}`,
     ...(placements.length > 0 && { tier: lowestTier(placements) }),
     placements,
-    conditions: setCondition(before?.conditions, finding, now),
+    conditions: adapter.spec.pin
+      ? setCondition(ready, finding(conditionTypes.pinned, isPinned(facts)), now)
+      : withoutCondition(ready, conditionTypes.pinned),
   };
 }
 
 function isServed(facts: AdapterFacts): Verdict {
-  const { adapter, numDesired, numReady, numWithoutRoom, failures } = facts;
+  const { adapter, numDesired, numReady, numWithoutRoom } = facts;
+  const failures = facts.failures.filter(({ call }) => call === 'load');
   const { baseModel } = adapter.spec;
   const no = (reason: string, message: string): Verdict => ({ status: 'False', reason, message });
 
@@ -108,8 +114,26 @@ function isServed(facts: AdapterFacts): Verdict {
   return no(reasons.loading, trouble ? `${have}; ${trouble.pod}: ${trouble.message}` : have);
 }
 
+function isPinned({ adapter, numDesired, numPinned, failures }: AdapterFacts): Verdict {
+  const have = `${Math.min(numPinned, numDesired)} of ${numDesired} copies stay on the device`;
+  if (numDesired > 0 && numPinned >= numDesired) {
+    return { status: 'True', reason: reasons.pinned, message: have };
+  }
+  const no = (reason: string, message: string): Verdict => ({ status: 'False', reason, message });
+  const pins = failures.filter(({ call }) => call === 'pin');
+  const refusal = pins.find(({ reason }) => reason === reasons.noRoom);
+  if (refusal) {
+    return no(
+      reasons.noRoom,
+      `${have}; ${refusal.pod}: ${refusal.message}. Unpin others of BaseModel ${adapter.spec.baseModel}, add replicas, or raise its memory.device.`,
+    );
+  }
+  const [trouble] = pins;
+  return no(reasons.pinning, trouble ? `${have}; ${trouble.pod}: ${trouble.message}` : have);
+}
+
 function sayNoRoom({ adapter, numWithoutRoom, numDesired, bytes, failures }: AdapterFacts): string {
-  const said = failures.find(({ reason }) => reason === reasons.noRoom);
+  const said = failures.find(({ call, reason }) => call === 'load' && reason === reasons.noRoom);
   const start = `No engine has room for ${numWithoutRoom} of ${numDesired} copies`;
   const why = said ? `: ${said.message}` : `, of about ${bytes} bytes each`;
   return `${start}${why}. Add replicas to BaseModel ${adapter.spec.baseModel}, raise its memory.device, or delete adapters.`;
@@ -138,7 +162,9 @@ function placementsOf({ engines, names, digest }: AdapterFacts): Placements {
     const content = engine.adapters.find((one) => one.digest === served);
     if (content === undefined) return [];
     const since = seconds(new Date(content.since * 1000));
-    return [{ pod: engine.pod, tier: content.tier, since, digest: content.digest }];
+    const { pinned } = content;
+    const where = { pod: engine.pod, tier: content.tier, since, digest: content.digest };
+    return [{ ...where, ...(pinned !== undefined && { pinned }) }];
   });
 }
 

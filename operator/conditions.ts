@@ -26,6 +26,11 @@ export function setCondition(
   return existing!.map((one) => (one === before ? condition : one));
 }
 
+/** @returns the conditions without the one of that type */
+export function withoutCondition(existing: readonly Condition[], type: string): Condition[] {
+  return existing.filter((condition) => condition.type !== type);
+}
+
 export function conditionOf(
   object: { status?: { conditions?: Condition[] } },
   type: string,

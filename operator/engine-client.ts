@@ -23,6 +23,8 @@ const adapterListSchema = z.object({
       digest: z.string(),
       names: z.array(z.string()),
       tier: z.enum(['device', 'host', 'disk']),
+      /** Not there: the engine knows no pins. */
+      pinned: z.boolean().optional(),
       rank: z.number(),
       modules: z.array(z.string()),
       kind: z.string(),
@@ -136,14 +138,16 @@ export class EngineClient {
    * Loads what is at `uri` (spec.source.uri of a LoraAdapter) under the name; content that the name has now is replaced
    * and ends with its last request. Resolves when it is resident.
    * @param digest what it must be; undefined takes what is there
+   * @param isPinned whether it stays on the device; undefined: as it was, or as what it replaces
    * @throws EngineCallError
    */
-  load(podIp: string, name: string, uri: string, digest: string | undefined): Promise<void> {
+  load(podIp: string, name: string, uri: string, digest?: string, isPinned?: boolean): Promise<void> {
     const body: LoadAdapterBody = {
       lora_name: name,
       lora_path: loraPathOf(uri),
       load_inplace: true,
       ...(digest === undefined ? {} : { digest }),
+      ...(isPinned === undefined ? {} : { pinned: isPinned }),
     };
     return this.#counted('load', async () => {
       await this.#call(podIp, 'POST', enginePaths.loadAdapter, loadTimeoutMs, body);

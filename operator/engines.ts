@@ -25,6 +25,8 @@ export interface Engine extends EngineLife {
   adapters: readonly EngineAdapter[];
   /** Served name -> digest. */
   names: ReadonlyMap<string, string>;
+  /** Digest -> whether it stays on the device; empty for engines that know no pins. */
+  pins: ReadonlyMap<string, boolean>;
 }
 
 export interface Look {
@@ -127,6 +129,9 @@ export class Engines {
     try {
       const { arena, hostArena, data } = await this.#client.list(ip);
       const names = new Map(data.flatMap(({ names, digest }) => names.map((name) => [name, digest])));
+      const pins = data.flatMap(({ digest, pinned }) =>
+        pinned === undefined ? [] : [[digest, pinned] as const],
+      );
       return {
         pod: pod.metadata!.name!,
         life,
@@ -137,6 +142,7 @@ export class Engines {
         hostArena,
         adapters: data,
         names,
+        pins: new Map(pins),
       };
     } catch (error) {
       if (!(error instanceof EngineCallError)) throw error;

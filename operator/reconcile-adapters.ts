@@ -81,7 +81,7 @@ function lookAt(adapter: LoraAdapter, baseModel: BaseModel | undefined, { cluste
     },
     names,
     missingClaim: claim === null || baseModel?.spec.adapterClaims?.includes(claim) ? null : claim,
-    wanted: { id, names, digest: null, pods: [] },
+    wanted: { id, names, digest: null, pods: [], isPinned: spec.pin },
     bytes: 0,
     numDesired: 0,
     numWithoutRoom: 0,
@@ -185,7 +185,7 @@ function act(
   )) {
     cluster.assertLeader();
     const engine = byPod.get(step.pod)!;
-    const source = step.do === 'load' ? sources.get(step.adapterId)! : null;
+    const source = step.do === 'unload' ? null : sources.get(step.adapterId)!;
     const start = loads.start(engine, step, source, engine.askedAtMs);
     if (start === 'full') isFull = true;
   }
@@ -240,6 +240,7 @@ function statusOf(
   const taken = takenNames(adapter, cluster.nameHolders);
   const isHere = (pod: string) => wanted.pods.includes(pod);
   const failures = memory?.loads.failuresOf(source) ?? [];
+  const resident = names.length === 0 ? [] : engines.filter((engine) => isResident(wanted, engine));
   return adapterStatus({
     adapter,
     before,
@@ -251,7 +252,8 @@ function statusOf(
     engines,
     silence,
     numDesired: one.numDesired,
-    numReady: names.length === 0 ? 0 : engines.filter((engine) => isResident(wanted, engine)).length,
+    numReady: resident.length,
+    numPinned: resident.filter(({ pins }) => pins.get(wanted.digest!) === true).length,
     numWithoutRoom,
     bytes: one.bytes,
     failures: failures.filter(({ pod, reason }) => isHere(pod) || reason === loraAdapterReasons.noRoom),

@@ -72,6 +72,7 @@ const full: Record<Kind, object> = {
     source: { uri: 'https://adapters.example/sql', digest },
     servedNames: ['sql', 'sql:v1'],
     copies: 'all',
+    pin: true,
   } satisfies LoraAdapter['spec'],
   AdapterRoute: {
     servedName: 'sql',
@@ -333,6 +334,8 @@ const cases: Record<Kind, Case[]> = {
     ['spec.servedNames.0', '', /at least 1/],
     ['spec.servedNames.0', long(129), /Too long/],
     ['spec.servedNames.0', 'a b', /should match/],
+    ['spec.pin', false, null],
+    ['spec.pin', 'yes', /must be of type boolean/],
     ...[1, 1000, 'all'].map((copies): Case => ['spec.copies', copies, null]),
     ...[0, -1, 1001, 'many', '2'].map(
       (copies): Case => ['spec.copies', copies, /expected a number from 1 to 1000, or all/],
@@ -499,6 +502,7 @@ test('fills in every default', async () => {
     baseModel: 'b',
     source: { uri: 'pvc://a/x' },
     copies: 1,
+    pin: false,
   });
   expect((await stored('AdapterRoute', { targets: [{ adapter: 'a' }] })).spec).toEqual({
     targets: [{ adapter: 'a', weight: 1 }],
@@ -522,7 +526,12 @@ describe('what cannot be changed', () => {
     ['BaseModel', { servedName: 'old' }, { servedName: null }, /servedName cannot be changed/],
     ['BaseModel', { servedName: 'old' }, { replicas: 3, memory: { device: '2Gi' } }, null],
     ['LoraAdapter', {}, { baseModel: 'other' }, /spec.baseModel: .*baseModel cannot be changed/],
-    ['LoraAdapter', {}, { source: { uri: 'pvc://a/v2' }, servedNames: ['b'], copies: 'all' }, null],
+    [
+      'LoraAdapter',
+      {},
+      { source: { uri: 'pvc://a/v2' }, servedNames: ['b'], copies: 'all', pin: true },
+      null,
+    ],
     ['AdapterRoute', {}, { servedName: 'new', targets: [{ adapter: 'b' }] }, null],
     ['Tenant', {}, { keys: [{ secretRef: { name: 'other' } }], access: { adapters: {} } }, null],
   ];

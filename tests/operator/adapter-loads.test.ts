@@ -18,6 +18,11 @@ function load(name: string): Step {
   return { do: 'load', pod: 'one', name, adapterId: name, reason: 'missing' };
 }
 
+function pin(name: string): Step {
+  const reason = 'to be pinned';
+  return { do: 'pin', pod: 'one', name, adapterId: name, reason, digest: 'sha256:it', isPinned: true };
+}
+
 function source(name: string, generation = 1): LoadSource {
   return { adapterUid: `uid-of-${name}`, generation, uri: `file:///${name}`, digest: undefined };
 }
@@ -25,10 +30,10 @@ function source(name: string, generation = 1): LoadSource {
 /** Loads through a client whose calls end when the test says so. */
 function startLoads() {
   const clock = new FakeClock();
-  const calls: { name: string; resolve: () => void; reject: (error: Error) => void }[] = [];
-  const call = (_ip: string, name: string) => {
+  const calls: { name: string; rest: unknown[]; resolve: () => void; reject: (error: Error) => void }[] = [];
+  const call = (_ip: string, name: string, ...rest: unknown[]) => {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
-    calls.push({ name, resolve, reject });
+    calls.push({ name, rest, resolve, reject });
     return promise;
   };
   let numEnds = 0;
@@ -46,9 +51,9 @@ function startLoads() {
     loads,
     numEnds: () => numEnds,
     /** As a pass that asked the engine just now. */
-    async start(name: string, engine = one, of = source(name)): Promise<Start> {
+    async start(name: string, engine = one, of = source(name), step = load(name)): Promise<Start> {
       await clock.advance(1);
-      return loads.start(engine, load(name), of, clock.nowMs());
+      return loads.start(engine, step, of, clock.nowMs());
     },
     /** The last call fails so. */
     async fail(code: string | null, status = 400): Promise<void> {
@@ -195,6 +200,32 @@ describe('a failure', () => {
     await fail(null);
     loads.retain(new Set(['one/0']), new Set(['uid-of-another']));
     expect(loads.nextRetryAtMs()).toBeNull();
+  });
+});
+
+describe('a pin', () => {
+  test('names the content that is there, so that nothing is fetched', async () => {
+    const { calls, start } = startLoads();
+    await start('sql', one, source('sql'), pin('sql'));
+    expect(calls).toMatchObject([{ name: 'sql', rest: ['file:///sql', 'sha256:it', true] }]);
+  });
+
+  test('says nothing about what the source has', async () => {
+    const { loads, start, end } = startLoads();
+    await start('sql', one, source('sql'), pin('sql'));
+    await end();
+    expect(loads.lastLoad(one, 'sql')).toBeUndefined();
+  });
+
+  test('that is refused keeps the place, waits, and holds up no load', async () => {
+    const { loads, start, fail } = startLoads();
+    await start('sql', one, source('sql'), pin('sql'));
+    await fail('arena_full', 503);
+    expect(loads.failuresOf(source('sql'))).toMatchObject([{ call: 'pin', reason: 'NoRoom' }]);
+    expect(loads.podsWithoutRoom(source('sql'))).toEqual(new Set());
+    expect(loads.podsInvolved(source('sql'))).toEqual(['one']);
+    expect(await start('sql', one, source('sql'), pin('sql'))).toBe('waits');
+    expect(await start('sql')).toBe('begun');
   });
 });
 

@@ -2,11 +2,15 @@ import { describe, expect, test } from 'vitest';
 import { type EngineNames, isResident, planSteps, type WantedAdapter } from '../../operator/adapter-plan.ts';
 
 function wanted(id: string, parts: Partial<WantedAdapter> = {}): WantedAdapter {
-  return { id, names: [id], digest: `digest-of-${id}`, pods: ['one'], ...parts };
+  return { id, names: [id], digest: `digest-of-${id}`, pods: ['one'], isPinned: false, ...parts };
 }
 
-function engine(pod: string, names: Record<string, string> = {}): EngineNames {
-  return { pod, names: new Map(Object.entries(names)) };
+function engine(
+  pod: string,
+  names: Record<string, string> = {},
+  pins: Record<string, boolean> = {},
+): EngineNames {
+  return { pod, names: new Map(Object.entries(names)), pins: new Map(Object.entries(pins)) };
 }
 
 /** E.g. `load sql on one: missing`. */
@@ -98,6 +102,54 @@ describe('an unload', () => {
 
   test('is not for an adapter without a place: it stays where it is', () => {
     expect(stepsFor([wanted('sql', { pods: [] })], [engine('one', held)])).toEqual([]);
+  });
+});
+
+describe('a pin', () => {
+  const pinned = { 'digest-of-sql': true };
+  const unpinned = { 'digest-of-sql': false };
+
+  test('is set on what is there, wherever it is', () => {
+    const engines = [engine('one', held, unpinned), engine('two', held, unpinned)];
+    expect(stepsFor([wanted('sql', { isPinned: true, pods: ['one', 'two'] })], engines)).toEqual([
+      'pin sql on one: to be pinned',
+      'pin sql on two: to be pinned',
+    ]);
+  });
+
+  test('waits until every name has the wanted version', () => {
+    const old = engine('one', { sql: 'old' }, { old: false });
+    expect(stepsFor([wanted('sql', { isPinned: true })], [old])).toEqual([
+      'load sql on one: another version',
+    ]);
+  });
+
+  test('that is there, and one that nobody wants, need nothing', () => {
+    expect(stepsFor([wanted('sql', { isPinned: true })], [engine('one', held, pinned)])).toEqual([]);
+    expect(stepsFor([wanted('sql')], [engine('one', held, unpinned)])).toEqual([]);
+  });
+
+  test('that nobody wants any more goes', () => {
+    expect(stepsFor([wanted('sql')], [engine('one', held, pinned)])).toEqual([
+      'pin sql on one: not to be pinned',
+    ]);
+  });
+
+  test('of one of two adapters with the same content is enough, whatever the order', () => {
+    const both = { sql: 'digest-of-sql', copy: 'digest-of-sql' };
+    const plain = wanted('sql');
+    const keen = wanted('copy', { digest: 'digest-of-sql', isPinned: true });
+    for (const adapters of [
+      [plain, keen],
+      [keen, plain],
+    ]) {
+      expect(stepsFor(adapters, [engine('one', both, unpinned)])).toEqual(['pin copy on one: to be pinned']);
+      expect(stepsFor(adapters, [engine('one', both, pinned)])).toEqual([]);
+    }
+  });
+
+  test('is not asked of an engine that knows none', () => {
+    expect(stepsFor([wanted('sql', { isPinned: true })], [engine('one', held)])).toEqual([]);
   });
 });
 

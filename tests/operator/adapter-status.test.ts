@@ -32,6 +32,7 @@ function engine(pod: string, adapters: EngineAdapter[] = [held()]): Engine {
     hostArena: { totalBytes: 0 },
     adapters,
     names: new Map(adapters.flatMap((one) => one.names.map((name) => [name, one.digest]))),
+    pins: new Map(),
   };
 }
 
@@ -49,6 +50,7 @@ function statusFor(parts: Partial<AdapterFacts> = {}) {
     silence: null,
     numDesired: 1,
     numReady: 1,
+    numPinned: 0,
     numWithoutRoom: 0,
     bytes: 4096,
     failures: [],
@@ -57,8 +59,10 @@ function statusFor(parts: Partial<AdapterFacts> = {}) {
   });
 }
 
-function failure(reason: AdapterFacts['failures'][number]['reason'], message: string) {
-  return { pod: 'one', name: 'sql', reason, message, retryAtMs: 0 };
+type Failure = AdapterFacts['failures'][number];
+
+function failure(reason: Failure['reason'], message: string, call: Failure['call'] = 'load') {
+  return { pod: 'one', name: 'sql', call, reason, message, retryAtMs: 0 };
 }
 
 test('says what the engines say', () => {
@@ -127,6 +131,40 @@ describe('the reason', () => {
   });
 });
 
+describe('the condition Pinned', () => {
+  const wish = { adapter: loraAdapter({ pin: true }) };
+  const refusal = failure('NoRoom', 'pins would leave too little', 'pin');
+  const pinned = (facts: Partial<AdapterFacts>) =>
+    statusFor({ ...wish, ...facts }).conditions!.find(({ type }) => type === 'Pinned');
+
+  test('is not there without a wish, and goes with it', () => {
+    const before = statusFor({ ...wish, numPinned: 1 });
+    expect(before.conditions).toHaveLength(2);
+    expect(statusFor({ before, numPinned: 1 }).conditions).toMatchObject([{ type: 'Ready' }]);
+  });
+
+  test.each<[string, string, string, Partial<AdapterFacts>]>([
+    ['True', 'Pinned', '1 of 1 copies stay on the device', { numPinned: 1 }],
+    ['True', 'Pinned', '1 of 1 copies', { numPinned: 1, failures: [refusal] }],
+    ['False', 'Pinning', '0 of 1 copies', {}],
+    ['False', 'Pinning', '0 of 0 copies', { engines: [], numDesired: 0, numReady: 0 }],
+    ['False', 'Pinning', 'one: no answer', { failures: [failure(null, 'no answer', 'pin')] }],
+    ['False', 'Pinning', '0 of 1 copies', { failures: [failure('NoRoom', 'no room')] }],
+    ['False', 'NoRoom', 'one: pins would leave too little. Unpin', { failures: [refusal] }],
+  ])('is %s for %s, with "%s"', (status, reason, message, facts) => {
+    expect(pinned(facts)).toMatchObject({ status, reason, message: expect.stringContaining(message) });
+  });
+
+  test('leaves Ready alone: what cannot be pinned is served', () => {
+    expect(statusFor({ ...wish, failures: [refusal] }).conditions).toMatchObject([
+      { type: 'Ready', status: 'True', reason: 'Resident' },
+      { type: 'Pinned', status: 'False' },
+    ]);
+    const loading = { numReady: 0, failures: [refusal] };
+    expect(statusFor({ ...wish, ...loading }).conditions).toMatchObject([{ reason: 'Loading' }, {}]);
+  });
+});
+
 describe('placements', () => {
   test('name the version that is served, be it the old one', () => {
     const old = held({ digest: 'sha256:old' });
@@ -143,6 +181,12 @@ describe('placements', () => {
 
   test('leave out what drains without a name', () => {
     expect(statusFor({ engines: [engine('one', [held({ names: [] })])] }).placements).toEqual([]);
+  });
+
+  test('say what is pinned, where the engine does', () => {
+    const engines = [engine('one', [held({ pinned: true })]), engine('two', [held({ pinned: false })])];
+    expect(statusFor({ engines }).placements).toMatchObject([{ pinned: true }, { pinned: false }]);
+    expect(statusFor().placements![0]).not.toHaveProperty('pinned');
   });
 
   test('give the lowest tier', () => {

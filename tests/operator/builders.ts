@@ -42,7 +42,13 @@ export function loraAdapter(spec: Partial<LoraAdapter['spec']> = {}, metadata: M
     apiVersion: 'motet.dev/v1alpha1',
     kind: 'LoraAdapter',
     metadata: metadataOf({ name: 'sql', ...metadata }),
-    spec: { baseModel: 'tiny', source: { uri: 'file:///motet/adapters/sql' }, copies: 1, ...spec },
+    spec: {
+      baseModel: 'tiny',
+      source: { uri: 'file:///motet/adapters/sql' },
+      copies: 1,
+      pin: false,
+      ...spec,
+    },
   };
 }
 

@@ -211,6 +211,50 @@ test('an engine with a host arena takes what that holds too, and the status says
   expect(tiers.sort()).toEqual(['device', 'host', 'host']);
 });
 
+function pinnedOf(object: { status?: { conditions?: { type: string }[] } }) {
+  return object.status?.conditions?.find(({ type }) => type === 'Pinned');
+}
+
+test('a pin is set when it is wanted, kept by a container that starts again, and goes when it is not', async () => {
+  const [world, one] = await worldWith('one');
+  await world.addAdapter('sql', 'base');
+  await world.untilReason('LoraAdapter', 'sql', 'Resident');
+  await world.addAdapter('sql', 'base', { pin: true });
+  const isPinned = () =>
+    world.until('LoraAdapter', 'sql', (adapter) => {
+      expect(pinnedOf(adapter)).toMatchObject({ status: 'True', reason: 'Pinned' });
+      expect(adapter.status!.placements).toMatchObject([{ pinned: true }]);
+    });
+  await isPinned();
+  await one!.restart();
+  await vi.waitFor(() => expect(one!.engine.calls.filter(({ pinned }) => pinned)).toHaveLength(2), patience);
+  await isPinned();
+  await world.addAdapter('sql', 'base', { pin: false });
+  const { status } = await world.until('LoraAdapter', 'sql', (adapter) => {
+    expect(pinnedOf(adapter)).toBeUndefined();
+    expect(adapter.status!.placements).toMatchObject([{ pinned: false }]);
+  });
+  expect(status!.copies).toBe('1/1');
+});
+
+test('an adapter that an engine refuses to pin is served, says so, and is pinned when there is room', async () => {
+  const world = await startWorld(plane);
+  await world.addBaseModel('base');
+  const one = await world.addEngine('one', 'base', { pinBytes: 0 });
+  await world.addAdapter('sql', 'base', { pin: true });
+  const refused = await world.until('LoraAdapter', 'sql', (adapter) => {
+    expect(pinnedOf(adapter)).toMatchObject({ status: 'False', reason: 'NoRoom' });
+    expect(readyOf(adapter)).toMatchObject({ status: 'True', reason: 'Resident' });
+  });
+  expect(pinnedOf(refused)).toMatchObject({
+    message: expect.stringContaining('pins would take more than 0'),
+  });
+  one.engine.pinBytes = 1 << 20;
+  await world.until('LoraAdapter', 'sql', (adapter) => {
+    expect(pinnedOf(adapter)).toMatchObject({ status: 'True' });
+  });
+});
+
 test('a container that is started again gets its adapters back', async () => {
   const [world, one] = await worldWith('one');
   for (const name of ['a', 'b', 'c']) await world.addAdapter(name, 'base');
