@@ -113,13 +113,23 @@ export interface BaseModelSpec {
    * Weights in memory, `keep` as the file has them, or quantised to `int8` or `int4` groups. Default keep.
    */
   quantization: 'keep' | 'int8' | 'int4';
-  /** Keys and values of running sequences. Default, those of its fields. */
+  /** Keys and values of sequences, running and ended. Default, those of its fields. */
   kv: {
     /**
      * `f16`, or `int8`, which holds twice the tokens in the same memory and changes answers a little.
      * `auto` is f16. Default auto.
      */
     dtype: 'auto' | 'f16' | 'int8';
+    /**
+     * `on` keeps the KV of prompts and answers while there is room, and shares it with requests of the same
+     * adapter that begin alike. Default on.
+     */
+    prefixCache: 'on' | 'off';
+    /**
+     * What leaves a full arena, KV and adapters weighed alike: by `cost`, what is worth least by the time
+     * to bring it back, use and size; by `lru`, what was not used for longest. Default cost.
+     */
+    eviction: 'cost' | 'lru';
   };
   /**
    * Adapters in memory, `keep` as their files have them, or rounded to `int8`, half the bytes of 16 bits.

@@ -47,6 +47,14 @@ export interface AdapterStatus {
   };
 }
 
+/** The base model as a voice beside the adapters: what is counted of them is counted of requests without one. */
+export interface BaseStatus {
+  /** Its served name. */
+  name: string;
+  /** Prompt tokens asked of it, and those that the prefix cache had. */
+  prefixCache: { promptTokens: number; cachedTokens: number };
+}
+
 /** An arena: total and free bytes, and how the others are used. */
 export interface ArenaUse {
   totalBytes: number;
@@ -64,6 +72,8 @@ export interface AdapterList {
   arena: ArenaUse;
   /** Not there when the engine has none. */
   hostArena?: ArenaUse;
+  /** Not there in older engines. It is no entry of `data`, whose readers take each for an adapter. */
+  base?: BaseStatus;
   data: AdapterStatus[];
   /** Names whose load is under way: waiting, being fetched or copied. Absent from older engines. */
   loading?: string[];

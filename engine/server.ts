@@ -25,6 +25,7 @@ import {
   type ServedModel,
 } from './generate.ts';
 import type { Arena } from './ladder/arena.ts';
+import { baseVoice } from './ladder/block-hash.ts';
 import type { BlockPool } from './ladder/block-pool.ts';
 import type { EngineMetrics } from './metrics.ts';
 import {
@@ -370,15 +371,17 @@ function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, star
   };
 }
 
-function adapterList({ arena, blocks, hostArena, tiers }: ServerOptions): AdapterList {
+function adapterList({ arena, baseName, blocks, hostArena, tiers }: ServerOptions): AdapterList {
+  const prefixCacheOf = (voice: string) => {
+    const { queries, hits } = blocks.countsOf(voice);
+    return { promptTokens: queries, cachedTokens: hits };
+  };
   return {
     object: 'list',
     arena: arenaUse(arena, blocks.numReclaimablePages),
     ...(hostArena && { hostArena: arenaUse(hostArena, 0) }),
-    data: tiers.statuses().map((status) => {
-      const { queries, hits } = blocks.countsOf(status.digest);
-      return { ...status, prefixCache: { promptTokens: queries, cachedTokens: hits } };
-    }),
+    base: { name: baseName, prefixCache: prefixCacheOf(baseVoice) },
+    data: tiers.statuses().map((status) => ({ ...status, prefixCache: prefixCacheOf(status.digest) })),
     loading: [...tiers.loadingNames].sort(),
   };
 }

@@ -261,6 +261,8 @@ function engineEnv(baseModel: BaseModel): Record<string, string> {
     MOTET_HOST_MEMORY: String(Math.floor(parseQuantity(memory.host))),
     MOTET_QUANTIZATION: quantization,
     MOTET_KV_CACHE_DTYPE: kv.dtype,
+    MOTET_PREFIX_CACHE: kv.prefixCache,
+    MOTET_EVICTION: kv.eviction,
     MOTET_ADAPTER_QUANTIZATION: adapterQuantization,
     ...(limits.maxModelLen !== undefined && { MOTET_MAX_MODEL_LEN: String(limits.maxModelLen) }),
     MOTET_MAX_BATCH_TOKENS: String(limits.maxBatchTokens),

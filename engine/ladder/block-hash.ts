@@ -3,7 +3,7 @@
  *
  *   hash of block i = SHA-256(hash of block i − 1 ‖ its tokens, int32 little endian);  block −1 is the voice
  *
- * A voice is the digest of an adapter, '' for the base: new weights under an old name are another voice. Two blocks are
+ * A voice is the digest of an adapter, `baseVoice` for the base: new weights under an old name are another voice. Two blocks are
  * taken for the same when their 256 bits are the same; nobody can make two that are not.
  */
 
@@ -12,6 +12,9 @@ import { endianness } from 'node:os';
 
 /** 32 bytes, one a character (latin1): as short as a key of a map can be. */
 export type BlockHash = string;
+
+/** The voice of the base model without an adapter. */
+export const baseVoice = '';
 
 const hashBytes = 32;
 if (endianness() !== 'LE') throw new Error('block hashes expect a little endian machine');

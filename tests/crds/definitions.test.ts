@@ -113,10 +113,13 @@ describe('kubectl get shows what a person wants to know', () => {
         tier: 'device',
         rank: 16,
         digest: 'sha256:1234',
-        ...ready('True', 'Resident', 'on 2 engines'),
+        conditions: [
+          ...ready('True', 'Resident', 'on 2 engines').conditions,
+          { ...ready('False', 'NoRoom', 'pins are many').conditions[1], type: 'Pinned' },
+        ],
       },
       { BASE: 'smollm2', RESIDENT: '2/2', TIER: 'device', RANK: '16', READY: 'True', REASON: 'Resident' },
-      { DIGEST: 'sha256:1234', SOURCE: 'pvc://adapters/sql', MESSAGE: 'on 2 engines' },
+      { PINNED: 'False', DIGEST: 'sha256:1234', SOURCE: 'pvc://adapters/sql', MESSAGE: 'on 2 engines' },
     ],
     [
       'AdapterRoute',

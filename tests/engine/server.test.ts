@@ -243,6 +243,13 @@ describe('adapters over HTTP', () => {
     }
     expect(texts[1]).not.toBe(texts[0]);
     expect(texts[2]).toBe(texts[0]);
+    const { base, data } = (await (await served.get(enginePaths.adapters)).json()) as AdapterList;
+    const [tuned] = data.map(({ prefixCache }) => prefixCache!);
+    expect(tuned!.promptTokens).toBeGreaterThan(0);
+    expect(base).toEqual({
+      name: 'base',
+      prefixCache: { promptTokens: 2 * tuned!.promptTokens, cachedTokens: 0 },
+    });
 
     const unloaded = await served.post(enginePaths.unloadAdapter, { lora_name: 'tuned' });
     expect(await unloaded.text()).toBe("Success: LoRA adapter 'tuned' removed successfully.");

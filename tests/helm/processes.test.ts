@@ -109,7 +109,7 @@ spec:
   source: { uri: 'file:///models/small.gguf' }
   replicas: 1
   quantization: keep
-  kv: { dtype: auto }
+  kv: { dtype: auto, prefixCache: 'on', eviction: cost }
   adapterQuantization: keep
   accelerator: { type: cpu, count: 1, runtimeClassName: nvidia }
   memory: { device: 1Gi, host: 0 }

@@ -61,6 +61,19 @@ test('tells the engine the path under which it sees the source', async () => {
   expect(claimOf('https://models.example/pvc://x/y')).toBeNull();
 });
 
+test('a pin is asked for and taken back by loads that say so, and others leave it as it is', async () => {
+  const { client, ip } = await startPair();
+  const pinned = async () => (await client.list(ip)).data[0]!.pinned;
+  const load = (isPinned?: boolean) => client.load(ip, 'sql', 'file:///sql', undefined, isPinned);
+  await load();
+  expect(await pinned()).toBe(false);
+  await load(true);
+  await load();
+  expect(await pinned()).toBe(true);
+  await load(false);
+  expect(await pinned()).toBe(false);
+});
+
 describe('a refusal', () => {
   test.each([
     ['adapter_digest_mismatch', 'DigestMismatch'],
