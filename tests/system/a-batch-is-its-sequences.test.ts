@@ -1,10 +1,11 @@
 /**
  * A batch gives token for token what its sequences give alone, on the real kernels: whatever else shares the step,
- * however prompts are cut into chunks, and when sequences are preempted and computed again.
+ * however prompts are cut into chunks, and when sequences are preempted and computed again, or their KV goes to the host
+ * arena and comes back.
  */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest';
 import type { PreparedModel } from '../../engine/model/prepare.ts';
 import type { Runtime } from '../../native/index.ts';
 import { goldensFolder, readGolden } from '../fixtures/golden.ts';
@@ -13,17 +14,24 @@ import { type GenerateRequest, generate, startRealEngine } from '../fixtures/rea
 import { type SeededRandom, seededRandom } from '../fixtures/seeded-random.ts';
 import type { WiredEngine } from '../fixtures/wire-engine.ts';
 
-async function stop({ engine, tiers, arena, fatal }: WiredEngine): Promise<void> {
+async function stop({ engine, tiers, arena, hostArena, fatal }: WiredEngine): Promise<void> {
   for (const [name] of [...tiers.names]) tiers.unload(name);
   await engine.close();
   await tiers.close();
   expect(fatal).toEqual([]);
   expect(arena.numFree).toBe(arena.numPages);
+  expect(hostArena?.numFree).toBe(hostArena?.numPages);
 }
 
 async function numPreempted({ metrics }: WiredEngine): Promise<number> {
   const { values } = await metrics.registry.getSingleMetric('vllm:num_preemptions_total')!.get();
   return values[0]?.value ?? 0;
+}
+
+/** Bytes of KV that came from the host arena to the device. */
+async function bytesFetched({ metrics }: WiredEngine): Promise<number> {
+  const { values } = await metrics.registry.getSingleMetric('motet_kv_move_bytes_total')!.get();
+  return values.find(({ labels }) => labels.from === 'host')?.value ?? 0;
 }
 
 describe('1,000 random schedules of a small model with a sliding window', () => {
@@ -35,9 +43,10 @@ describe('1,000 random schedules of a small model with a sliding window', () => 
     Array.from({ length: 6 }, () => Array.from({ length: random.from(1, 70) }, () => random.below(512)));
   let model: PreparedModel;
   let runtime: Runtime;
+  let fetched = 0;
   beforeAll(async () => {
     model = await prepare(folder);
-    runtime = await open(model, { deviceMemoryBytes: 64 * 2 ** 18 });
+    runtime = await open(model, { deviceMemoryBytes: 64 * 2 ** 18, hostMemoryBytes: 64 * 2 ** 18 });
   });
   afterAll(() => runtime.close());
 
@@ -65,19 +74,27 @@ describe('1,000 random schedules of a small model with a sliding window', () => 
     let preempted = 0;
     for (let i = 0; i < schedulesPerGroup; i++) {
       const seed = group * schedulesPerGroup + i;
-      preempted += await runSchedule(seed, requests, alone);
+      const counts = await runSchedule(seed, requests, alone);
+      preempted += counts.preempted;
+      fetched += counts.fetched;
     }
     expect(preempted).toBeGreaterThan(0);
+  });
+
+  test('among them are some whose KV came back from the host arena', () => {
+    expect(fetched).toBeGreaterThan(0);
   });
 
   async function runSchedule(
     seed: number,
     requests: (GenerateRequest & { usesAdapter: boolean })[],
     alone: number[][],
-  ): Promise<number> {
+  ): Promise<{ preempted: number; fetched: number }> {
     const random = seededRandom(seed);
     const limits = { maxBatchTokens: random.from(8, 96), maxSequences: random.from(1, 8) };
     const parts = startRealEngine(runtime, model, limits, random.from(9, 20));
+    // As if computing were dear: with so small a model the copy is not always the cheaper way.
+    vi.spyOn(parts.costs, 'prefillSeconds').mockReturnValue(1);
     const adapter = await parts.tiers.load('adapter', adapterFolder, false);
     const runs: Promise<void>[] = [];
     for (let n = random.from(2, 8); n > 0; n--) {
@@ -93,15 +110,15 @@ describe('1,000 random schedules of a small model with a sliding window', () => 
         await new Promise((resolve) => setImmediate(resolve));
     }
     await Promise.all(runs);
-    const preempted = await numPreempted(parts);
+    const counts = { preempted: await numPreempted(parts), fetched: await bytesFetched(parts) };
     await stop(parts);
-    return preempted;
+    return counts;
   }
 });
 
 test('32 concurrent greedy requests over SmolLM2 and all adapters give what each gives alone', async () => {
   const model = await prepare(smollm2Path);
-  const runtime = await open(model, { deviceMemoryBytes: 256 << 20 });
+  const runtime = await open(model, { deviceMemoryBytes: 256 << 20, hostMemoryBytes: 256 << 20 });
   const index = JSON.parse(readFileSync(join(examplesFolder, 'index.json'), 'utf8'));
   const names: string[] = index.adapters.map((adapter: { name: string }) => adapter.name);
   const prompts = readGolden('smollm2', 'base').sequences.map(({ ids }) => ids.slice(0, 120));
@@ -135,6 +152,7 @@ test('32 concurrent greedy requests over SmolLM2 and all adapters give what each
   );
   expect(squeezed).toEqual(alone);
   expect(await numPreempted(parts)).toBeGreaterThan(0);
+  expect(await bytesFetched(parts)).toBeGreaterThan(0);
   await stop(parts);
   runtime.close();
 }, 300_000);
