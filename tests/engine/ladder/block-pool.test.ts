@@ -1,20 +1,23 @@
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { pino } from 'pino';
 import { describe, expect, test } from 'vitest';
 import { Arena } from '../../../engine/ladder/arena.ts';
 import { BlockPool } from '../../../engine/ladder/block-pool.ts';
 import { MeasuredCosts } from '../../../engine/ladder/costs.ts';
+import type { PageCopier } from '../../../engine/ladder/host-blocks.ts';
 import { reclaim } from '../../../engine/ladder/reclaim.ts';
 import { defaultSampling } from '../../../engine/sampling.ts';
 import { Sequence } from '../../../engine/sequence.ts';
 import { seededRandom } from '../../fixtures/seeded-random.ts';
 
-function pool(numPages = 16) {
+function pool(numPages = 16, below: { host: unknown[]; copier: PageCopier } | null = null) {
   let nowMs = 0;
   const arena = new Arena(numPages, 1024);
+  const hostArena = below && new Arena(below.host.length, 1024);
   const blocks = new BlockPool({
     arena,
-    hostArena: null,
-    copier: {
+    hostArena,
+    copier: below?.copier ?? {
       copyPages() {
         throw new Error('there is no host arena');
       },
@@ -27,7 +30,7 @@ function pool(numPages = 16) {
     now: () => nowMs++,
     onFailed: fail,
   });
-  return { arena, blocks };
+  return { arena, hostArena, blocks };
 }
 
 function fail(error: unknown): never {
@@ -153,15 +156,66 @@ describe('kept blocks', () => {
 /** Raised to a million and more for a long proof. */
 const numOperations = Number(process.env.MOTET_LADDER_OPERATIONS ?? 20_000);
 
+/**
+ * Pages as their contents: the hash of the block that was computed into a page, or what an adapter left. A copy takes what the page
+ * holds when it is done, some turns later, in order.
+ */
+function tiers(numPages: number, numHostPages: number, random: ReturnType<typeof seededRandom>) {
+  const device = new Array<string>(numPages).fill('');
+  const host = new Array<string>(numHostPages).fill('');
+  let last = Promise.resolve();
+  const numCopied = { toHost: 0, toDevice: 0 };
+  const copyPages = async (direction: 'toHost' | 'toDevice', from: Int32Array, to: Int32Array) => {
+    const [source, target] = direction === 'toHost' ? [device, host] : [host, device];
+    const copy = last.then(async () => {
+      for (let turns = random.below(3); turns > 0; turns--) await nextTurn();
+      for (const [i, page] of from.entries()) target[to[i]!] = source[page]!;
+      numCopied[direction] += from.length;
+    });
+    last = copy;
+    await copy;
+    return { seconds: 1e-6 * from.length };
+  };
+  return { device, host, numCopied, copier: { copyPages } };
+}
+
 test.each([1, 2, 3])(
-  'the books of arena and pool add up over a random run (seed %i)',
+  'the books of arenas and pool add up over a random run, and blocks hold what they say (seed %i)',
   async (seed) => {
     const random = seededRandom(seed);
-    const parts = pool(random.from(8, 40));
-    const { arena, blocks } = parts;
+    const numPages = random.from(8, 40);
+    const contents = tiers(numPages, random.from(4, 60), random);
+    const { arena, hostArena, blocks } = pool(numPages, contents);
     const held: Sequence[] = [];
-    const adapters: Int32Array[] = [];
-    let numShared = 0;
+    const adapters: { pages: Int32Array; isOnHost: boolean }[] = [];
+    const purges: Promise<unknown>[] = [];
+    const counts = { shared: 0, fetched: 0 };
+
+    /** As the engine lets a sequence begin, and computes all that is not there. */
+    const run = (made: Sequence): void => {
+      blocks.hash(made, made.numTokens);
+      const ways = made.blockHashes.map((hash) => {
+        const found = blocks.find(hash);
+        if (found === null) return 'compute';
+        return found === 'host' ? 'fetch' : 'share';
+      });
+      made.roomForBlocks(ways.length);
+      for (const [at, way] of ways.entries()) {
+        if (way !== 'compute') counts[way === 'fetch' ? 'fetched' : 'shared']++;
+        if (way === 'share') blocks.share(made, at);
+      }
+      const numOwn = ways.filter((way) => way !== 'share').length;
+      const numBehind = Math.ceil(made.numTokens / 16) - ways.length;
+      if (!reclaim(arena, numOwn + numBehind, [blocks])) throw new Error('no room');
+      blocks.begin(made, ways);
+      blocks.startFetching();
+      blocks.take(made, numBehind);
+      blocks.keep(made, made.numTokens, null);
+      for (const [at, way] of ways.entries())
+        if (way === 'compute') contents.device[made.blocks[at]!] = made.blockHashes[at]!;
+      blocks.computed(made, 0, made.numTokens);
+    };
+
     for (let turn = 0; turn < numOperations / 3; turn++) {
       const action = random.below(10);
       if (action < 4) {
@@ -170,36 +224,58 @@ test.each([1, 2, 3])(
           ascending(random.from(1, 80), random.below(3) * 100),
           random.pick(['', 'sha256:a']),
         );
-        const numPages = Math.ceil(made.numTokens / 16);
-        if (numPages <= arena.numFree + blocks.numReclaimablePages - numPages) {
-          numShared += begin(parts, made);
+        const numNeeded = Math.ceil(made.numTokens / 16);
+        if (numNeeded <= arena.numFree + blocks.numReclaimablePages - numNeeded) {
+          run(made);
           held.push(made);
         }
       } else if (action < 7 && held.length > 0) {
-        const [made] = held.splice(random.below(held.length), 1);
-        blocks.release(made!);
+        const at = random.below(held.length);
+        const made = held[at]!;
+        if (!made.isInFlight) {
+          for (const [depth, hash] of made.blockHashes.entries())
+            if (contents.device[made.blocks[depth]!] !== hash)
+              throw new Error(`turn ${turn}: wrong block ${depth}`);
+          held.splice(at, 1);
+          blocks.release(made);
+        }
       } else if (action === 7) {
+        const isOnHost = random.below(3) === 0;
+        const where = isOnHost ? hostArena! : arena;
         const pages = new Int32Array(random.from(1, 4));
-        if (reclaim(arena, pages.length, [blocks]) && arena.take('adapter', pages.length, pages))
-          adapters.push(pages);
+        if (
+          reclaim(where, pages.length, isOnHost ? [blocks.host!] : [blocks]) &&
+          where.take('adapter', pages.length, pages)
+        ) {
+          for (const page of pages) contents[isOnHost ? 'host' : 'device'][page] = 'adapter';
+          adapters.push({ pages, isOnHost });
+        }
       } else if (action === 8 && adapters.length > 0) {
-        arena.giveBack('adapter', adapters.pop()!);
+        const { pages, isOnHost } = adapters.pop()!;
+        (isOnHost ? hostArena! : arena).giveBack('adapter', pages);
       } else if (random.below(20) === 0) {
-        void blocks.purge('sha256:a');
+        purges.push(blocks.purge('sha256:a'));
       }
+      if (turn % 3 === 0) await nextTurn();
       // A check reads every page: not after every one of a million operations.
       if (numOperations > 100_000 && turn % 100 > 0) continue;
       arena.check();
+      hostArena!.check();
       blocks.check(held);
     }
+    await blocks.settled();
+    await Promise.all(purges);
     for (const made of held) blocks.release(made);
-    for (const pages of adapters) arena.giveBack('adapter', pages);
+    for (const { pages, isOnHost } of adapters) (isOnHost ? hostArena! : arena).giveBack('adapter', pages);
     await blocks.close();
     arena.check();
+    hostArena!.check();
     blocks.check([]);
-    expect(arena.numFree).toBe(arena.numPages);
-    expect(numShared).toBeGreaterThan(0);
+    expect([arena.numFree, hostArena!.numFree]).toEqual([arena.numPages, hostArena!.numPages]);
+    expect(counts.shared).toBeGreaterThan(0);
+    expect(counts.fetched).toBeGreaterThan(0);
     expect(blocks.numEvicted).toBeGreaterThan(0);
+    expect(blocks.host!.numEvicted).toBeGreaterThan(0);
   },
   numOperations / 10 + 30_000,
 );
