@@ -18,7 +18,7 @@ import {
   startFakeEngine,
 } from '../fixtures/fake-engine.ts';
 
-const request = { index: 0, adapter: null, prompt: [11, 12, 13], outputTokens: 2 };
+const request = { index: 0, turn: 0, numTurns: 1, adapter: null, prompt: [11, 12, 13], outputTokens: 2 };
 
 function wire(url: string, overrides: Partial<Wire> = {}): Wire {
   return {
@@ -75,6 +75,14 @@ describe('what is sent', () => {
     expect(requestBody(wire(''), { ...request, prompt: 'the sea' })).toMatchObject({
       messages: [{ role: 'user', content: 'the sea' }],
     });
+  });
+
+  test('for a conversation: all of its messages', () => {
+    const prompt = [
+      { role: 'system', content: 'be brief' },
+      { role: 'user', content: 'the sea' },
+    ] as const;
+    expect(requestBody(wire(''), { ...request, prompt: [...prompt] })).toMatchObject({ messages: prompt });
   });
 
   test('an adapter is the model, or for llama-server an id of scale 1; its base is an id of scale 0', () => {
@@ -167,12 +175,27 @@ describe('a stream', () => {
     expect(answer.gapsMs).toHaveLength(1);
   });
 
+  test('has its text, to be sent back, and what of its prompt was cached', async () => {
+    const { answer } = await ask(({ res }) => {
+      beginStream(res);
+      const thought = { choices: [{ index: 0, delta: { reasoning_content: 'hm' } }] };
+      const cached = {
+        prompt_tokens: 40,
+        completion_tokens: 2,
+        prompt_tokens_details: { cached_tokens: 32 },
+      };
+      res.write(event(thought) + chunkEvent('the ') + chunkEvent('sea'));
+      res.end(`${event({ choices: [], usage: cached })}data: [DONE]\n\n`);
+    });
+    expect(answer).toMatchObject({ code: 'ok', text: 'the sea', promptTokens: 40, cachedTokens: 32 });
+  });
+
   test('without usage has no token count', async () => {
     const { answer } = await ask(({ res }) => {
       beginStream(res);
       res.end(`${chunkEvent('word')}data: [DONE]\n\n`);
     });
-    expect(answer).toMatchObject({ code: 'ok', promptTokens: null, outputTokens: null });
+    expect(answer).toMatchObject({ code: 'ok', promptTokens: null, outputTokens: null, cachedTokens: null });
   });
 });
 

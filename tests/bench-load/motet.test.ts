@@ -101,6 +101,44 @@ test('starts an engine and a gateway with random adapters, loads them, and leave
   expect(readdirSync(env.TMPDIR)).toEqual([]);
 });
 
+test('holds conversations with a real engine, which finds their earlier turns in its cache', async () => {
+  const engine = await startProcess('engine', [
+    ...['--model', tiny, '--served-name', 'base', '--cache', cacheFolder, '--port', '0'],
+    ...['--device-memory', '32MiB'],
+  ]);
+  onTestFinished(async () => void (await engine.stop()));
+  const json = join(scratch(), 'report.json');
+  const load =
+    '--turns 3 --concurrency 3 --conversations 4 --think-time exp:0.01 --warmup 0 --shared-prefix-tokens 20';
+  const lengths = '--prompt-tokens 30 --follow-up-tokens 10:20 --output-tokens 8';
+  const args = `bench --url ${engine.url} ${load} ${lengths} --json ${json} --json-samples`;
+  const { code, stdout, stderr } = await motet(args.split(' ')).ended;
+  expect(stderr).toBe('');
+  expect(code).toBe(0);
+
+  const { summary, samples } = readJson(json);
+  const metrics = await (await fetch(`${engine.url}/metrics`)).text();
+  const counter = (name: string) => Number(new RegExp(`^${name}\\{.*\\} (\\d+)$`, 'm').exec(metrics)![1]);
+  expect(summary).toMatchObject({ numDone: 12, numFailed: 0 });
+  expect(summary.conversations).toMatchObject({ numComplete: 4, numFailed: 0, numCut: 0 });
+  expect(summary.promptTokens).toBe(counter('vllm:prompt_tokens_total'));
+  expect(summary.cachedShare).toBeCloseTo(counter('vllm:prefix_cache_hits_total') / summary.promptTokens);
+  expect(summary.conversations.laterTurns.cachedShare).toBeGreaterThan(
+    summary.conversations.firstTurn.cachedShare,
+  );
+  // Each turn has all before it.
+  const lengthsOf = (index: number) =>
+    samples
+      .filter((sample: { index: number }) => sample.index === index)
+      .toSorted((a: { turn: number }, b: { turn: number }) => a.turn - b.turn)
+      .map((sample: { promptTokens: number }) => sample.promptTokens);
+  const [first, second, third] = lengthsOf(2);
+  expect(second).toBeGreaterThan(first);
+  expect(third).toBeGreaterThan(second);
+  expect(stdout).toContain('of conversations: 4 complete');
+  expect(stdout).toContain('one of 1 system messages of 20 words, then 30 words, later 10 to 20');
+});
+
 test('Ctrl-C ends the load and reports what was measured', async () => {
   const engine = await startFakeEngine();
   engine.script = (received) => (engine.received.length <= 5 ? answer(received) : answerForever(received));

@@ -32,6 +32,7 @@ test('without options 64 requests of 128 and 64 tokens by 8 clients go to a serv
     sharedPrefixTokens: 0,
     numPrefixes: 1,
     vocabSize: 8192,
+    conversations: null,
     pacing: { kind: 'closed', concurrency: 8 },
     numRequests: 64,
     durationSeconds: null,
@@ -73,6 +74,40 @@ test('a duration alone does not bound the number of requests to 64', () => {
   expect(parsed(['--duration', '30', '--requests', '5'])).toMatchObject({
     durationSeconds: 30,
     numRequests: 5,
+  });
+});
+
+describe('--turns', () => {
+  test('makes conversations of chats, one a client, whose later messages are as long as the first', () => {
+    expect(parsed(['--turns', '6', '--concurrency', '50', '--prompt-tokens', '40'])).toMatchObject({
+      endpoint: 'chat',
+      conversations: {
+        numTurns: 6,
+        thinkTime: { kind: 'fixed', meanSeconds: 0 },
+        followUpTokens: { kind: 'fixed', tokens: 40 },
+      },
+      numRequests: 50,
+    });
+  });
+
+  test('with think times and messages of their own', () => {
+    const think = ['--think-time', 'exp:2.5', '--follow-up-tokens', '5:9', '--conversations', '7'];
+    expect(parsed(['--turns', '2', ...think])).toMatchObject({
+      conversations: {
+        thinkTime: { kind: 'exponential', meanSeconds: 2.5 },
+        followUpTokens: { kind: 'uniform', low: 5, high: 9 },
+      },
+      numRequests: 7,
+    });
+    expect(parsed(['--turns', '2', '--think-time', '3']).conversations!.thinkTime).toEqual({
+      kind: 'fixed',
+      meanSeconds: 3,
+    });
+  });
+
+  test('as many as arrive, or as a report can hold beside a duration', () => {
+    expect(parsed(['--turns', '5', '--rate', '2']).numRequests).toBe(64);
+    expect(parsed(['--turns', '5', '--duration', '9']).numRequests).toBe(200_000);
   });
 });
 
@@ -149,6 +184,22 @@ test.each<[string, string[], string]>([
     ['--register', '2', '--register-targets', 'q_proj,lm_head'],
     '--register-targets: expected all-linear, or different ones of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, got "q_proj,lm_head"',
   ],
+  ['a conversation of one turn', ['--turns', '1'], '--turns: expected an integer from 2 to 1000, got "1"'],
+  [
+    'a think time of an unknown kind',
+    ['--turns', '2', '--think-time', 'poisson:3'],
+    '--think-time: expected S or exp:S with S from 0 to 86400, got "poisson:3"',
+  ],
+  [
+    'more turns than a report holds',
+    ['--turns', '1000', '--conversations', '2000'],
+    '--conversations: expected at most 1000 of 1000 turns, got 2000',
+  ],
+  [
+    'conversations of completions',
+    ['--turns', '2', '--endpoint', 'completions'],
+    '--endpoint: expected chat beside --turns, got completions',
+  ],
   ['a path as URL', ['--url', '/v1'], '--url: expected http://HOST:PORT or https://HOST, got "/v1"'],
   [
     'llama-server and names',
@@ -179,6 +230,17 @@ test.each<[string, string[], string]>([
     '--num-prefixes: expected only beside --shared-prefix-tokens',
   ],
   ['ids of words', ['--endpoint', 'chat', '--vocab', '99'], '--vocab: expected only beside --endpoint comp'],
+  [
+    'ids of a conversation',
+    ['--turns', '2', '--vocab', '99'],
+    '--vocab: expected only beside --endpoint comp',
+  ],
+  ['thinking about one answer', ['--think-time', '1'], '--think-time: expected only beside --turns'],
+  [
+    'requests of conversations',
+    ['--turns', '2', '--requests', '9'],
+    '--requests: expected only without --turns',
+  ],
   ['samples of no file', ['--json-samples'], '--json-samples: expected only beside --json'],
   [
     'a share of no adapters',
@@ -197,7 +259,7 @@ test.each<[string, string[], string]>([
 test('--help names every option that is parsed, with its unit and default', () => {
   const { help } = parseOptions(['--help'], {}) as { help: string };
   const flags = [...help.matchAll(/^ {2}--([a-z0-9-]+)/gm)].map(([, flag]) => flag!);
-  expect(flags).toHaveLength(32);
+  expect(flags).toHaveLength(36);
   expect(help).toMatch(/--timeout-ms MS .*\n?.*default 300000/);
   for (const line of help.split('\n')) expect(line.length, line).toBeLessThanOrEqual(120);
 });

@@ -15,6 +15,8 @@ import { seededRandom } from '../fixtures/seeded-random.ts';
 function sample(overrides: Partial<Sample> = {}): Sample {
   return {
     index: 0,
+    turn: 0,
+    numTurns: 1,
     adapter: null,
     dueMs: 1000,
     sentMs: 1000,
@@ -24,6 +26,7 @@ function sample(overrides: Partial<Sample> = {}): Sample {
     longestGapMs: 25,
     promptTokens: 5,
     outputTokens: 11,
+    cachedTokens: null,
     wantedTokens: 11,
     code: 'ok',
     message: '',
@@ -33,6 +36,10 @@ function sample(overrides: Partial<Sample> = {}): Sample {
 
 const failure = (code: string, message = '') =>
   sample({ code, message, firstMs: null, lastMs: null, promptTokens: null, outputTokens: null });
+
+/** A turn that was due at 0 ms, whose first text came then. */
+const turn = (index: number, number: number, firstMs: number, overrides: Partial<Sample> = {}) =>
+  sample({ index, turn: number - 1, numTurns: 3, dueMs: 0, sentMs: 0, firstMs, endMs: 400, ...overrides });
 
 describe('percentiles', () => {
   const hundred = Array.from({ length: 101 }, (_, i) => i);
@@ -124,6 +131,95 @@ describe('a summary', () => {
       ttftMs: null,
       goodput: { requestsPerSecond: 0, share: 0 },
     });
+  });
+});
+
+describe('cached tokens', () => {
+  test('are a share of the prompts whose answers tell it', () => {
+    const samples = [
+      sample({ promptTokens: 60, cachedTokens: 40 }),
+      sample({ promptTokens: 40, cachedTokens: 0 }),
+      sample({ promptTokens: 900 }),
+      failure('timeout'),
+    ];
+    expect(summarise(samples, [], [], {}).cachedShare).toBe(0.4);
+  });
+
+  test('of a server that does not tell are unknown, not none', () => {
+    expect(summarise([sample()], [], [], {}).cachedShare).toBeNull();
+  });
+});
+
+describe('conversations', () => {
+  const three = [
+    turn(0, 1, 100, { promptTokens: 10, cachedTokens: 0 }),
+    turn(0, 2, 20, { promptTokens: 30, cachedTokens: 15 }),
+    turn(0, 3, 40, { promptTokens: 50, cachedTokens: 45 }),
+    turn(1, 1, 300, { promptTokens: 10, cachedTokens: 0 }),
+    { ...failure('http_400', 'too long'), index: 1, turn: 1, numTurns: 3, dueMs: 0, endMs: 10 },
+    turn(2, 1, 200, { promptTokens: 10, cachedTokens: 0 }),
+    { ...failure('cancelled'), index: 2, turn: 1, numTurns: 3 },
+    turn(3, 1, 200, { promptTokens: 10, cachedTokens: 0 }),
+  ];
+
+  test('are complete, ended by a failure with turns that were never sent, or cut by the end of the run', () => {
+    expect(summarise(three, [], [], {}).conversations).toMatchObject({
+      numComplete: 1,
+      numFailed: 1,
+      numTurnsNotSent: 1,
+      numCut: 2,
+    });
+  });
+
+  test('have latencies and cached tokens by turn: the first, the later ones, and each by its number', () => {
+    const { firstTurn, laterTurns, turns } = summarise(three, [], [], {}).conversations!;
+    expect(firstTurn).toMatchObject({ numRequests: 4, meanPromptTokens: 10, cachedShare: 0 });
+    expect(firstTurn!.ttftMs).toMatchObject({ mean: 200, max: 300 });
+    expect(laterTurns).toMatchObject({ numRequests: 2, meanPromptTokens: 40, cachedShare: 0.75 });
+    expect(laterTurns!.ttftMs).toMatchObject({ p50: 30 });
+    expect(turns.map((of) => [of.turn, of.numRequests, of.e2eMs.p50])).toEqual([
+      [1, 4, 400],
+      [2, 1, 400],
+      [3, 1, 400],
+    ]);
+  });
+
+  test('single requests are none', () => {
+    expect(summarise([sample()], [], [], {}).conversations).toBeNull();
+  });
+
+  const page = (samples: Sample[]) =>
+    renderPage(summarise(samples, [], [], {}), { ttftMs: [], itlMs: [] }, [], { columns: 80, isPlain: true });
+
+  test('show on the page how they ended, and a line for each turn', () => {
+    const text = page(three);
+    expect(text).toContain(
+      'of conversations: 1 complete, 1 ended by a failure (1 turns not sent), 2 cut by the end of the run',
+    );
+    expect(text).toContain('tokens      120 prompt (50 % cached), 66 output');
+    expect(text).toContain(`
+  ms               TTFT                        E2E
+                    p50      p95      p99      p50      p95      p99   prompt   cached  answers
+  first turn        200      285      297      400      400      400     10.0      0 %        4
+  later turns      30.0     39.0     39.8      400      400      400     40.0     75 %        2
+  turn 1            200      285      297      400      400      400     10.0      0 %        4
+  turn 2           20.0     20.0     20.0      400      400      400     30.0     50 %        1
+  turn 3           40.0     40.0     40.0      400      400      400     50.0     90 %        1
+`);
+  });
+
+  test('of very many turns show the first and the last, and say so', () => {
+    const samples = Array.from({ length: 30 }, (_, i) => turn(0, i + 1, 100, { numTurns: 30 }));
+    const shown = [...page(samples).matchAll(/^ {2}turn (\d+) /gm)].map(([, number]) => Number(number));
+    expect(shown).toEqual([1, 2, 3, 4, 5, 6, 29, 30]);
+    expect(page(samples)).toContain('of 30 turns; --json has all');
+  });
+
+  test('without any answer have no table', () => {
+    expect(page([{ ...failure('timeout'), numTurns: 3 }])).toContain(
+      '1 ended by a failure (2 turns not sent)',
+    );
+    expect(page([{ ...failure('timeout'), numTurns: 3 }])).not.toContain('first turn');
   });
 });
 

@@ -1,10 +1,15 @@
 // The loops against a simulated server on a simulated clock: seconds of load take milliseconds, and every time is exact.
 
-import { expect, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import type { Answer } from '../bench/load/client.ts';
 import { summarise } from '../bench/load/report.ts';
 import { type Clock, type RunPlan, runLoad, type Sample } from '../bench/load/run.ts';
-import { createWorkload } from '../bench/load/workload.ts';
+import {
+  type ConversationShape,
+  createWorkload,
+  type Message,
+  type PlannedRequest,
+} from '../bench/load/workload.ts';
 
 /** Time that stands still until everybody waits, and then goes on to the first who is due. */
 function simulatedClock() {
@@ -40,10 +45,11 @@ interface Load {
   plan: Partial<RunPlan>;
   /** Milliseconds that an answer to a request takes that is sent at that time of the run. */
   serviceMs?: (sentMs: number) => number;
-  codes?: (index: number) => string;
+  codes?: (index: number, turn: number) => string;
   /** When Ctrl-C comes. */
   interruptMs?: number;
   popularity?: 'uniform' | 'each-client-its-own';
+  conversations?: ConversationShape;
 }
 
 async function simulate({
@@ -52,16 +58,19 @@ async function simulate({
   codes = () => 'ok',
   interruptMs,
   popularity = 'uniform',
+  conversations,
 }: Load) {
   const { clock, finish } = simulatedClock();
   const beginMs = clock.nowMs();
   const interrupt = new AbortController();
   const samples: Sample[] = [];
+  const prompts: PlannedRequest['prompt'][] = [];
   let numInFlight = 0;
   let mostInFlight = 0;
   const workload = createWorkload({
     seed: 1,
-    endpoint: 'completions',
+    endpoint: conversations === undefined ? 'completions' : 'chat',
+    conversations: conversations ?? null,
     promptTokens: { kind: 'fixed', tokens: 3 },
     outputTokens: { kind: 'fixed', tokens: 2 },
     sharedPrefixTokens: 0,
@@ -88,6 +97,7 @@ async function simulate({
       signal: interrupt.signal,
       onSample: (sample) => void samples.push(sample),
       async send(request, signal) {
+        prompts.push(request.prompt);
         numInFlight++;
         mostInFlight = Math.max(mostInFlight, numInFlight);
         const sentMs = clock.nowMs();
@@ -95,7 +105,7 @@ async function simulate({
         await clock.until(endMs, signal);
         numInFlight--;
         const answer: Answer = {
-          code: signal.aborted ? 'cancelled' : codes(request.index),
+          code: signal.aborted ? 'cancelled' : codes(request.index, request.turn),
           message: '',
           sentMs,
           firstMs: endMs,
@@ -104,13 +114,15 @@ async function simulate({
           gapsMs: [3, 8, 2],
           promptTokens: 3,
           outputTokens: 2,
+          cachedTokens: null,
+          text: `answer ${request.turn + 1}`,
         };
         return answer;
       },
     },
   );
   await finish(run);
-  return { samples, mostInFlight, sentMs: samples.map((sample) => sample.sentMs) };
+  return { samples, prompts, mostInFlight, sentMs: samples.map((sample) => sample.sentMs) };
 }
 
 const even = { kind: 'open', burstiness: 1000, maxInFlight: 1000 } as const;
@@ -226,4 +238,105 @@ test.each([
   expect(done.length).toBeGreaterThan(5);
   expect(cancelled.length).toBeGreaterThan(0);
   expect(Math.max(...sentMs)).toBeLessThanOrEqual(1050);
+});
+
+describe('conversations', () => {
+  const talk = (numTurns: number, thinkSeconds = 0.5): ConversationShape => ({
+    numTurns,
+    thinkTime: { kind: 'fixed', meanSeconds: thinkSeconds },
+    followUpTokens: { kind: 'fixed', tokens: 2 },
+  });
+  const turnsOf = (samples: Sample[]) => samples.map(({ index, turn }) => [index, turn]);
+
+  test('closed loop: a user thinks before each next turn, sends back what was answered, then begins another', async () => {
+    const { samples, sentMs, prompts } = await simulate({
+      plan: { numRequests: 2 },
+      conversations: talk(3),
+    });
+    expect(turnsOf(samples)).toEqual([
+      [0, 0],
+      [0, 1],
+      [0, 2],
+      [1, 0],
+      [1, 1],
+      [1, 2],
+    ]);
+    expect(sentMs).toEqual([0, 600, 1200, 1300, 1900, 2500]);
+    const third = prompts[2] as Message[];
+    expect(third.filter(({ role }) => role === 'assistant').map(({ content }) => content)).toEqual([
+      'answer 1',
+      'answer 2',
+    ]);
+  });
+
+  test('closed loop: while one user thinks, others are served', async () => {
+    const { samples, mostInFlight } = await simulate({
+      plan: { pacing: { kind: 'closed', concurrency: 3 }, numRequests: 3 },
+      conversations: talk(2, 10),
+    });
+    expect(mostInFlight).toBe(3);
+    expect(samples.map(({ dueMs, sentMs }) => dueMs - sentMs)).toEqual([0, 0, 0, 0, 0, 0]);
+  });
+
+  test('a turn that fails ends its conversation, and the user goes on with the next after a moment', async () => {
+    const { samples, sentMs } = await simulate({
+      plan: { numRequests: 2 },
+      conversations: talk(3),
+      codes: (index, turn) => (index === 0 && turn === 1 ? 'http_503' : 'ok'),
+    });
+    expect(turnsOf(samples)).toEqual([
+      [0, 0],
+      [0, 1],
+      [1, 0],
+      [1, 1],
+      [1, 2],
+    ]);
+    expect(sentMs.slice(0, 3)).toEqual([0, 600, 800]);
+    expect(summarise(samples, [], ['a', 'b', 'c'], {}).conversations).toMatchObject({
+      numComplete: 1,
+      numFailed: 1,
+      numTurnsNotSent: 1,
+    });
+  });
+
+  test('no turn is sent after the duration, and nobody waits for a user who thinks beyond it', async () => {
+    const { samples, sentMs } = await simulate({
+      plan: { durationMs: 1000 },
+      conversations: talk(9, 0.7),
+    });
+    expect(sentMs).toEqual([0, 800]);
+    expect(summarise(samples, [], ['a', 'b', 'c'], {}).conversations).toMatchObject({
+      numComplete: 0,
+      numCut: 1,
+    });
+  });
+
+  test('open loop: conversations arrive; only their first turn counts from when it was due', async () => {
+    const { samples } = await simulate({
+      plan: { pacing: { ...even, ratePerSecond: 10, maxInFlight: 2 }, numRequests: 6 },
+      conversations: talk(2),
+      serviceMs: () => 100,
+    });
+    expect(samples).toHaveLength(12);
+    const waited = samples.filter(({ sentMs, dueMs }) => sentMs > dueMs);
+    expect(waited.every(({ turn }) => turn === 0)).toBe(true);
+    // Two at a time take 700 ms each and come every 100 ms.
+    expect(waited.length).toBeGreaterThanOrEqual(3);
+  });
+
+  test('Ctrl-C does not wait for users who think', async () => {
+    const { samples } = await simulate({
+      plan: { pacing: { kind: 'closed', concurrency: 2 }, numRequests: 2 },
+      conversations: talk(5, 1000),
+      interruptMs: 3000,
+    });
+    expect(turnsOf(samples)).toEqual([
+      [0, 0],
+      [1, 0],
+    ]);
+    expect(summarise(samples, [], ['a', 'b', 'c'], {}).conversations).toMatchObject({
+      numCut: 2,
+      numFailed: 0,
+    });
+  });
 });

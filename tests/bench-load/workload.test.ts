@@ -4,6 +4,7 @@ import {
   createWorkload,
   type Lengths,
   lengthOf,
+  type Message,
   type Workload,
   type WorkloadShape,
 } from '../bench/load/workload.ts';
@@ -18,6 +19,7 @@ function shape(overrides: Partial<WorkloadShape> = {}): WorkloadShape {
     sharedPrefixTokens: 0,
     numPrefixes: 1,
     vocabSize: 8192,
+    conversations: null,
     numAdapters: 0,
     popularity: { kind: 'uniform' },
     baseShare: 0,
@@ -92,6 +94,93 @@ describe('a request', () => {
     const prefixed = shape({ sharedPrefixTokens: 6 });
     const begin = (workload: Workload) => (workload.request(0, 0).prompt as number[]).slice(0, 6);
     expect(begin(createWorkload(prefixed, 'warmup'))).toEqual(begin(createWorkload(prefixed)));
+  });
+});
+
+describe('a conversation', () => {
+  const talk = (overrides: Partial<WorkloadShape['conversations'] & object> = {}) =>
+    shape({
+      endpoint: 'chat',
+      conversations: {
+        numTurns: 3,
+        thinkTime: { kind: 'fixed', meanSeconds: 2 },
+        followUpTokens: { kind: 'fixed', tokens: 5 },
+        ...overrides,
+      },
+    });
+  const numWords = (text: string) => text.split(' ').length;
+
+  test('goes on with all that was said, the answers that came among it, and a new message', () => {
+    const workload = createWorkload({ ...talk(), sharedPrefixTokens: 6 });
+    const first = workload.request(7, 0);
+    const second = workload.followUp(first, 'an answer')!.request;
+    const third = workload.followUp(second, 'another')!.request;
+    const messages = third.prompt as Message[];
+    expect(messages.slice(0, 4)).toEqual(second.prompt);
+    expect(messages.slice(0, 2)).toEqual(first.prompt);
+    expect(messages.map(({ role }) => role)).toEqual([
+      'system',
+      'user',
+      'assistant',
+      'user',
+      'assistant',
+      'user',
+    ]);
+    expect(messages.filter(({ role }) => role === 'assistant').map(({ content }) => content)).toEqual([
+      'an answer',
+      'another',
+    ]);
+    expect(
+      messages.filter(({ role }) => role !== 'assistant').map(({ content }) => numWords(content)),
+    ).toEqual([6, 4, 5, 5]);
+    expect([first, second, third].map(({ index, turn, numTurns }) => [index, turn, numTurns])).toEqual([
+      [7, 0, 3],
+      [7, 1, 3],
+      [7, 2, 3],
+    ]);
+    expect(workload.followUp(third, 'the last')).toBeNull();
+  });
+
+  test('is the same for the same seed, whatever other conversations did, and stays with its adapter', () => {
+    const with3 = { ...talk(), numAdapters: 3 };
+    const play = (indices: number[]) => {
+      const workload = createWorkload(with3);
+      return indices.map((index) => workload.followUp(workload.request(index, 0), 'x')!);
+    };
+    const [a, b] = play([4, 9]);
+    expect(play([9, 4])).toEqual([b, a]);
+    expect(a!.request.prompt).not.toEqual(b!.request.prompt);
+    expect(a!.request.adapter).toBe(createWorkload(with3).request(4, 0).adapter);
+  });
+
+  test('has no turn that says what another turn, conversation or seed says', () => {
+    const long = { ...talk({ followUpTokens: { kind: 'fixed', tokens: 40 } }) };
+    const said = [1, 2].flatMap((seed) => {
+      const workload = createWorkload({ ...long, seed });
+      return [0, 1, 2].flatMap((index) => {
+        const second = workload.followUp(workload.request(index, 0), '')!.request;
+        const third = workload.followUp(second, '')!.request;
+        return [second, third].map(({ prompt }) => (prompt as Message[]).at(-1)!.content);
+      });
+    });
+    expect(new Set(said).size).toBe(12);
+  });
+
+  test('think times are always the same, or exponential around their mean', () => {
+    const thinkMs = (kind: 'fixed' | 'exponential') => {
+      const workload = createWorkload(talk({ thinkTime: { kind, meanSeconds: 2 } }));
+      return Array.from({ length: 2000 }, (_, i) => workload.followUp(workload.request(i, 0), '')!.thinkMs);
+    };
+    expect(new Set(thinkMs('fixed'))).toEqual(new Set([2000]));
+    const random = thinkMs('exponential');
+    // The deviation of an exponential is its mean, so that of a mean of 2,000 is 2000 / √2000.
+    expect(Math.abs(mean(random) - 2000)).toBeLessThan(4 * 45);
+    expect(Math.abs(Math.sqrt(variance(random)) - 2000)).toBeLessThan(300);
+  });
+
+  test('a single request has no next turn', () => {
+    const workload = createWorkload(shape());
+    expect(workload.followUp(workload.request(0, 0), 'x')).toBeNull();
   });
 });
 

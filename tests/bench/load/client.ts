@@ -38,6 +38,10 @@ export interface Answer {
   /** By the server's usage; null: it reported none. */
   promptTokens: number | null;
   outputTokens: number | null;
+  /** Of the prompt's, those that the server had from before; null: it reported none. */
+  cachedTokens: number | null;
+  /** What was said, without reasoning: clients do not send that back. */
+  text: string;
 }
 
 interface StreamEvent {
@@ -46,7 +50,11 @@ interface StreamEvent {
     delta?: { content?: string | null; reasoning_content?: string | null };
     finish_reason?: string | null;
   }[];
-  usage?: { prompt_tokens: number; completion_tokens: number } | null;
+  usage?: {
+    prompt_tokens: number;
+    completion_tokens: number;
+    prompt_tokens_details?: { cached_tokens?: number } | null;
+  } | null;
   error?: { message?: string } | string;
 }
 
@@ -63,7 +71,9 @@ export function requestBody(wire: Wire, request: PlannedRequest): object {
     ...(wire.adapterField === 'llama'
       ? { lora: [{ id: Number(adapter ?? 0), scale: adapter === null ? 0 : 1 }] }
       : {}),
-    ...(wire.endpoint === 'chat' ? { messages: [{ role: 'user', content: prompt }] } : { prompt }),
+    ...(wire.endpoint === 'completions'
+      ? { prompt }
+      : { messages: typeof prompt === 'string' ? [{ role: 'user', content: prompt }] : prompt }),
     max_tokens: request.outputTokens,
     temperature: wire.temperature,
     ...(wire.ignoresEos ? { ignore_eos: true } : {}),
@@ -99,6 +109,8 @@ export async function sendStreamed(
     gapsMs: [],
     promptTokens: null,
     outputTokens: null,
+    cachedTokens: null,
+    text: '',
   };
   const fail = (code: string, message: string) => {
     answer.code = code;
@@ -181,9 +193,11 @@ async function readEvents(
       if (event.usage) {
         answer.promptTokens = event.usage.prompt_tokens;
         answer.outputTokens = event.usage.completion_tokens;
+        answer.cachedTokens = event.usage.prompt_tokens_details?.cached_tokens ?? null;
       }
       const choice = event.choices?.[0];
       if (choice === undefined) continue;
+      answer.text += choice.text ?? choice.delta?.content ?? '';
       const isLast = Boolean(choice.finish_reason);
       hasEnd ||= isLast;
       const hasText = Boolean(choice.text || choice.delta?.content || choice.delta?.reasoning_content);

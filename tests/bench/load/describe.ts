@@ -20,34 +20,55 @@ export function describeLoad(
   machine: Machine,
   clientCores: number,
 ): string[] {
-  const { pacing, durationSeconds, numRequests, sharedPrefixTokens, numPrefixes, seed } = options;
+  const { pacing, durationSeconds, numRequests, conversations, seed } = options;
+  const what = conversations === null ? 'requests' : 'conversations';
   const how =
     pacing.kind === 'closed'
       ? `closed loop, ${pacing.concurrency} clients`
-      : `open loop, ${pacing.ratePerSecond} requests/s, burstiness ${pacing.burstiness}, times count from the scheduled arrival`;
+      : `open loop, ${pacing.ratePerSecond} ${what}/s, burstiness ${pacing.burstiness}, times count from the scheduled arrival`;
   const limit = [
     ...(durationSeconds === null ? [] : [`${durationSeconds} s`]),
-    ...(numRequests === maxRequests ? [] : [`${numRequests} requests`]),
+    ...(numRequests === Math.floor(maxRequests / (conversations?.numTurns ?? 1))
+      ? []
+      : [`${numRequests} ${what}`]),
   ].join(' or ');
-  const unit = options.endpoint === 'chat' ? 'words' : 'tokens';
-  const prefix =
-    sharedPrefixTokens > 0 ? `, after one of ${numPrefixes} prefixes of ${sharedPrefixTokens}` : '';
   const row = (name: string, text: string) => `  ${name.padEnd(12)}${text}`;
   const isa = machine.isa === null ? '' : ` (${machine.isa})`;
   return [
     `motet bench: ${how}, ${limit}, seed ${seed}`,
     row('server', describeServer(wire, facts)),
     ...(facts === null || facts.numAdapters === 0 ? [] : [row('', describeLoading(facts))]),
-    row(
-      'requests',
-      `${options.endpoint}: ${describeLengths(options.promptTokens)} prompt ${unit}${prefix}, ${describeLengths(options.outputTokens)} output tokens`,
-    ),
+    row('requests', describeRequests(options)),
     row('voices', describeVoices(options, wire)),
     row(
       'client',
       `${machine.cpu}, ${machine.numCpus} CPUs${isa}; took ${figure(clientCores)} of them itself`,
     ),
   ];
+}
+
+function describeRequests({
+  endpoint,
+  promptTokens,
+  outputTokens,
+  sharedPrefixTokens,
+  numPrefixes,
+  conversations,
+}: LoadOptions): string {
+  const unit = endpoint === 'chat' ? 'words' : 'tokens';
+  const output = `${describeLengths(outputTokens)} output tokens`;
+  if (conversations === null) {
+    const prefix =
+      sharedPrefixTokens > 0 ? `, after one of ${numPrefixes} prefixes of ${sharedPrefixTokens}` : '';
+    return `${endpoint}: ${describeLengths(promptTokens)} prompt ${unit}${prefix}, ${output}`;
+  }
+  const { numTurns, thinkTime, followUpTokens } = conversations;
+  const system =
+    sharedPrefixTokens > 0
+      ? `one of ${numPrefixes} system messages of ${sharedPrefixTokens} ${unit}, then `
+      : '';
+  const think = `${thinkTime.kind === 'fixed' ? '' : 'exponential, in the mean '}${thinkTime.meanSeconds} s`;
+  return `${endpoint}, ${numTurns} turns: ${system}${describeLengths(promptTokens)} ${unit}, later ${describeLengths(followUpTokens)}; ${output}; think time ${think}`;
 }
 
 function describeServer({ url, baseModel }: Wire, facts: ServerFacts | null): string {

@@ -102,7 +102,12 @@ async function load(
   const shape = { ...options, numAdapters: wire.adapters.length };
   const send = sendStreamed.bind(null, dispatcher, wire);
 
-  if (options.numWarmup > 0) await warmUp(options, createWorkload(shape, 'warmup'), send, signal);
+  // First turns warm up what later ones use.
+  const warmup = createWorkload(
+    { ...shape, conversations: shape.conversations && { ...shape.conversations, numTurns: 1 } },
+    'warmup',
+  );
+  if (options.numWarmup > 0) await warmUp(options, warmup, send, signal);
 
   const samples: Sample[] = [];
   const gaps = new Reservoir(maxGaps, seededRandom(seed).unit);
@@ -219,6 +224,7 @@ function toJson({ startedAt, options, wire, facts, machine, clientCores, summary
       ? {
           samples: samples.map((sample) => ({
             ...sample,
+            turn: sample.turn + 1,
             adapter: sample.adapter === null ? null : wire.adapters[sample.adapter],
             ttftMs: sample.firstMs === null ? null : ttftMs(sample),
             tpotMs: sample.firstMs === null ? null : tpotMs(sample),

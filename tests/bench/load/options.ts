@@ -4,7 +4,13 @@
  */
 import { resolve } from 'node:path';
 import { allLinear } from '../random-adapter.ts';
-import type { Lengths, Popularity } from './workload.ts';
+import {
+  type ConversationShape,
+  type Lengths,
+  maxTurns,
+  type Popularity,
+  type ThinkTime,
+} from './workload.ts';
 
 export class OptionError extends Error {
   override name = 'OptionError';
@@ -18,9 +24,9 @@ export type AdapterChoice =
 
 /** Who decides when a request is sent. */
 export type Pacing =
-  /** A client sends its next request when the last one has ended. */
+  /** A client sends its next request, or begins its next conversation, when the last one has ended. */
   | { kind: 'closed'; concurrency: number }
-  /** Requests arrive whether or not earlier ones have ended. */
+  /** Requests arrive, or conversations begin, whether or not earlier ones have ended. */
   | { kind: 'open'; ratePerSecond: number; burstiness: number; maxInFlight: number };
 
 /** Most that a request may take to count as good, in milliseconds. */
@@ -64,7 +70,9 @@ export interface LoadOptions {
   numPrefixes: number;
   /** Prompt token ids are below it. */
   vocabSize: number;
+  conversations: ConversationShape | null;
   pacing: Pacing;
+  /** Single requests, or conversations. */
   numRequests: number;
   durationSeconds: number | null;
   numWarmup: number;
@@ -91,6 +99,7 @@ interface Option<T> {
 /** Bounds: a report holds every request in memory, and a prompt is made in one piece. */
 export const maxRequests = 1_000_000;
 const maxTokens = 1_000_000;
+const maxThinkSeconds = 86_400;
 
 const text = <T extends string | null>(value: string, help: string, fallback: T): Option<string | T> => ({
   value,
@@ -209,6 +218,25 @@ const table = {
   'prompt-tokens': lengths('tokens of a prompt, beside those of a shared prefix', 128),
   'output-tokens': lengths('tokens of an answer', 64),
   'shared-prefix-tokens': integer('COUNT', 'tokens that prompts begin with alike', [0, maxTokens], 0),
+  turns: integer(
+    'COUNT',
+    "conversations of that many user messages: each turn sends all that was said, the server's answers too; prompt tokens are then those of the first message, a shared prefix is the system's message",
+    [2, maxTurns],
+    null,
+    '',
+  ),
+  'follow-up-tokens': {
+    ...lengths("tokens of a user's messages after the first", 1),
+    default: null,
+    defaultText: 'as --prompt-tokens',
+  } satisfies Option<Lengths | null>,
+  'think-time': {
+    value: 'SECONDS',
+    help: 'between an answer and the next turn: S always, or exp:S, exponentially distributed with that mean',
+    default: { kind: 'fixed', meanSeconds: 0 },
+    defaultText: '0',
+    parse: parseThinkTime,
+  } satisfies Option<ThinkTime>,
   'num-prefixes': integer('COUNT', 'different shared prefixes; each request takes any', [1, 100_000], 1),
   vocab: integer('COUNT', 'prompt token ids are from 10 to COUNT − 1', [11, 2 ** 24], 8192),
   adapters: {
@@ -244,14 +272,14 @@ const table = {
   ),
   concurrency: integer(
     'COUNT',
-    'clients, each with one request at a time (closed loop)',
+    'clients, each with one request or conversation at a time (closed loop)',
     [1, 10_000],
     null,
     '8',
   ),
   rate: number(
     'PER-SECOND',
-    'arrivals that do not wait for answers (open loop); times then count from the scheduled arrival, so a late start is in them',
+    'arrivals of requests or conversations that do not wait for answers (open loop); times then count from the scheduled arrival, so a late start is in them',
     [0.001, 100_000],
     null,
     '',
@@ -277,9 +305,16 @@ const table = {
     null,
     `64; ${maxRequests} beside --duration`,
   ),
+  conversations: integer(
+    'COUNT',
+    'conversations to hold, in place of --requests',
+    [1, maxRequests],
+    null,
+    'one a client; 64 beside --rate; as many as fit beside --duration',
+  ),
   duration: number(
     'SECONDS',
-    'stop sending after it; what is in flight may end. With --requests, what comes first',
+    'stop sending after it; what is in flight may end. With --requests or --conversations, what comes first',
     [0.1, 86_400],
     null,
     '',
@@ -357,7 +392,14 @@ export function parseOptions(
   onlyWith(has('rate'), 'beside --rate', 'burstiness', 'max-in-flight');
   onlyWith(get('shared-prefix-tokens') > 0, 'beside --shared-prefix-tokens', 'num-prefixes');
   onlyWith(has('json'), 'beside --json', 'json-samples');
-  onlyWith(get('endpoint') === 'completions', 'beside --endpoint completions', 'vocab');
+  const numTurns = get('turns');
+  onlyWith(numTurns !== null, 'beside --turns', 'follow-up-tokens', 'think-time', 'conversations');
+  onlyWith(numTurns === null, 'without --turns, which has --conversations', 'requests');
+  if (numTurns !== null && has('endpoint') && get('endpoint') !== 'chat') {
+    throw new OptionError('--endpoint: expected chat beside --turns, got completions');
+  }
+  const endpoint = numTurns === null ? get('endpoint') : 'chat';
+  onlyWith(endpoint === 'completions', 'beside --endpoint completions and without --turns', 'vocab');
   const adapters = get('adapters');
   const hasNone = adapters.kind === 'named' && adapters.names.length === 0;
   onlyWith(!hasNone, 'beside adapters, and --adapters is none', 'adapter-popularity', 'base-share');
@@ -377,6 +419,16 @@ export function parseOptions(
 
   const rate = get('rate');
   const duration = get('duration');
+  const concurrency = get('concurrency') ?? 8;
+  const mostRequests = Math.floor(maxRequests / (numTurns ?? 1));
+  const numRequests =
+    (numTurns === null ? get('requests') : get('conversations')) ??
+    (duration !== null ? mostRequests : numTurns === null || rate !== null ? 64 : concurrency);
+  if (numRequests > mostRequests) {
+    throw new OptionError(
+      `--conversations: expected at most ${mostRequests} of ${numTurns} turns, got ${numRequests}`,
+    );
+  }
   return {
     server:
       url !== null
@@ -391,7 +443,7 @@ export function parseOptions(
               engineArgs,
             },
           },
-    endpoint: get('endpoint'),
+    endpoint,
     model: get('model'),
     adapters,
     adapterField,
@@ -402,16 +454,24 @@ export function parseOptions(
     sharedPrefixTokens: get('shared-prefix-tokens'),
     numPrefixes: get('num-prefixes'),
     vocabSize: get('vocab'),
+    conversations:
+      numTurns === null
+        ? null
+        : {
+            numTurns,
+            thinkTime: get('think-time'),
+            followUpTokens: get('follow-up-tokens') ?? get('prompt-tokens'),
+          },
     pacing:
       rate === null
-        ? { kind: 'closed', concurrency: get('concurrency') ?? 8 }
+        ? { kind: 'closed', concurrency }
         : {
             kind: 'open',
             ratePerSecond: rate,
             burstiness: get('burstiness') ?? 1,
             maxInFlight: get('max-in-flight') ?? 1024,
           },
-    numRequests: get('requests') ?? (duration === null ? 64 : maxRequests),
+    numRequests,
     durationSeconds: duration,
     numWarmup: get('warmup'),
     seed: get('seed'),
@@ -505,6 +565,14 @@ function parsePopularity(given: string): Popularity {
   return { kind: 'zipf', exponent: Number(exponent) };
 }
 
+function parseThinkTime(given: string): ThinkTime {
+  const [, kind, seconds = ''] = /^(exp:)?(\d+(?:\.\d+)?)$/.exec(given) ?? [];
+  if (seconds === '' || Number(seconds) > maxThinkSeconds) {
+    throw new OptionError(`S or exp:S with S from 0 to ${maxThinkSeconds}`);
+  }
+  return { kind: kind === undefined ? 'fixed' : 'exponential', meanSeconds: Number(seconds) };
+}
+
 function parseTargets(given: string): string[] {
   if (given === 'all-linear') return allLinear;
   const names = given.split(',').map((name) => name.trim());
@@ -544,7 +612,7 @@ function helpText(): string {
 
 Loads a server with streamed requests and reports throughput, latencies and what kept its promises.
 TTFT: time to first token. ITL: pause between two pieces of text, which need not be single tokens. TPOT: mean time per
-output token after the first. E2E: whole request. A request that fails is in none of them.
+output token after the first. E2E: whole request. A request that fails is in none of them, and ends its conversation.
 ${lines.join('\n')}
 
 What follows -- goes to the engine that is started: -- --device-memory 4GiB --threads 2.

@@ -15,7 +15,8 @@ export interface Progress {
 export function startProgress({
   numRequests,
   durationSeconds,
-}: Pick<LoadOptions, 'numRequests' | 'durationSeconds'>): Progress {
+  conversations,
+}: Pick<LoadOptions, 'numRequests' | 'durationSeconds' | 'conversations'>): Progress {
   const { stderr } = process;
   const beginMs = performance.now();
   let numDone = 0;
@@ -23,10 +24,11 @@ export function startProgress({
   let outputTokens = 0;
   const line = () => {
     const seconds = (performance.now() - beginMs) / 1000;
-    const goal = durationSeconds === null ? ` of ${numRequests}` : '';
+    const goal = durationSeconds === null ? ` of ${numRequests * (conversations?.numTurns ?? 1)}` : '';
+    const what = conversations === null ? 'requests' : 'turns';
     const end = durationSeconds === null ? '' : ` of ${durationSeconds}`;
     const failed = numFailed > 0 ? `, ${numFailed} failed` : '';
-    return `${numDone + numFailed}${goal} requests${failed}, ${seconds.toFixed(0)}${end} s, ${figure(outputTokens / seconds)} output tokens/s`;
+    return `${numDone + numFailed}${goal} ${what}${failed}, ${seconds.toFixed(0)}${end} s, ${figure(outputTokens / seconds)} output tokens/s`;
   };
   const timer = setInterval(
     () => stderr.write(stderr.isTTY ? `\r\x1b[K${line()}` : `${line()}\n`),

@@ -26,6 +26,32 @@ export interface Voice {
   meanTtftMs: number;
 }
 
+/** Some of the turns of all conversations. */
+export interface TurnSummary {
+  numRequests: number;
+  meanPromptTokens: number;
+  /** Of the prompt tokens, those that the server had from before; null: it does not say. */
+  cachedShare: number | null;
+  ttftMs: Distribution;
+  e2eMs: Distribution;
+}
+
+export interface ConversationsSummary {
+  /** Every turn was answered. */
+  numComplete: number;
+  /** A turn failed, and later ones were not sent. */
+  numFailed: number;
+  /** The run ended before their last turn. */
+  numCut: number;
+  /** Turns that a failed one had after it. */
+  numTurnsNotSent: number;
+  /** null: none was answered. */
+  firstTurn: TurnSummary | null;
+  laterTurns: TurnSummary | null;
+  /** By number: the first is 1. */
+  turns: ({ turn: number } & TurnSummary)[];
+}
+
 export interface Summary {
   numDone: number;
   numFailed: number;
@@ -37,6 +63,8 @@ export interface Summary {
   requestsPerSecond: number;
   promptTokens: number;
   outputTokens: number;
+  /** Of the prompt tokens, those that the server had from before; null: it does not say. */
+  cachedShare: number | null;
   promptTokensPerSecond: number;
   outputTokensPerSecond: number;
   /** Mean over the run of requests that were due and not yet answered. */
@@ -53,6 +81,8 @@ export interface Summary {
   tpotMs: Distribution | null;
   e2eMs: Distribution | null;
   goodput: { slo: Slo; requestsPerSecond: number; share: number; keptBy: Record<string, number> } | null;
+  /** null: single requests. */
+  conversations: ConversationsSummary | null;
   /** Those that were answered, busiest first. */
   voices: Voice[];
 }
@@ -83,6 +113,7 @@ export class Reservoir {
 /** Voices with fewer requests say little about fairness. */
 const minRequestsOfVoice = 3;
 const numVoicesShown = 3;
+const maxTurnsShown = 8;
 
 export function summarise(
   samples: readonly Sample[],
@@ -103,7 +134,6 @@ export function summarise(
   const end = measured.reduce((last, { endMs }) => Math.max(last, endMs), 0);
   const durationSeconds = measured.length === 0 ? 0 : (end - begin) / 1000;
   const perSecond = (count: number) => (durationSeconds > 0 ? count / durationSeconds : 0);
-  const sum = (values: number[]) => values.reduce((total, value) => total + value, 0);
   const promptTokens = sum(done.map((sample) => sample.promptTokens ?? 0));
   const outputTokens = sum(done.map((sample) => sample.outputTokens ?? 0));
   return {
@@ -115,6 +145,7 @@ export function summarise(
     requestsPerSecond: perSecond(done.length),
     promptTokens,
     outputTokens,
+    cachedShare: cachedShareOf(done),
     promptTokensPerSecond: perSecond(promptTokens),
     outputTokensPerSecond: perSecond(outputTokens),
     meanConcurrency: perSecond(sum(measured.map(e2eMs)) / 1000),
@@ -128,7 +159,60 @@ export function summarise(
     tpotMs: distribution(done.map(tpotMs).filter((value) => value !== null)),
     e2eMs: distribution(done.map(e2eMs)),
     goodput: goodputOf(done, measured.length, slo, perSecond),
+    conversations: conversationsOf(samples),
     voices: voicesOf(done, adapters),
+  };
+}
+
+const sum = (values: readonly number[]) => values.reduce((total, value) => total + value, 0);
+
+/** Over the answers that say how many were cached. */
+function cachedShareOf(done: readonly Sample[]): number | null {
+  const told = done.filter(
+    ({ cachedTokens, promptTokens }) => cachedTokens !== null && promptTokens !== null,
+  );
+  if (told.length === 0) return null;
+  const prompt = sum(told.map(({ promptTokens }) => promptTokens!));
+  return prompt === 0 ? 0 : sum(told.map(({ cachedTokens }) => cachedTokens!)) / prompt;
+}
+
+/** A sample's turn is its conversation's last as long as no later one came. */
+function conversationsOf(samples: readonly Sample[]): ConversationsSummary | null {
+  if (!samples.some(({ numTurns }) => numTurns > 1)) return null;
+  const last = new Map<number, Sample>();
+  for (const sample of samples) {
+    if (sample.turn >= (last.get(sample.index)?.turn ?? 0)) last.set(sample.index, sample);
+  }
+  const ends = [...last.values()];
+  const failed = ends.filter(({ code }) => code !== 'ok' && code !== 'cancelled');
+  const numComplete = ends.filter(
+    ({ code, turn, numTurns }) => code === 'ok' && turn === numTurns - 1,
+  ).length;
+  const byTurn = Map.groupBy(
+    samples.filter(({ code }) => code === 'ok'),
+    ({ turn }) => turn,
+  );
+  const turns = [...byTurn].toSorted(([a], [b]) => a - b);
+  const later = turns.filter(([turn]) => turn > 0).flatMap(([, done]) => done);
+  return {
+    numComplete,
+    numFailed: failed.length,
+    numCut: ends.length - numComplete - failed.length,
+    numTurnsNotSent: sum(failed.map(({ turn, numTurns }) => numTurns - 1 - turn)),
+    firstTurn: turnsOf(byTurn.get(0) ?? []),
+    laterTurns: turnsOf(later),
+    turns: turns.map(([turn, done]) => ({ turn: turn + 1, ...turnsOf(done)! })),
+  };
+}
+
+function turnsOf(done: readonly Sample[]): TurnSummary | null {
+  if (done.length === 0) return null;
+  return {
+    numRequests: done.length,
+    meanPromptTokens: sum(done.map(({ promptTokens }) => promptTokens ?? 0)) / done.length,
+    cachedShare: cachedShareOf(done),
+    ttftMs: distribution(done.map(ttftMs))!,
+    e2eMs: distribution(done.map(e2eMs))!,
   };
 }
 
@@ -233,6 +317,7 @@ export function renderPage(
       `${numDone} done, ${numFailed} failed${cancelled}, in ${figure(summary.durationSeconds)} s`,
     ),
   );
+  if (summary.conversations !== null) lines.push(row('', conversationsLine(summary.conversations)));
   for (const [code, { count, firstMessage }] of Object.entries(summary.failures)) {
     lines.push(row('', `${count} × ${code}${firstMessage && `: ${firstMessage}`}`));
   }
@@ -242,7 +327,7 @@ export function renderPage(
         'throughput',
         `${figure(summary.requestsPerSecond)} requests/s, ${figure(summary.outputTokensPerSecond)} output tokens/s, ${figure(summary.promptTokensPerSecond)} prompt tokens/s`,
       ),
-      row('tokens', `${summary.promptTokens} prompt, ${summary.outputTokens} output, by the server's usage`),
+      row('tokens', tokensLine(summary)),
       row('in flight', `${figure(summary.meanConcurrency)} in the mean`),
     );
     if (summary.numWithoutUsage > 0) {
@@ -261,7 +346,7 @@ export function renderPage(
       row('goodput', `${figure(goodput.requestsPerSecond)} requests/s, ${share} (${limits.join(', ')})`),
     );
   }
-  lines.push(...latencyTable(summary), ...fairness(summary.voices));
+  lines.push(...latencyTable(summary), ...turnTable(summary.conversations), ...fairness(summary.voices));
   for (const [name, sample] of [
     ['TTFT', values.ttftMs],
     ['ITL', values.itlMs],
@@ -295,6 +380,51 @@ function latencyTable(summary: Summary): string[] {
         columns.map((column) => figure(values[column])),
       ),
     ),
+  ];
+}
+
+const percent = (share: number | null) => (share === null ? '?' : `${(100 * share).toFixed(0)} %`);
+
+function tokensLine({ promptTokens, cachedShare, outputTokens }: Summary): string {
+  const cached = cachedShare === null ? '' : ` (${percent(cachedShare)} cached)`;
+  return `${promptTokens} prompt${cached}, ${outputTokens} output, by the server's usage`;
+}
+
+function conversationsLine({
+  numComplete,
+  numFailed,
+  numCut,
+  numTurnsNotSent,
+}: ConversationsSummary): string {
+  const failed = numFailed > 0 ? `, ${numFailed} ended by a failure (${numTurnsNotSent} turns not sent)` : '';
+  const cut = numCut > 0 ? `, ${numCut} cut by the end of the run` : '';
+  return `of conversations: ${numComplete} complete${failed}${cut}`;
+}
+
+/** Latencies by turn: what the history before it costs. Of many turns the first and the last ones are shown. */
+function turnTable(conversations: ConversationsSummary | null): string[] {
+  if (conversations === null || conversations.firstTurn === null) return [];
+  const { firstTurn, laterTurns, turns } = conversations;
+  const left = turns.length - maxTurnsShown;
+  const shown = left <= 0 ? turns : [...turns.slice(0, maxTurnsShown - 2), ...turns.slice(-2)];
+  const line = (name: string, cells: readonly string[]) =>
+    `  ${name.padEnd(12)}${cells.map((cell) => cell.padStart(9)).join('')}`;
+  const columns = ['p50', 'p95', 'p99'] as const;
+  const cells = ({ numRequests, meanPromptTokens, cachedShare, ttftMs, e2eMs }: TurnSummary) => [
+    ...columns.map((column) => figure(ttftMs[column])),
+    ...columns.map((column) => figure(e2eMs[column])),
+    figure(meanPromptTokens),
+    percent(cachedShare),
+    String(numRequests),
+  ];
+  return [
+    '',
+    `  ${'ms'.padEnd(12)}${'TTFT'.padStart(9)}${' '.repeat(18)}${'E2E'.padStart(9)}`,
+    line('', [...columns, ...columns, 'prompt', 'cached', 'answers']),
+    line('first turn', cells(firstTurn)),
+    ...(laterTurns === null ? [] : [line('later turns', cells(laterTurns))]),
+    ...shown.map((turn) => line(`turn ${turn.turn}`, cells(turn))),
+    ...(left <= 0 ? [] : [`  of ${turns.length} turns; --json has all`]),
   ];
 }
 

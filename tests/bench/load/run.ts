@@ -1,6 +1,6 @@
 /**
  * Sends the requests of a workload: closed loop, where a client waits for its answer, or open loop, where arrivals wait for
- * nobody. In the open loop a request's time begins when it was to arrive, not when it was sent, so a server that stalls
+ * nobody. A conversation is sent turn by turn, with its user's think time between them; its client waits for all of it. In the open loop a request's time begins when it was to arrive, not when it was sent, so a server that stalls
  * cannot hide its stall by keeping the client from sending (coordinated omission).
  */
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -10,7 +10,11 @@ import { arrivalsMs, type PlannedRequest, type Workload } from './workload.ts';
 
 /** One request of the run. Times are milliseconds after its start. */
 export interface Sample {
+  /** Of the request, or of the conversation that it is a turn of. */
   index: number;
+  /** From 0. */
+  turn: number;
+  numTurns: number;
   /** Place in the list of adapters; null: the base. */
   adapter: number | null;
   /** When it was to be sent: latencies count from here. */
@@ -22,6 +26,7 @@ export interface Sample {
   longestGapMs: number;
   promptTokens: number | null;
   outputTokens: number | null;
+  cachedTokens: number | null;
   wantedTokens: number;
   /** As of an Answer; `not_sent`: it was due and the run ended before there was room for it. */
   code: string;
@@ -32,6 +37,7 @@ export interface RunPlan {
   workload: Workload;
   pacing: Pacing;
   seed: number;
+  /** Single requests, or conversations. */
   numRequests: number;
   /** After it nothing is sent; null: no limit. */
   durationMs: number | null;
@@ -86,10 +92,8 @@ async function closedLoop(
     signal.aborted || next >= numRequests || clock.nowMs() - beginMs >= (durationMs ?? Infinity);
   const client = async (id: number) => {
     while (!isOver()) {
-      const request = workload.request(next++, id);
-      const answer = await hooks.send(request, signal);
-      hooks.onSample(toSample(request, answer, answer.sentMs, beginMs), answer.gapsMs);
-      if (answer.code !== 'ok' && !isOver()) await clock.until(clock.nowMs() + pauseAfterFailureMs, signal);
+      const isAnswered = await converse(workload.request(next++, id), null, plan, hooks, beginMs);
+      if (!isAnswered && !isOver()) await clock.until(clock.nowMs() + pauseAfterFailureMs, signal);
     }
   };
   await Promise.all(Array.from({ length: concurrency }, (_, id) => client(id)));
@@ -124,10 +128,9 @@ async function openLoop(
       hooks.onSample(notSent(request, atMs, nowMs), []);
       continue;
     }
-    const sent = hooks.send(request, signal).then((answer) => {
+    const sent = converse(request, beginMs + atMs, plan, hooks, beginMs).then(() => {
       running.delete(sent);
       wake();
-      hooks.onSample(toSample(request, answer, beginMs + atMs, beginMs), answer.gapsMs);
     });
     running.add(sent);
   }
@@ -135,10 +138,42 @@ async function openLoop(
   signal.removeEventListener('abort', onAbort);
 }
 
+/**
+ * Sends a request and, when it begins a conversation, its later turns: each when its user has thought about the answer. A turn
+ * that fails ends the conversation, since there is nothing to go on from; the end of the run ends it before its next turn.
+ *
+ * @param firstDueMs null: it is due when it is sent, as later turns are
+ * @returns whether everything that was sent was answered
+ */
+async function converse(
+  first: PlannedRequest,
+  firstDueMs: number | null,
+  { workload, durationMs }: RunPlan,
+  { send, signal, clock, onSample }: RunHooks,
+  beginMs: number,
+): Promise<boolean> {
+  const endMs = beginMs + (durationMs ?? Infinity);
+  let request = first;
+  for (;;) {
+    const answer = await send(request, signal);
+    const dueMs = (request === first ? firstDueMs : null) ?? answer.sentMs;
+    onSample(toSample(request, answer, dueMs, beginMs), answer.gapsMs);
+    if (answer.code !== 'ok') return false;
+    const next = workload.followUp(request, answer.text);
+    if (next === null) return true;
+    const nextMs = answer.endMs + next.thinkMs;
+    await clock.until(Math.min(nextMs, endMs), signal);
+    if (signal.aborted || nextMs >= endMs) return true;
+    request = next.request;
+  }
+}
+
 function toSample(request: PlannedRequest, answer: Answer, dueMs: number, beginMs: number): Sample {
   const sinceBegin = (ms: number | null) => (ms === null ? null : ms - beginMs);
   return {
     index: request.index,
+    turn: request.turn,
+    numTurns: request.numTurns,
     adapter: request.adapter,
     dueMs: dueMs - beginMs,
     sentMs: answer.sentMs - beginMs,
@@ -148,6 +183,7 @@ function toSample(request: PlannedRequest, answer: Answer, dueMs: number, beginM
     longestGapMs: answer.gapsMs.reduce((longest, gap) => Math.max(longest, gap), 0),
     promptTokens: answer.promptTokens,
     outputTokens: answer.outputTokens,
+    cachedTokens: answer.cachedTokens,
     wantedTokens: request.outputTokens,
     code: answer.code,
     message: answer.message,
@@ -157,6 +193,8 @@ function toSample(request: PlannedRequest, answer: Answer, dueMs: number, beginM
 function notSent(request: PlannedRequest, dueMs: number, nowMs: number): Sample {
   return {
     index: request.index,
+    turn: request.turn,
+    numTurns: request.numTurns,
     adapter: request.adapter,
     dueMs,
     sentMs: nowMs,
@@ -166,6 +204,7 @@ function notSent(request: PlannedRequest, dueMs: number, nowMs: number): Sample 
     longestGapMs: 0,
     promptTokens: null,
     outputTokens: null,
+    cachedTokens: null,
     wantedTokens: request.outputTokens,
     code: 'not_sent',
     message: '--max-in-flight requests were in flight until the end of --duration',

@@ -1,6 +1,6 @@
 /**
  * What is asked, by whom and when, as pure functions of a seed. Request i is the same whatever ran before it, so a run can
- * be repeated and no prompt has to be kept. No two requests of a run draw the same random numbers.
+ * be repeated and no prompt has to be kept; a later turn of a conversation has what the server said before in it, too. No two requests of a run draw the same random numbers.
  */
 import { type SeededRandom, seededRandom } from '../../fixtures/seeded-random.ts';
 
@@ -16,11 +16,28 @@ export type Popularity =
   | { kind: 'zipf'; exponent: number }
   | { kind: 'each-client-its-own' };
 
+/** How long a user reads, thinks and types before the next turn: always as long, or exponentially distributed. */
+export interface ThinkTime {
+  kind: 'fixed' | 'exponential';
+  meanSeconds: number;
+}
+
+/** Conversations by the chat endpoint, in place of single requests. */
+export interface ConversationShape {
+  /** User messages of a conversation, each with its answer. */
+  numTurns: number;
+  thinkTime: ThinkTime;
+  /** Of the user's messages after the first; the first has `promptTokens`. */
+  followUpTokens: Lengths;
+}
+
 export interface WorkloadShape {
   seed: number;
   endpoint: 'completions' | 'chat';
   promptTokens: Lengths;
   outputTokens: Lengths;
+  /** null: single requests. */
+  conversations: ConversationShape | null;
   sharedPrefixTokens: number;
   numPrefixes: number;
   vocabSize: number;
@@ -30,29 +47,45 @@ export interface WorkloadShape {
   baseShare: number;
 }
 
+export interface Message {
+  role: 'system' | 'user' | 'assistant';
+  content: string;
+}
+
 export interface PlannedRequest {
-  /** Place in the run, from 0. */
+  /** Place in the run, from 0; that of the conversation, of which this is a turn. */
   index: number;
+  /** From 0; a single request is the first and last turn. */
+  turn: number;
+  numTurns: number;
   /** Place in the list of adapters; null: the base. */
   adapter: number | null;
-  /** Token ids; for chat, words. */
-  prompt: number[] | string;
+  /** Token ids; for chat, words; of a conversation, all messages so far. */
+  prompt: number[] | string | Message[];
   outputTokens: number;
 }
 
 export interface Workload {
   /** @param client who sends it, from 0: says the adapter under each-client-its-own */
   request(index: number, client: number): PlannedRequest;
+  /**
+   * The next turn of a conversation: all that was said, what the server answered last, and a new message.
+   * @returns null: the conversation is over
+   */
+  followUp(last: PlannedRequest, answer: string): { request: PlannedRequest; thinkMs: number } | null;
 }
 
 /** Independent sequences of random numbers under one seed. */
-const streams = { measured: 1, warmup: 2, prefix: 3, arrivals: 4 };
+const streams = { measured: 1, warmup: 2, prefix: 3, arrivals: 4, followUps: 5 };
+
+/** So that each turn of each conversation of a run has a seed of its own. */
+export const maxTurns = 1000;
 
 /** Ids below are special tokens in most vocabularies. */
 const firstTokenId = 10;
 
 export function createWorkload(shape: WorkloadShape, stream: 'measured' | 'warmup' = 'measured'): Workload {
-  const { seed, numAdapters, popularity, baseShare } = shape;
+  const { seed, numAdapters, popularity, baseShare, conversations } = shape;
   const pickAdapter =
     popularity.kind === 'zipf'
       ? zipf(numAdapters, popularity.exponent)
@@ -67,19 +100,51 @@ export function createWorkload(shape: WorkloadShape, stream: 'measured' | 'warmu
       const numPromptTokens = lengthOf(shape.promptTokens, random);
       const outputTokens = lengthOf(shape.outputTokens, random);
       const prefixRandom = seededRandom(seedOf(seed, streams.prefix, prefixIndex));
-      const tokens = [
-        ...tokensOf(shape, shape.sharedPrefixTokens, prefixRandom),
-        ...tokensOf(shape, numPromptTokens, random),
-      ];
+      const prefix = tokensOf(shape, shape.sharedPrefixTokens, prefixRandom);
+      const tokens = tokensOf(shape, numPromptTokens, random);
       const own = popularity.kind === 'each-client-its-own' ? client % numAdapters : picked;
       return {
         index,
+        turn: 0,
+        numTurns: conversations?.numTurns ?? 1,
         adapter: isBase ? null : own,
-        prompt: shape.endpoint === 'chat' ? tokens.map((id) => words[id]!).join(' ') : tokens,
+        prompt:
+          conversations !== null
+            ? firstMessages(textOf(prefix), textOf(tokens))
+            : shape.endpoint === 'chat'
+              ? textOf([...prefix, ...tokens])
+              : [...prefix, ...tokens],
         outputTokens,
       };
     },
+    followUp(last, answer) {
+      const turn = last.turn + 1;
+      if (conversations === null || turn >= last.numTurns) return null;
+      const random = seededRandom(seedOf(seed, streams.followUps, last.index * maxTurns + turn));
+      const thinkMs = 1000 * thinkSeconds(conversations.thinkTime, random);
+      const numTokens = lengthOf(conversations.followUpTokens, random);
+      const outputTokens = lengthOf(shape.outputTokens, random);
+      const prompt: Message[] = [
+        ...(last.prompt as Message[]),
+        { role: 'assistant', content: answer },
+        { role: 'user', content: textOf(tokensOf(shape, numTokens, random)) },
+      ];
+      return { request: { ...last, turn, prompt, outputTokens }, thinkMs };
+    },
   };
+}
+
+/** What all conversations share is what their system says. */
+function firstMessages(system: string, message: string): Message[] {
+  return [
+    ...(system === '' ? [] : [{ role: 'system' as const, content: system }]),
+    { role: 'user', content: message },
+  ];
+}
+
+function thinkSeconds({ kind, meanSeconds }: ThinkTime, random: SeededRandom): number {
+  const uniform = random.unit();
+  return kind === 'fixed' ? meanSeconds : -meanSeconds * Math.log(1 - uniform);
 }
 
 /**
@@ -129,6 +194,8 @@ function tokensOf({ endpoint, vocabSize }: WorkloadShape, count: number, random:
   const [first, end] = endpoint === 'chat' ? [0, words.length] : [firstTokenId, vocabSize];
   return Array.from({ length: count }, () => first + random.below(end - first));
 }
+
+const textOf = (ids: readonly number[]) => ids.map((id) => words[id]!).join(' ');
 
 /** Standard normal, by Box and Muller. */
 function normal(random: SeededRandom): number {
