@@ -1,0 +1,286 @@
+/**
+ * What does it bring that KV of conversations stays, and goes down the memory ladder, while their users think? SmolLM2-135M in an
+ * engine in this process. Each user holds one conversation of several turns; every turn sends all that was said. The KV of all
+ * conversations together is several times the device arena. Variants take turns, each with an engine of its own:
+ *
+ *   off     no prefix cache: every turn computes its whole history
+ *   device  what fits the device arena stays there
+ *   host    what leaves the device comes back from the host arena, which holds everything
+ *
+ *   node tests/bench/conversations.ts                                                            about 12 minutes
+ *   node tests/bench/conversations.ts --users 24 --prompt 60 --follow-up 20 --output 12 --rounds 1    about a minute
+ *   … --svg FILE       draws the latencies by turn
+ *
+ * Conversations are drawn from a seed and answers are greedy, so that all variants have the same ones: the bench fails when a
+ * single token differs. Throughput is output tokens over the time from the first turn to the last answer, think times included.
+ * Users begin at times drawn like think times, which are exponentially distributed, as in Pensieve (Yu et al., 2025, §6.1).
+ */
+import { createHash } from 'node:crypto';
+import { writeFile } from 'node:fs/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { parseArgs } from 'node:util';
+import { defaultSampling } from '../../engine/sampling.ts';
+import { cpuInfo } from '../../native/index.ts';
+import { open, prepare, smollm2Path } from '../fixtures/models.ts';
+import { seededRandom } from '../fixtures/seeded-random.ts';
+import { wireEngine } from '../fixtures/wire-engine.ts';
+import { percentile, ratios, shortNumber, showSpread, spread } from './peers/spread.ts';
+import { renderSvg } from './plot.ts';
+
+const { values: options } = parseArgs({
+  options: {
+    users: { type: 'string', default: '50' },
+    turns: { type: 'string', default: '6' },
+    think: { type: 'string', default: '1' },
+    prompt: { type: 'string', default: '150' },
+    'follow-up': { type: 'string', default: '40' },
+    output: { type: 'string', default: '48' },
+    'times-device': { type: 'string', default: '4' },
+    rounds: { type: 'string', default: '3' },
+    svg: { type: 'string' },
+  },
+});
+
+type NumberOption = Exclude<keyof typeof options, 'svg'>;
+/** @returns the option's value, which is at least `least` */
+function numberOf(name: NumberOption, least: number): number {
+  const value = Number(options[name]);
+  if (!(value >= least))
+    throw new RangeError(`--${name}: expected a number from ${least}, got ${options[name]}`);
+  return value;
+}
+const numUsers = numberOf('users', 1);
+const numTurns = numberOf('turns', 2);
+const thinkSeconds = numberOf('think', 0);
+const promptTokens = numberOf('prompt', 1);
+const followUpTokens = numberOf('follow-up', 1);
+const outputTokens = numberOf('output', 2);
+const timesDevice = numberOf('times-device', 1);
+const numRounds = numberOf('rounds', 1);
+
+const variants = ['off', 'device', 'host'] as const;
+type Variant = (typeof variants)[number];
+
+interface Turn {
+  /** From 1. */
+  number: number;
+  ttftMs: number;
+  latencyMs: number;
+  promptTokens: number;
+  cachedTokens: number;
+}
+
+interface Run {
+  turns: Turn[];
+  seconds: number;
+  numPreempted: number;
+  /** Of all tokens of all conversations. */
+  digest: string;
+}
+
+const model = await prepare(smollm2Path);
+const longest = promptTokens + (numTurns - 1) * followUpTokens + numTurns * outputTokens;
+const probe = await open(model, { deviceMemoryBytes: 16 << 20 });
+const { blockTokens, pageBytes } = probe;
+probe.close();
+const kvPages = numUsers * Math.ceil(longest / blockTokens);
+const devicePages = Math.floor(kvPages / timesDevice);
+if (devicePages < Math.ceil(longest / blockTokens)) {
+  throw new RangeError('--times-device: expected room for one conversation on the device; take more users');
+}
+
+async function run(variant: Variant): Promise<Run> {
+  const runtime = await open(model, {
+    deviceMemoryBytes: devicePages * pageBytes,
+    hostMemoryBytes: variant === 'host' ? kvPages * pageBytes : 0,
+  });
+  const { engine, tiers, metrics, fatal } = wireEngine({
+    runtime,
+    limits: { maxModelLen: longest, maxBatchTokens: 256, maxSequences: 64, maxWaiting: numUsers },
+    eosTokenIds: new Set(),
+    createDetokenizer: () => ({ push: () => '', flush: () => '' }),
+    tiers: { readFile: () => Promise.reject(new Error('no adapters here')), pageWaitMs: 10_000 },
+    isCaching: variant !== 'off',
+  });
+
+  /** @returns what it took, and the answer's tokens */
+  async function ask(tokens: readonly number[]): Promise<Omit<Turn, 'number'> & { answer: number[] }> {
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const askedMs = performance.now();
+    let firstMs: number | null = null;
+    const [handle] = engine.add([
+      {
+        promptTokens: tokens,
+        adapter: null,
+        params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens: outputTokens },
+        onOutput({ finishReason, error }) {
+          firstMs ??= performance.now();
+          if (error) reject(error);
+          else if (finishReason) resolve();
+        },
+      },
+    ]);
+    await promise;
+    const { sequence } = handle!;
+    return {
+      ttftMs: firstMs! - askedMs,
+      latencyMs: performance.now() - askedMs,
+      promptTokens: sequence.numPromptTokens,
+      cachedTokens: sequence.numCachedTokens,
+      answer: [...sequence.outputTokens],
+    };
+  }
+
+  const turns: Turn[] = [];
+  async function converse(user: number): Promise<number[]> {
+    const random = seededRandom(user + 1);
+    const think = () => sleep(-1000 * thinkSeconds * Math.log(1 - random.unit()));
+    const message = (length: number) => Array.from({ length }, () => 10 + random.below(8000));
+    const said: number[] = [];
+    for (let number = 1; number <= numTurns; number++) {
+      await think();
+      said.push(...message(number === 1 ? promptTokens : followUpTokens));
+      const { answer, ...turn } = await ask(said);
+      said.push(...answer);
+      turns.push({ number, ...turn });
+    }
+    return said;
+  }
+
+  await ask(Array.from({ length: blockTokens }, (_, i) => 9 + i)); // pages and threads are there then
+  const beginMs = performance.now();
+  const all = await Promise.all(Array.from({ length: numUsers }, (_, user) => converse(user)));
+  const seconds = (performance.now() - beginMs) / 1000;
+  if (fatal.length > 0) throw fatal[0];
+  const { values } = await metrics.preemptions.get();
+  await Promise.all([engine.close(), tiers.close()]);
+  runtime.close();
+  const digest = createHash('sha256').update(Int32Array.from(all.flat())).digest('hex');
+  return { turns, seconds, numPreempted: values.reduce((sum, { value }) => sum + value, 0), digest };
+}
+
+const mib = (pages: number) => `${((pages * pageBytes) / 2 ** 20).toFixed(0)} MiB`;
+console.log(
+  `SmolLM2-135M, ${numUsers} users, ${numTurns} turns, think time ${thinkSeconds} s in the mean; ` +
+    `${promptTokens} tokens in the first message, ${followUpTokens} in later ones, ${outputTokens} in each answer`,
+);
+console.log(
+  `KV of all: ${mib(kvPages)}, ${(kvPages / devicePages).toFixed(1)} × the device arena of ${mib(devicePages)}; ` +
+    `${cpuInfo().isa}; ${numRounds} rounds, variants in turn\n`,
+);
+
+const runs: Record<Variant, Run[]> = { off: [], device: [], host: [] };
+for (let round = 0; round < numRounds; round++) {
+  for (const variant of variants) {
+    const done = await run(variant);
+    runs[variant].push(done);
+    process.stderr.write(`round ${round + 1}, ${variant}: ${done.seconds.toFixed(1)} s\n`);
+    const { digest } = runs.off[0]!;
+    if (done.digest !== digest) throw new Error(`${variant}: expected the answers of off, got others`);
+  }
+}
+
+const throughput = (variant: Variant) =>
+  runs[variant].map(({ seconds }) => (numUsers * numTurns * outputTokens) / seconds);
+const each = (variant: Variant, of: (turns: Turn[]) => number) => runs[variant].map(({ turns }) => of(turns));
+const latencies: [string, (turns: Turn[]) => number][] = [
+  [
+    'TTFT ms p50, first turn',
+    (turns) =>
+      percentile(
+        turns.filter((turn) => turn.number === 1).map((turn) => turn.ttftMs),
+        50,
+      ),
+  ],
+  [
+    'TTFT ms p50, later turns',
+    (turns) =>
+      percentile(
+        turns.filter((turn) => turn.number > 1).map((turn) => turn.ttftMs),
+        50,
+      ),
+  ],
+  [
+    'TTFT ms p95',
+    (turns) =>
+      percentile(
+        turns.map((turn) => turn.ttftMs),
+        95,
+      ),
+  ],
+  [
+    'turn ms p50',
+    (turns) =>
+      percentile(
+        turns.map((turn) => turn.latencyMs),
+        50,
+      ),
+  ],
+  [
+    'turn ms p95',
+    (turns) =>
+      percentile(
+        turns.map((turn) => turn.latencyMs),
+        95,
+      ),
+  ],
+];
+const sum = (turns: Turn[], field: 'promptTokens' | 'cachedTokens') =>
+  turns.reduce((total, turn) => total + turn[field], 0);
+const cachedPercent = (turns: Turn[]) => (100 * sum(turns, 'cachedTokens')) / sum(turns, 'promptTokens');
+
+console.log(`| | ${variants.join(' | ')} | device / off | host / off | host / device |`);
+console.log('|---|---|---|---|---|---|---|');
+const rows: [string, (variant: Variant) => number[]][] = [
+  ['output tokens/s', throughput],
+  ...latencies.map(([name, of]): (typeof rows)[number] => [name, (variant) => each(variant, of)]),
+];
+for (const [name, of] of rows) {
+  const cells = [
+    ...variants.map((variant) => showSpread(spread(of(variant)))),
+    showSpread(ratios(of('device'), of('off'))),
+    showSpread(ratios(of('host'), of('off'))),
+    showSpread(ratios(of('host'), of('device'))),
+  ];
+  console.log(`| ${name} | ${cells.join(' | ')} |`);
+}
+const cached = variants.map((variant) => `${shortNumber(spread(each(variant, cachedPercent)).median)} %`);
+console.log(`| prompt tokens from the cache | ${cached.join(' | ')} | | | |`);
+const preempted = variants.map((variant) =>
+  shortNumber(spread(runs[variant].map((one) => one.numPreempted)).median),
+);
+console.log(`| preemptions | ${preempted.join(' | ')} | | | |`);
+console.log(
+  '\nMedians of the rounds (lowest–highest); ratios are made round by round. All answers are the same in all variants.',
+);
+
+if (options.svg !== undefined) {
+  const byTurn = (of: (turn: Turn) => number) =>
+    variants.map((variant) => ({
+      name: `${variant}: ${shortNumber(spread(throughput(variant)).median)} output tokens/s`,
+      points: Array.from({ length: numTurns }, (_, i) => {
+        const medians = each(variant, (turns) =>
+          percentile(turns.filter(({ number }) => number === i + 1).map(of), 50),
+        );
+        const { median, low, high } = spread(medians);
+        return { x: i + 1, y: median / 1000, low: low / 1000, high: high / 1000 };
+      }),
+    }));
+  const x = { label: 'turn of the conversation', scale: 'linear' } as const;
+  const what = `${numUsers} users, KV ${(kvPages / devicePages).toFixed(1)} × the device arena`;
+  const svg = renderSvg([
+    {
+      title: `Time to the first token, ${what}`,
+      x,
+      y: { label: 'median, seconds', scale: 'linear' },
+      series: byTurn(({ ttftMs }) => ttftMs),
+    },
+    {
+      title: `Turn latency, ${what}`,
+      x,
+      y: { label: 'median, seconds', scale: 'linear' },
+      series: byTurn(({ latencyMs }) => latencyMs),
+    },
+  ]);
+  await writeFile(options.svg, svg);
+}
