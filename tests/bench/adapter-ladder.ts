@@ -4,6 +4,7 @@
  *
  *   node tests/bench/adapter-ladder.ts                    2,000 adapters, device for 50, host for 500: about 13 minutes
  *   node tests/bench/adapter-ladder.ts 400 10 100 5       of 400, device for 10, host for 100, 5 seconds a row
+ *   … FILE.svg                                            draws throughput and TTFT over the number asked for
  *
  * Each row is one popularity over the first adapters of the list: uniform over more and more of them, then Zipf(1) over all. The
  * tier is the one in which a request found its adapter. Adapters of a rank share weights on disk, each has a scaling of its own,
@@ -19,11 +20,12 @@ import { cpuInfo } from '../../native/index.ts';
 import { open, prepare, smollm2Path } from '../fixtures/models.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
 import { wireEngine } from '../fixtures/wire-engine.ts';
+import { type Panel, renderSvg } from './plot.ts';
 import { writeRandomAdapter } from './random-adapter.ts';
 
-const [numAdapters = 2000, numOnDevice = 50, numOnHost = 500, secondsPerRow = 75] = process.argv
-  .slice(2)
-  .map(Number);
+const args = process.argv.slice(2);
+const svgPath = args.at(-1)?.endsWith('.svg') ? args.pop()! : null;
+const [numAdapters = 2000, numOnDevice = 50, numOnHost = 500, secondsPerRow = 75] = args.map(Number);
 const ranks = [8, 16, 32, 64];
 const numClients = 16;
 const promptTokens = 32;
@@ -137,11 +139,10 @@ function zipf(count: number): () => number {
   };
 }
 const sizes = [0.2, 0.5, 1, 2, 5, 10, 20, 40].map((share) => Math.round(numOnDevice * share));
-const rows: [string, () => number][] = [
-  ...[...new Set(sizes.filter((size) => size >= 1 && size <= numAdapters))].map(
-    (size): [string, () => number] => [`uniform over ${size}`, uniform(size)],
-  ),
-  [`Zipf(1) over ${numAdapters}`, zipf(numAdapters)],
+const shown = [...new Set(sizes.filter((size) => size >= 1 && size <= numAdapters))];
+const rows: { name: string; size: number | null; pick: () => number }[] = [
+  ...shown.map((size) => ({ name: `uniform over ${size}`, size, pick: uniform(size) })),
+  { name: `Zipf(1) over ${numAdapters}`, size: null, pick: zipf(numAdapters) },
 ];
 const at = (values: number[], q: number) =>
   values.toSorted((a, b) => a - b)[Math.floor(q * (values.length - 1))];
@@ -152,8 +153,11 @@ const cell = (values: number[]) =>
 
 console.log('| asked for | tokens/s | errors | TTFT ms p50 / p95 (requests): device | host | disk |');
 console.log('|---|---|---|---|---|---|');
-for (const [name, pick] of rows) {
-  const { numTokens, numErrors, ttftMs } = await measure(pick);
+const measured: { size: number; row: Row }[] = [];
+for (const { name, size, pick } of rows) {
+  const row = await measure(pick);
+  if (size !== null) measured.push({ size, row });
+  const { numTokens, numErrors, ttftMs } = row;
   const cells = [
     name,
     (numTokens / secondsPerRow).toFixed(0),
@@ -164,7 +168,48 @@ for (const [name, pick] of rows) {
   ];
   console.log(`| ${cells.join(' | ')} |`);
 }
+if (svgPath !== null) await writeFile(svgPath, renderSvg(panels()));
 if (fatal.length > 0) throw fatal[0];
 await Promise.all([engine.close(), tiers.close()]);
 runtime.close();
 await rm(folder, { recursive: true });
+
+/** Of the uniform rows: is there a slope or a cliff where a tier is full? */
+function panels(): Panel[] {
+  const x = { label: 'adapters asked for, uniformly', scale: 'log' } as const;
+  const marks = [
+    { x: numOnDevice, label: 'device is full' },
+    { x: numOnHost, label: 'host is full' },
+  ].filter(({ x }) => x <= shown.at(-1)!);
+  const ttft = (name: string, q: number, of: (row: Row) => number[]) => ({
+    name,
+    points: measured.flatMap(({ size, row }) => {
+      const values = of(row);
+      return values.length > 0 ? [{ x: size, y: at(values, q)! }] : [];
+    }),
+  });
+  const all = ({ ttftMs }: Row) => Object.values(ttftMs).flat();
+  const perSecond = measured.map(({ size, row }) => ({ x: size, y: row.numTokens / secondsPerRow }));
+  return [
+    {
+      title: `Throughput, ${numClients} clients, room for ${numOnDevice} adapters on the device`,
+      x,
+      y: { label: 'tokens/s', scale: 'linear' },
+      series: [{ name: 'output tokens', points: perSecond }],
+      marks,
+    },
+    {
+      title: 'Time to the first token',
+      x,
+      y: { label: 'ms', scale: 'log' },
+      series: [
+        ttft('all requests, median', 0.5, all),
+        ttft('all requests, 95th percentile', 0.95, all),
+        ttft('adapter on the device, median', 0.5, ({ ttftMs }) => ttftMs.device),
+        ttft('adapter in the host arena, median', 0.5, ({ ttftMs }) => ttftMs.host),
+        ttft('adapter in its file, median', 0.5, ({ ttftMs }) => ttftMs.disk),
+      ].filter(({ points }) => points.length > 0),
+      marks,
+    },
+  ];
+}

@@ -1,7 +1,9 @@
 /** The cases: how each is measured, and how its record is shown. README.md beside this file says the same in words. */
+
+import type { Panel } from '../plot.ts';
 import type { Bench } from './bench.ts';
 import { measureClients, showClients } from './clients.ts';
-import { measureGrowth, plotGrowth, showGrowth } from './growth.ts';
+import { growthPanels, measureGrowth, plotGrowth, showGrowth } from './growth.ts';
 import type { CaseName, CaseRecord } from './record.ts';
 import { markdown, type Table } from './report.ts';
 import type { ShapeName } from './shapes.ts';
@@ -12,6 +14,8 @@ interface Case {
   measure: (bench: Bench, shape: ShapeName) => Promise<CaseRecord>;
   tables: (record: CaseRecord) => Table[];
   plots?: (record: CaseRecord) => string[];
+  /** For --svg. */
+  panels?: (record: CaseRecord) => Panel[];
 }
 
 export const cases: Record<CaseName, Case> = {
@@ -19,7 +23,7 @@ export const cases: Record<CaseName, Case> = {
   prefill: { measure: measurePrefill, tables: showPrefill },
   clients: { measure: measureClients, tables: showClients },
   tax: { measure: measureTax, tables: showTax },
-  growth: { measure: measureGrowth, tables: showGrowth, plots: plotGrowth },
+  growth: { measure: measureGrowth, tables: showGrowth, plots: plotGrowth, panels: growthPanels },
 };
 
 /** A record as Markdown. */

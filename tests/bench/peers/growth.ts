@@ -1,4 +1,6 @@
 /** How our own step's cost grows with contexts, batches, ranks and resident adapters: there should be no cliff. */
+
+import type { Panel } from '../plot.ts';
 import {
   adapterBytes,
   allLinears,
@@ -149,5 +151,25 @@ export function plotGrowth(record: CaseRecord): string[] {
       figures.stepMs ? [{ label: name, value: spread(figures.stepMs).median }] : [],
     );
     return points.length > 0 ? [bars(`step by ${setting}, ${shapes[record.shape].title}`, 'ms', points)] : [];
+  });
+}
+
+/** For a picture: a line without a step in it is what we want to see. */
+export function growthPanels(record: CaseRecord): Panel[] {
+  return bySetting(record).flatMap(([setting, series]) => {
+    const points = series.flatMap(({ name, figures }) => {
+      if (figures.stepMs === undefined) return [];
+      const { median, low, high } = spread(figures.stepMs);
+      return [{ x: Number(name), y: median, low, high }];
+    });
+    if (points.length === 0) return [];
+    return [
+      {
+        title: `Step by ${setting}, ${shapes[record.shape].title}`,
+        x: { label: setting.split(',')[0]!, scale: 'log' as const },
+        y: { label: 'ms a step', scale: 'linear' as const },
+        series: [{ name: medianNote(numRounds(record)), points }],
+      },
+    ];
   });
 }

@@ -7,6 +7,7 @@ import { readFile, writeFile } from 'node:fs/promises';
 import { totalmem } from 'node:os';
 import { parseArgs } from 'node:util';
 import { cpuInfo } from '../../../native/index.ts';
+import { renderSvg } from '../plot.ts';
 import { type Bench, type PeerName, peerNames } from './bench.ts';
 import { cases, show } from './cases.ts';
 import { versions } from './peer-files.ts';
@@ -28,6 +29,7 @@ const usage = `npm run bench:peers -- [options]
   --max-wait S       seconds to wait for a quiet machine before each try, 0 to 600; default: 20
   --json FILE        every sample, written after each case
   --add              keep what FILE has and add rounds to it: a long run in pieces
+  --svg FILE         a picture of growth, of what was measured or of --show
   --show FILE        print the tables of such a file and measure nothing
 `;
 
@@ -42,7 +44,7 @@ const options = parse(process.argv.slice(2));
 // What was started ends with us.
 for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => process.exit(1));
 try {
-  if (options.show !== undefined) print(await readReport(options.show));
+  if (options.show !== undefined) await print(await readReport(options.show));
   else await measure();
 } catch (error) {
   showProgress('');
@@ -87,11 +89,20 @@ async function measure(): Promise<void> {
       if (json !== undefined) await writeFile(json, JSON.stringify(report, null, 1));
     }
   }
+  await draw(report);
 }
 
-function print(report: Report): void {
+async function print(report: Report): Promise<void> {
   console.log(heading(report));
   for (const record of report.records) console.log(show(record));
+  await draw(report);
+}
+
+async function draw({ records }: Report): Promise<void> {
+  if (options.svg === undefined) return;
+  const panels = records.flatMap((record) => cases[record.case].panels?.(record) ?? []);
+  if (panels.length === 0) throw new Error('--svg: expected the case growth among the records, got none');
+  await writeFile(options.svg, renderSvg(panels));
 }
 
 function heading({ machine, date }: Report): string {
@@ -147,6 +158,7 @@ function parse(args: string[]) {
       json: text,
       add: flag,
       show: text,
+      svg: text,
       help: flag,
     },
   };
@@ -158,6 +170,12 @@ function parse(args: string[]) {
     }
     if (values.add && values.json === undefined)
       throw new RangeError('--add: expected --json FILE with it, got none');
+    if (
+      values.svg !== undefined &&
+      values.show === undefined &&
+      !(values.only ?? 'growth').includes('growth')
+    )
+      throw new RangeError('--svg: expected the case growth among --only, got none');
     const names = Object.keys(shapes) as ShapeName[];
     const cpus = usableCpus();
     return {
@@ -181,6 +199,7 @@ function parse(args: string[]) {
       json: values.json,
       add: values.add ?? false,
       show: values.show,
+      svg: values.svg,
       cpus,
     };
   } catch (error) {
