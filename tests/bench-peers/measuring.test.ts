@@ -1,7 +1,7 @@
 import { expect, test, vi } from 'vitest';
 import { show } from '../bench/peers/cases.ts';
 import { StreamReader, summarize } from '../bench/peers/closed-loop.ts';
-import { zipfPicks } from '../bench/peers/growth.ts';
+import { growthPanels, zipfPicks } from '../bench/peers/growth.ts';
 import { othersShare, parseBusySeconds, parseProcess, treeSeconds } from '../bench/peers/other-load.ts';
 import { addRounds, type CaseRecord } from '../bench/peers/record.ts';
 import { bars, markdown } from '../bench/peers/report.ts';
@@ -278,4 +278,20 @@ test('growth is shown as a table and as bars', () => {
   });
   expect(text).toMatch(/\| 8 +\| 10.0 \(10.0–10.0\) +\| 800 \(800–800\) +\|/);
   expect(text).toContain('10.0 ms');
+});
+
+test('growth is drawn with its spread; what failed or was not measured is left out', () => {
+  const setting = 'batch, context 128';
+  const [panel, ...others] = growthPanels({
+    case: 'growth',
+    shape: 'smollm2',
+    series: [
+      series(setting, '1', { stepMs: [5, 6, 4] }),
+      { ...series(setting, '8', {}), failure: 'too big' },
+      series('context, batch 1', '128', {}),
+    ],
+    facts: {},
+  });
+  expect(others).toEqual([]);
+  expect(panel!.series[0]!.points).toEqual([{ x: 1, y: 5, low: 4, high: 6 }]);
 });
