@@ -35,23 +35,49 @@ export interface Panel {
 const width = 760;
 const height = 340;
 const left = 76;
-const right = 16;
+const right = 30;
 const top = 46;
 const bottom = 52;
 const legendLine = 18;
-/** Of Okabe and Ito (2008), which people tell apart who do not see all colours. */
-const numColours = 6;
 const minPixelsBetweenLabels = 34;
 
+interface Colours {
+  ground: string;
+  ink: string;
+  faint: string;
+  series: readonly string[];
+}
+/** Series after Okabe and Ito (2008), which people tell apart who do not see all colours. */
+const light: Colours = {
+  ground: '#ffffff',
+  ink: '#1f2328',
+  faint: '#d0d7de',
+  series: ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#8a6d00', '#56606b'],
+};
+const dark: Colours = {
+  ground: '#0d1117',
+  ink: '#e6edf3',
+  faint: '#3d444d',
+  series: ['#56b4e9', '#ff8c42', '#2ecc9b', '#e79ac8', '#f0e442', '#a9b4c0'],
+};
+const numColours = light.series.length;
+
+/** Written out, since not every viewer knows variables. */
+function rulesOf({ ground, ink, faint, series }: Colours): string {
+  return [
+    `text { fill: ${ink}; } .ground { fill: ${ground}; } .grid { stroke: ${faint}; } .axis, .mark { stroke: ${ink}; }`,
+    ...series.map((colour, i) => `.s${i} { stroke: ${colour}; } .s${i}:not(polyline) { fill: ${colour}; }`),
+  ].join('\n  ');
+}
+
 const style = `<style>
-  svg { font: 13px system-ui, sans-serif; --ink: #1f2328; --faint: #d0d7de; --ground: #ffffff;
-    --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #8a6d00; --s5: #56606b; }
-  @media (prefers-color-scheme: dark) { svg { --ink: #e6edf3; --faint: #3d444d; --ground: #0d1117;
-    --s0: #56b4e9; --s1: #ff8c42; --s2: #2ecc9b; --s3: #e79ac8; --s4: #f0e442; --s5: #a9b4c0; } }
-  text { fill: var(--ink); } .title { font-weight: 600; font-size: 15px; } .ground { fill: var(--ground); }
-  .grid { stroke: var(--faint); } .axis { stroke: var(--ink); } .mark { stroke: var(--ink); stroke-dasharray: 4 4; }
-${Array.from({ length: numColours }, (_, i) => `  .s${i} { stroke: var(--s${i}); fill: var(--s${i}); }`).join('\n')}
-  polyline { fill: none !important; stroke-width: 2; }
+  svg { font: 13px system-ui, sans-serif; }
+  .title { font-weight: 600; font-size: 15px; } .mark { stroke-dasharray: 4 4; }
+  polyline { fill: none; stroke-width: 2; }
+  ${rulesOf(light)}
+  @media (prefers-color-scheme: dark) {
+  ${rulesOf(dark)}
+  }
 </style>`;
 
 /** @returns the SVG's text.  @throws RangeError when a value cannot be drawn on its axis */
