@@ -120,7 +120,11 @@ async function compareEngines(): Promise<void> {
   const engines = { on: await wired(true), off: await wired(false) };
   const bursts: Record<'on' | 'off', Burst[]> = { on: [], off: [] };
   for (let round = 0; round < numRounds; round++) {
-    for (const name of ['off', 'on'] as const) bursts[name].push(await burst(engines[name], round));
+    for (const name of ['off', 'on'] as const) {
+      const done = await burst(engines[name], round);
+      bursts[name].push(done);
+      process.stderr.write(`round ${round + 1}, cache ${name}: ${done.seconds.toFixed(1)} s\n`);
+    }
     if (bursts.on[round]!.answers !== bursts.off[round]!.answers) {
       throw new Error(`round ${round + 1}: expected the same tokens with the cache on and off, got others`);
     }
