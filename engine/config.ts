@@ -178,6 +178,11 @@ const settings = {
     [0, 2 ** 46],
     2 ** 30,
   ),
+  'weight-memory': bytes(
+    "most memory for the model's weights: layers beyond it are read from the prepared file for each step; 0: all stay mapped",
+    [0, 2 ** 46],
+    0,
+  ),
   'prefix-cache': oneOf(
     ['on', 'off'],
     'keep the KV of prompts and answers while there is room, and share it with requests that begin alike',
@@ -291,6 +296,8 @@ export interface Config {
   device: 'cpu' | 'nvidia';
   deviceMemoryBytes: number;
   hostMemoryBytes: number;
+  /** 0: no bound. */
+  weightMemoryBytes: number;
   prefixCache: boolean;
   evictionRule: EvictionRule;
   quantization: 'keep' | 'int4' | 'int8';
@@ -404,6 +411,7 @@ export function parseConfig(
     device: one('device'),
     deviceMemoryBytes: one('device-memory'),
     hostMemoryBytes: one('host-memory'),
+    weightMemoryBytes: one('weight-memory'),
     prefixCache: one('prefix-cache') === 'on',
     evictionRule: one('eviction'),
     quantization: one('quantization'),

@@ -95,6 +95,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     adapterQuantization: config.adapterQuantization,
     deviceMemoryBytes: config.deviceMemoryBytes,
     hostMemoryBytes: config.hostMemoryBytes,
+    weightMemoryBytes: config.weightMemoryBytes,
     numThreads: config.numThreads,
   });
   const { arena, hostArena } = arenasOf(runtime, runtime.numPages);

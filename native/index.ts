@@ -112,7 +112,7 @@ export interface PackedTensor {
 }
 
 export interface RuntimeOptions {
-  /** The packed file; mapped read-only and shared. */
+  /** The packed file; mapped read-only and shared, unless weights are streamed. */
   packedPath: string;
   dims: ModelDims;
   tensors: PackedTensor[];
@@ -125,6 +125,11 @@ export interface RuntimeOptions {
   deviceMemoryBytes: number;
   /** Of the host arena behind the device arena, in pages of the same size; 0: none. */
   hostMemoryBytes: number;
+  /**
+   * Most bytes of weights in memory. 0, or no less than the packed file has: all are mapped. Otherwise as many layers as fit are read once
+   * and stay, and the others are read from the file for each step. Less than the least that this needs is refused.
+   */
+  weightMemoryBytes: number;
   /** 0: one per core that this process may use. */
   numThreads: number;
 }
@@ -201,11 +206,12 @@ export interface StepBatch {
 
 /**
  * Parts of a step: a projection is counted with its quantising, adapters and biases; `norm` with the residual sums; `plan`
- * is what a step prepares before its first operation. See src/step_clock.h.
+ * is what a step prepares before its first operation; `weights` is waiting for layers that stream. See src/step_clock.h.
  */
 export type StepPart =
   | 'plan'
   | 'embed'
+  | 'weights'
   | 'norm'
   | 'qkv'
   | 'rope'
@@ -233,6 +239,20 @@ export interface StepResult {
   endedMs: number;
 }
 
+/** Layers that are read from the packed file for each step. See src/weight_stream.h. */
+export interface WeightStream {
+  numStreamedLayers: number;
+  /** Of resident weights and of the ring through which the others come. */
+  memoryBytes: number;
+  /** Read for each step. */
+  stepBytes: number;
+  /** Of all reads since the runtime was opened, those of the residents included. */
+  readBytes: number;
+  readSeconds: number;
+  /** Reads go past the page cache. */
+  isDirect: boolean;
+}
+
 export interface Runtime {
   /** Page (= KV block of 16 positions, all layers) size and count of the device arena. */
   readonly pageBytes: number;
@@ -241,10 +261,11 @@ export interface Runtime {
   readonly numHostPages: number;
   readonly blockTokens: number;
   readonly numThreads: number;
-  /** Bytes of the mapped weights. */
+  /** Bytes of the packed file. */
   readonly weightBytes: number;
   /**
    * Copies the batch and runs it after the steps given before. One may run and one wait behind it; a third is refused.
+   * @throws io_failed when a layer that streams could not be read: the next step tries again
    */
   step(batch: StepBatch): Promise<StepResult>;
   /** Pages that an adapter with these modules takes; fewer where adapters are rounded to int8. */
@@ -276,6 +297,8 @@ export interface Runtime {
   writeHostPages(pages: Int32Array, bytes: Uint8Array): void;
   /** Milliseconds that steps spent in each part of the forward pass since the runtime was opened. */
   stepParts(): Record<StepPart, number>;
+  /** null: all weights are mapped. */
+  weightStream(): WeightStream | null;
   /** Unmaps and frees everything; later calls fail with code `closed`. Refused while a step or a copy runs: waits for no one. */
   close(): void;
 }

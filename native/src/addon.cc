@@ -15,11 +15,10 @@
 #include "copy_worker.h"
 #include "step_worker.h"
 #include "translate.h"
+#include "weight_stream.h"
 
 namespace motet {
 namespace {
-
-struct IoError : std::runtime_error { using std::runtime_error::runtime_error; };
 
 // Runs `work` on libuv's pool and resolves with what `to_value` makes of its result. An exception rejects with an Error
 // whose `code` says which kind it was.
@@ -166,7 +165,8 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
                         InstanceMethod<&RuntimeObject::release>("releaseAdapter"), InstanceMethod<&RuntimeObject::copy_pages_of>("copyPages"),
                         InstanceMethod<&RuntimeObject::clear>("clearPages"), InstanceMethod<&RuntimeObject::read_host>("readHostPages"),
                         InstanceMethod<&RuntimeObject::write_host>("writeHostPages"),
-                        InstanceMethod<&RuntimeObject::step_parts>("stepParts"), InstanceMethod<&RuntimeObject::close>("close")});
+                        InstanceMethod<&RuntimeObject::step_parts>("stepParts"), InstanceMethod<&RuntimeObject::weight_stream>("weightStream"),
+                        InstanceMethod<&RuntimeObject::close>("close")});
   }
   explicit RuntimeObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RuntimeObject>(info) {
     if (info.Length() != 1 || !info[0].IsExternal()) throw Napi::TypeError::New(info.Env(), "Runtime: use openRuntime");
@@ -319,6 +319,22 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     return parts;
   }
 
+  Napi::Value weight_stream(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const WeightStream* const stream = model_->stream();
+    if (!stream) return info.Env().Null();
+    const auto& plan = stream->plan();
+    auto result = Napi::Object::New(info.Env());
+    const auto set = [&](const char* key, auto value) { result.Set(key, static_cast<double>(value)); };
+    set("numStreamedLayers", std::count(plan.is_resident.begin(), plan.is_resident.end(), false));
+    set("memoryBytes", plan.resident_bytes + kNumWeightSlots * plan.slot_bytes);
+    set("stepBytes", stream->bytes_per_step());
+    set("readBytes", stream->bytes_read());
+    set("readSeconds", static_cast<double>(stream->read_nanoseconds()) / 1e9);
+    result.Set("isDirect", stream->is_direct());
+    return result;
+  }
+
   Napi::Value close(const Napi::CallbackInfo& info) {
     if (model_) {
       if (worker_->busy()) throw Napi::Error::New(info.Env(), "close: expected no step to be running");
@@ -395,7 +411,7 @@ Napi::Value open_runtime(const Napi::CallbackInfo& info) {
       info.Env(),
       [spec = to_runtime_spec(info[0])] {
         return std::make_shared<Model>(spec.packed_path, spec.dims, spec.tensors, spec.reference_mode, spec.kv_type, spec.device_memory_bytes, spec.num_threads,
-                                       spec.int8_adapters, spec.host_memory_bytes);
+                                       spec.int8_adapters, spec.host_memory_bytes, spec.weight_memory_bytes);
       },
       [](Napi::Env env, std::shared_ptr<Model>& model) -> Napi::Value {
         return env.GetInstanceData<AddonData>()->runtime.New({Napi::External<std::shared_ptr<Model>>::New(env, &model)});

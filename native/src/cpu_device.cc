@@ -82,6 +82,11 @@ class CpuDevice final : public Device {
   uint8_t* host_arena() const override { return host_arena_.data(); }
   int num_threads() const override { return pool_.num_threads(); }
 
+  std::shared_ptr<uint8_t> allocate(size_t num_bytes) override {
+    const auto region = std::make_shared<Region>(num_bytes);
+    return {region, region->data()};
+  }
+
   Event copy_to_arena(uint8_t* target, const void* source, size_t num_bytes) override {
     std::memcpy(target, source, num_bytes);
     return 0;

@@ -71,6 +71,9 @@ class Device {
   // The arena behind it in host memory, null without one: pinned where a device copies from it.
   virtual uint8_t* host_arena() const = 0;
 
+  // Memory beside the arena, zeroed, in whole pages, given back with the pointer.
+  virtual std::shared_ptr<uint8_t> allocate(size_t num_bytes) = 0;
+
   // Copies host bytes into the arena. The source may be reused, and the bytes be relied on, after wait(event). Copies may be
   // asked for on any thread, beside the operations of a step.
   virtual Event copy_to_arena(uint8_t* target, const void* source, size_t num_bytes) = 0;

@@ -12,6 +12,8 @@
 #include <functional>
 #include <map>
 
+#include "weight_stream.h"
+
 namespace motet {
 namespace {
 
@@ -34,7 +36,7 @@ std::string where(const PackedTensorSpec& t) {
 const char* target_name(Target target) { return kTargetNames[static_cast<int>(target)]; }
 
 Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
-             size_t device_memory_bytes, int num_threads, bool has_int8_adapters, size_t host_memory_bytes)
+             size_t device_memory_bytes, int num_threads, bool has_int8_adapters, size_t host_memory_bytes, size_t weight_memory_bytes)
     : dims_(std::move(dims)), kv_type_(kv_type), has_int8_adapters_(has_int8_adapters) {
   if (kv_type == KvType::kInt8 && dims_.head_dim > kMaxHeadDimInt8)
     throw RuntimeError("KV of type int8: expected a head dimension of at most " + std::to_string(kMaxHeadDimInt8) + ", got " +
@@ -49,45 +51,48 @@ Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<P
   if (host_memory_bytes > 0 && num_host_pages_ < 1)
     throw RuntimeError("host memory: expected 0 or at least one page of " + std::to_string(page_bytes_) + " bytes, got " +
                        std::to_string(host_memory_bytes) + " bytes");
-  map(packed_path);
-  try {
-    bind(tensors);
-    device_ = make_cpu_device(static_cast<size_t>(num_pages_) * page_bytes_, num_threads, reference_mode,
-                              static_cast<size_t>(num_host_pages_) * page_bytes_);
-  } catch (...) {
-    munmap(map_, map_bytes_);
-    throw;
-  }
+  FileDescriptor file(::open(packed_path.c_str(), O_RDONLY | O_CLOEXEC));
+  struct stat st {};
+  if (file.get() < 0 || fstat(file.get(), &st) != 0) throw RuntimeError("packed file " + packed_path + ": " + std::strerror(errno));
+  file_bytes_ = static_cast<size_t>(st.st_size);
+  check_tensors(tensors);
+  device_ = make_cpu_device(static_cast<size_t>(num_pages_) * page_bytes_, num_threads, reference_mode,
+                            static_cast<size_t>(num_host_pages_) * page_bytes_);
+  if (weight_memory_bytes > 0 && weight_memory_bytes < file_bytes_)
+    stream_ = std::make_unique<WeightStream>(std::move(file), packed_path, tensors, dims_.num_layers, weight_memory_bytes, *device_);
+  else
+    map(packed_path, file.get());
+  bind(tensors);
   buffers_.resize(10);
   angles_.resize(dims_.rope_tables.size());
 }
 
-Model::~Model() { munmap(map_, map_bytes_); }
+Model::~Model() = default;
 
-void Model::map(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) throw RuntimeError("packed file " + path + ": " + std::strerror(errno));
-  struct stat st {};
-  void* address = fstat(fd, &st) == 0 && st.st_size > 0 ? mmap(nullptr, st.st_size, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
-  const int error = errno;
-  close(fd);
-  if (address == MAP_FAILED) throw RuntimeError("packed file " + path + ": cannot be mapped: " + std::strerror(error));
-  map_ = static_cast<uint8_t*>(address);
-  map_bytes_ = static_cast<size_t>(st.st_size);
-  madvise(map_, map_bytes_, MADV_WILLNEED);
+void Model::map(const std::string& path, int fd) {
+  void* address = mmap(nullptr, file_bytes_, PROT_READ, MAP_SHARED, fd, 0);
+  if (address == MAP_FAILED) throw RuntimeError("packed file " + path + ": cannot be mapped: " + std::strerror(errno));
+  madvise(address, file_bytes_, MADV_WILLNEED);
+  map_ = {static_cast<const uint8_t*>(address), [size = file_bytes_](const uint8_t* p) { munmap(const_cast<uint8_t*>(p), size); }};
+}
+
+void Model::check_tensors(const std::vector<PackedTensorSpec>& tensors) const {
+  for (const auto& t : tensors) {
+    const size_t expected = t.is_vector ? static_cast<size_t>(t.in_features) * 4 : packed_bytes(t.format, t.out_features, t.in_features);
+    if (t.offset_bytes < 0 || t.offset_bytes % 64 != 0 || t.size_bytes < 0 || static_cast<size_t>(t.size_bytes) != expected ||
+        static_cast<size_t>(t.offset_bytes) > file_bytes_ || expected > file_bytes_ - static_cast<size_t>(t.offset_bytes))
+      throw RuntimeError(where(t) + ": expected " + std::to_string(expected) + " bytes inside a file of " + std::to_string(file_bytes_) +
+                         ", got offset " + std::to_string(t.offset_bytes) + " and size " + std::to_string(t.size_bytes));
+  }
 }
 
 // Finds each role's tensor, and refuses shapes that the dimensions do not allow: after this every pointer is good.
 void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
   std::map<std::pair<int, std::string>, const PackedTensorSpec*> found;
-  for (const auto& t : tensors) {
-    const size_t expected = t.is_vector ? static_cast<size_t>(t.in_features) * 4 : packed_bytes(t.format, t.out_features, t.in_features);
-    if (t.offset_bytes < 0 || t.offset_bytes % 64 != 0 || t.size_bytes < 0 || static_cast<size_t>(t.size_bytes) != expected ||
-        static_cast<size_t>(t.offset_bytes) > map_bytes_ || expected > map_bytes_ - static_cast<size_t>(t.offset_bytes))
-      throw RuntimeError(where(t) + ": expected " + std::to_string(expected) + " bytes inside a file of " + std::to_string(map_bytes_) +
-                         ", got offset " + std::to_string(t.offset_bytes) + " and size " + std::to_string(t.size_bytes));
-    found[{t.layer, t.role}] = &t;
-  }
+  for (const auto& t : tensors) found[{t.layer, t.role}] = &t;
+  const auto bytes_of = [&](const PackedTensorSpec& t) {
+    return stream_ ? stream_->resident(static_cast<size_t>(&t - tensors.data())) : map_.get() + t.offset_bytes;
+  };
   auto find = [&](int layer, const std::string& role, bool required) -> const PackedTensorSpec* {
     const auto it = found.find({layer, role});
     if (it != found.end()) return it->second;
@@ -100,7 +105,7 @@ void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
     if (!t->is_vector || t->in_features != n)
       throw RuntimeError(where(*t) + ": expected a vector of " + std::to_string(n) + ", got [" + std::to_string(t->out_features) + ", " +
                          std::to_string(t->in_features) + "]");
-    return reinterpret_cast<const float*>(map_ + t->offset_bytes);
+    return reinterpret_cast<const float*>(bytes_of(*t));
   };
   auto matrix = [&](int layer, const std::string& role, int64_t n, int64_t k, bool required) -> PackedMatrix {
     const PackedTensorSpec* t = find(layer, role, required);
@@ -108,7 +113,7 @@ void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
     if (t->is_vector || t->out_features != n || t->in_features != k)
       throw RuntimeError(where(*t) + ": expected a matrix [" + std::to_string(n) + ", " + std::to_string(k) + "], got [" +
                          std::to_string(t->out_features) + ", " + std::to_string(t->in_features) + "]");
-    return {t->format, static_cast<int32_t>(n), static_cast<int32_t>(k), map_ + t->offset_bytes};
+    return {t->format, static_cast<int32_t>(n), static_cast<int32_t>(k), bytes_of(*t)};
   };
   const int64_t hidden = dims_.hidden_size, inter = dims_.intermediate_size;
   const int64_t q = int64_t{dims_.num_heads} * dims_.head_dim, kv = int64_t{dims_.num_kv_heads} * dims_.head_dim;
@@ -131,6 +136,7 @@ void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
     layer.k_norm = vector(l, "k_norm", dims_.head_dim, false);
     for (int t = 0; t < kNumLayerTargets; ++t) {
       layer.projections[t] = matrix(l, kTargetNames[t], shapes[t].first, shapes[t].second, true);
+      layer.tensors[t] = static_cast<size_t>(found[{l, kTargetNames[t]}] - tensors.data());
       if (biases[t]) layer.biases[t] = vector(l, biases[t], shapes[t].first, false);
     }
     for (const Target t : {Target::kQ, Target::kK, Target::kV}) layer.qkv[static_cast<int>(t)] = {t, &layer.projections[static_cast<int>(t)], nullptr, nullptr, 0};
@@ -139,6 +145,14 @@ void Model::bind(const std::vector<PackedTensorSpec>& tensors) {
 
 const PackedMatrix& Model::matrix(int layer, Target target) const {
   return target == Target::kLmHead ? lm_head_ : layers_[layer].projections[static_cast<int>(target)];
+}
+
+HeldMatrix Model::hold_matrix(int layer, Target target) const {
+  const PackedMatrix& m = matrix(layer, target);
+  if (layer < 0 || !is_streamed(layer)) return {m, nullptr};
+  auto bytes = stream_->read_copy(layers_[layer].tensors[static_cast<int>(target)]);
+  const uint8_t* const data = bytes.get();
+  return {{m.format, m.out_features, m.in_features, data}, std::move(bytes)};
 }
 
 // Everything a step will index is checked here, so that the operations need no checks of their own.
@@ -251,22 +265,45 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
     }
   }
 
+  // Whatever ends the step before its last layer leaves the ring in the middle.
+  const auto rewind = [](WeightStream* stream) { stream->rewind(); };
+  std::unique_ptr<WeightStream, decltype(rewind)> unless_done(stream_.get());
+  if (stream_) stream_->begin_step();
   device_->begin(batch);
   clock_.lap(StepPart::kPlan);
   device_->embed(act_.x, embedding_, batch.token_ids, dims_.embedding_scale);
   clock_.lap(StepPart::kEmbed);
   for (int l = 0; l < dims_.num_layers; ++l) run_layer(l, batch);
+  unless_done.release();
   sample(batch, adapters, output);
   device_->synchronize();
 }
 
-// Weights only: what a device may fetch ahead. After the last layer comes the head.
-std::span<const Projection> Model::first_of_layer(int l) const {
-  return l < dims_.num_layers ? std::span(layers_[l].qkv) : std::span(&head_, 1);
+bool Model::is_streamed(int l) const { return stream_ && stream_->is_streamed(l); }
+
+// Where a layer that streams has its matrices now; null: nowhere.
+void Model::set_bytes(int l, const uint8_t* slot) {
+  Layer& layer = layers_[l];
+  for (int t = 0; t < kNumLayerTargets; ++t) layer.projections[t].data = slot ? slot + stream_->slot_offset(layer.tensors[t]) : nullptr;
+}
+
+// Weights only: what a device may fetch ahead, if they are there. After the last layer comes the head.
+std::span<const Projection> Model::first_of_layer(int l) {
+  if (l == dims_.num_layers) return {&head_, 1};
+  if (is_streamed(l)) {
+    const uint8_t* const slot = stream_->peek(l);
+    if (!slot) return {};
+    set_bytes(l, slot);
+  }
+  return layers_[l].qkv;
 }
 
 void Model::run_layer(int l, const Batch& batch) {
   const Layer& layer = layers_[l];
+  if (is_streamed(l)) {
+    set_bytes(l, stream_->await(l));
+    clock_.lap(StepPart::kWeights);
+  }
   const auto [x, h, q, k, v, attn, gate, up, o] = act_;
   const int rows = batch.num_tokens(), hidden = dims_.hidden_size, head_dim = dims_.head_dim;
   const int64_t ldh = padded(hidden), ldq = padded(int64_t{dims_.num_heads} * head_dim), ldkv = padded(int64_t{dims_.num_kv_heads} * head_dim);
@@ -313,6 +350,11 @@ void Model::run_layer(int l, const Batch& batch) {
   clock_.lap(StepPart::kActivation);
   device_->project(down, gate, ldi, rows, l, lora_, first_of_layer(l + 1));
   clock_.lap(StepPart::kDown);
+  if (is_streamed(l)) {
+    device_->synchronize();  // nothing reads the slot any more
+    stream_->release(l);
+    set_bytes(l, nullptr);
+  }
   if (layer.post_mlp_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_mlp_norm, rows, hidden, dims_.norm_eps);
   device_->add(x, o, int64_t{rows} * ldh);
   clock_.lap(StepPart::kNorm);

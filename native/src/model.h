@@ -1,4 +1,4 @@
-// The base model: its mapped weights, and the forward pass of one step. Differences between model families are data
+// The base model: its weights, mapped or streamed (weight_stream.h), and the forward pass of one step. Differences between model families are data
 // (which norms and biases exist, windows, rope tables), never subclasses.
 #pragma once
 #include <cstdint>
@@ -37,18 +37,30 @@ struct PackedTensorSpec {
 struct RuntimeError : std::runtime_error { using std::runtime_error::runtime_error; };
 
 struct Layer {
+  // Matrices of a layer that streams have data while it is in the ring and its step needs it.
   const float *attention_norm = nullptr, *post_attention_norm = nullptr, *mlp_norm = nullptr, *post_mlp_norm = nullptr;
   const float *q_norm = nullptr, *k_norm = nullptr;
   PackedMatrix projections[kNumLayerTargets];               // by Target
+  size_t tensors[kNumLayerTargets] = {};                    // their indices in what the model was opened with
   const float* biases[kNumLayerTargets] = {};
   Projection qkv[3];  // without where their results go
 };
 
+class WeightStream;
+
+// A matrix with bytes that stay while it is held.
+struct HeldMatrix {
+  PackedMatrix matrix;
+  std::shared_ptr<const uint8_t> bytes;  // null: the model's
+};
+
 class Model {
  public:
-  // Maps `packed_path` read-only; reference mode keeps activations in f32. Throws RuntimeError naming the tensor that is missing, misplaced or misshapen.
+  // Maps `packed_path` read-only, or, with weight_memory_bytes below its size, keeps at most that much of it in memory and streams the rest;
+  // reference mode keeps activations in f32. Throws RuntimeError naming the tensor that is missing, misplaced or misshapen.
   Model(const std::string& packed_path, ModelDims dims, const std::vector<PackedTensorSpec>& tensors, bool reference_mode, KvType kv_type,
-        size_t device_memory_bytes, int num_threads, bool has_int8_adapters = false, size_t host_memory_bytes = 0);
+        size_t device_memory_bytes, int num_threads, bool has_int8_adapters = false, size_t host_memory_bytes = 0,
+        size_t weight_memory_bytes = 0);
   ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
@@ -58,7 +70,10 @@ class Model {
   void step(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
 
   const ModelDims& dims() const { return dims_; }
+  // Its shape and format, for any thread.
   const PackedMatrix& matrix(int layer, Target target) const;
+  // With its bytes, for any thread: read from the file when the layer streams. Throws IoError.
+  HeldMatrix hold_matrix(int layer, Target target) const;
   Device& device() const { return *device_; }
   size_t page_bytes() const { return page_bytes_; }
   int64_t num_pages() const { return num_pages_; }
@@ -66,23 +81,29 @@ class Model {
   int64_t num_host_pages() const { return num_host_pages_; }
   // Adapters are quantised to int8 when they are loaded; else they stay as their files have them.
   bool has_int8_adapters() const { return has_int8_adapters_; }
-  size_t weight_bytes() const { return map_bytes_; }
+  size_t weight_bytes() const { return file_bytes_; }
+  // Null: all weights are mapped.
+  const WeightStream* stream() const { return stream_.get(); }
   const StepClock& clock() const { return clock_; }
 
  private:
-  void map(const std::string& packed_path);
+  void map(const std::string& packed_path, int fd);
+  void check_tensors(const std::vector<PackedTensorSpec>& tensors) const;
   void bind(const std::vector<PackedTensorSpec>& tensors);
   void check(const Batch& batch) const;
   void run_layer(int layer, const Batch& batch);
-  std::span<const Projection> first_of_layer(int layer) const;
+  bool is_streamed(int layer) const;
+  void set_bytes(int layer, const uint8_t* slot);
+  std::span<const Projection> first_of_layer(int layer);
   void sample(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
 
   ModelDims dims_;
   KvType kv_type_;
   bool has_int8_adapters_;
   std::unique_ptr<Device> device_;
-  uint8_t* map_ = nullptr;
-  size_t map_bytes_ = 0;
+  size_t file_bytes_ = 0;
+  std::shared_ptr<const uint8_t> map_;     // null: weights stream
+  std::unique_ptr<WeightStream> stream_;  // after the device, whose memory it has
   size_t page_bytes_ = 0;
   int64_t num_pages_ = 0, num_host_pages_ = 0;
   PackedMatrix embedding_, lm_head_;

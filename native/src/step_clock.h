@@ -11,6 +11,7 @@ namespace motet {
 enum class StepPart {
   kPlan,        // adapters' rows, rope angles, attention's tasks
   kEmbed,
+  kWeights,     // waiting for those of a layer that streams
   kNorm,        // of rows and heads, and the residual sums
   kQkv,         // quantising, q, k and v projections, their adapters and biases; the same below
   kRope,
@@ -23,7 +24,7 @@ enum class StepPart {
   kHead,
   kSample,
 };
-inline constexpr std::array kStepPartNames = {"plan", "embed",  "norm",    "qkv",        "rope", "kv_write", "attention",
+inline constexpr std::array kStepPartNames = {"plan", "embed", "weights", "norm", "qkv",        "rope", "kv_write", "attention",
                                               "out",  "gate_up", "activation", "down", "head", "sample"};
 
 class StepClock {

@@ -2,6 +2,8 @@
 
 #include <chrono>
 
+#include "weight_stream.h"
+
 namespace motet {
 namespace {
 
@@ -50,6 +52,7 @@ void StepWorker::loop() {
 void StepWorker::run(Job& job, const Job& before) {
   job.began_ms = steady_ms();
   job.error.clear();
+  job.error_code = nullptr;
   try {
     const bool has_failed = !before.error.empty();
     resolve(job.batch.token_ids, before.output, has_failed, "tokenIds");
@@ -57,6 +60,9 @@ void StepWorker::run(Job& job, const Job& before) {
     std::vector<const Adapter*> adapters;
     for (const auto& a : job.adapters) adapters.push_back(a.get());
     model_->step(job.batch.batch, adapters, job.output);
+  } catch (const IoError& e) {
+    job.error = e.what();
+    job.error_code = "io_failed";
   } catch (const std::exception& e) {
     job.error = e.what();
   }
@@ -72,7 +78,11 @@ void StepWorker::finish(Napi::Env env) {
   job.deferred.reset();
   job.adapters.clear();
   if (++num_finished_ == num_started_) thread_.has_work(env, false);
-  if (!job.error.empty()) return deferred.Reject(Napi::Error::New(env, job.error).Value());
+  if (!job.error.empty()) {
+    const auto error = Napi::Error::New(env, job.error);
+    if (job.error_code) error.Value().As<Napi::Object>().Set("code", job.error_code);
+    return deferred.Reject(error.Value());
+  }
   try {
     Napi::Object result = from_step_output(env, job.output, job.batch.batch.want_logits, job.arrays);
     result.Set("beganMs", job.began_ms);

@@ -41,6 +41,7 @@ class StepWorker {
     std::vector<std::shared_ptr<Adapter>> adapters;
     StepOutput output;
     std::string error;
+    const char* error_code = nullptr;  // null: none but the message
     double began_ms = 0, ended_ms = 0;  // steady clock
     ResultArrays arrays;
   };

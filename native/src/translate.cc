@@ -186,6 +186,7 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value) {
   spec.int8_adapters = adapters == "int8";
   spec.device_memory_bytes = static_cast<size_t>(f.integer("deviceMemoryBytes", 1, int64_t{1} << 46));
   spec.host_memory_bytes = static_cast<size_t>(f.integer("hostMemoryBytes", 0, int64_t{1} << 46));
+  spec.weight_memory_bytes = static_cast<size_t>(f.integer("weightMemoryBytes", 0, int64_t{1} << 46));
   spec.num_threads = static_cast<int>(f.integer("numThreads", 0, 1024));
   const Napi::Array tensors = f.array("tensors");
   for (uint32_t i = 0; i < tensors.Length(); ++i) {

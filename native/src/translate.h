@@ -55,7 +55,7 @@ struct RuntimeSpec {
   std::vector<PackedTensorSpec> tensors;
   bool reference_mode = false, int8_adapters = false;
   KvType kv_type = KvType::kF16;
-  size_t device_memory_bytes = 0, host_memory_bytes = 0;
+  size_t device_memory_bytes = 0, host_memory_bytes = 0, weight_memory_bytes = 0;
   int num_threads = 0;
 };
 

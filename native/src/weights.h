@@ -84,7 +84,7 @@ constexpr size_t packed_bytes(WeightFormat format, int64_t out_features, int64_t
   return static_cast<size_t>(num_tiles(out_features)) * tile_bytes(format, in_features);
 }
 
-// A view of one packed matrix; the bytes belong to the mapped file. `data` is 64-byte aligned.
+// A view of one packed matrix; the bytes belong to the mapped file, or to who streams it. `data` is 64-byte aligned.
 struct PackedMatrix {
   WeightFormat format = WeightFormat::kF32;
   int32_t out_features = 0;

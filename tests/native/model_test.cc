@@ -10,6 +10,7 @@
 
 #include "pages.h"
 #include "reference.h"
+#include "weight_stream.h"
 
 namespace motet {
 namespace {
@@ -22,6 +23,8 @@ constexpr int kLayers = 2, kHidden = 128, kInter = 256, kHeads = 8, kKvHeads = 2
 constexpr int kShapes[kNumLayerTargets + 1][2] = {{kHeads * kHeadDim, kHidden},   {kKvHeads* kHeadDim, kHidden}, {kKvHeads * kHeadDim, kHidden},
                                                   {kHidden, kHeads* kHeadDim},    {kInter, kHidden},             {kInter, kHidden},
                                                   {kHidden, kInter},              {kVocab, kHidden}};
+constexpr WeightFormat kFormats[kNumLayerTargets] = {WeightFormat::kInt8,       WeightFormat::kInt8Group16, WeightFormat::kBF16,   WeightFormat::kInt4,
+                                                     WeightFormat::kInt4MinF32, WeightFormat::kInt8Min,     WeightFormat::kInt4Min};
 constexpr int kHead = static_cast<int>(Target::kLmHead);
 constexpr int kNumAdapters = 8;
 
@@ -66,12 +69,10 @@ class SmallModel : public testing::Test {
     add_matrix(embedding_, "embedding", -1, WeightFormat::kF32, kVocab, kHidden);
     add_matrix(lm_head_, "lm_head", -1, WeightFormat::kInt8, kVocab, kHidden);
     add_vector(final_norm_, "final_norm", -1, kHidden);
-    const WeightFormat formats[] = {WeightFormat::kInt8, WeightFormat::kInt8Group16, WeightFormat::kBF16, WeightFormat::kInt4,
-                                    WeightFormat::kInt4MinF32, WeightFormat::kInt8Min, WeightFormat::kInt4Min};
     for (int l = 0; l < kLayers; ++l) {
       Layer64& layer = layers_[l];
       for (int t = 0; t < kNumLayerTargets; ++t)
-        add_matrix(layer.projections[t], target_name(static_cast<Target>(t)), l, formats[t], kShapes[t][0], kShapes[t][1]);
+        add_matrix(layer.projections[t], target_name(static_cast<Target>(t)), l, kFormats[t], kShapes[t][0], kShapes[t][1]);
       add_vector(layer.attention_norm, "attention_norm", l, kHidden);
       add_vector(layer.mlp_norm, "mlp_norm", l, kHidden);
       add_vector(layer.q_bias, "q_bias", l, kHeads * kHeadDim);
@@ -88,10 +89,10 @@ class SmallModel : public testing::Test {
   }
 
   std::unique_ptr<Model> open(bool reference_mode, int num_threads, KvType kv_type = KvType::kF16, bool int8_adapters = false,
-                              size_t host_memory_bytes = 0) {
+                              size_t host_memory_bytes = 0, size_t weight_memory_bytes = 0) {
     const TemporaryFile file("packed", packed_);
     return std::make_unique<Model>(file.path(), dims_, tensors_, reference_mode, reference_mode ? KvType::kF32 : kv_type, 32 << 20, num_threads,
-                                   int8_adapters, host_memory_bytes);
+                                   int8_adapters, host_memory_bytes, weight_memory_bytes);
   }
 
   std::vector<AdapterModuleSpec> specs_of(int adapter) const {
@@ -209,6 +210,25 @@ class SmallModel : public testing::Test {
     for (const auto& row : x) logits.push_back(project(-1, kHead, norm(row, final_norm_), voice));
     return logits;
   }
+
+  // More layers than the plain forward pass knows, for what compares a model with itself. Norms and biases lie between the matrices.
+  void add_layers(int count) {
+    for (; count > 0; --count) {
+      const int l = dims_.num_layers++;
+      dims_.sliding_windows.push_back(l % 2 ? kWindow : 0);
+      dims_.rope_table_index.push_back(0);
+      Matrix matrix;
+      std::vector<float> vector;
+      add_vector(vector, "attention_norm", l, kHidden);
+      for (int t = 0; t < kNumLayerTargets; ++t) {
+        if (t == kNumLayerTargets / 2) add_vector(vector, "mlp_norm", l, kHidden);
+        add_matrix(matrix, target_name(static_cast<Target>(t)), l, kFormats[(t + l) % kNumLayerTargets], kShapes[t][0], kShapes[t][1]);
+      }
+      add_vector(vector, "q_bias", l, kHeads * kHeadDim);
+      for (const int t : {1, 2, 5}) add_change(1, l, t, 4, ElementType::kF16, true, t == 2);  // gains, for which a load reads the base's weights
+    }
+  }
+  size_t packed_size() const { return packed_.size(); }
 
  private:
   void add_matrix(Matrix& matrix, const char* role, int layer, WeightFormat format, int n, int k) {
@@ -386,6 +406,41 @@ TEST_F(SmallModel, GivesTheSameBitsOnAnyNumberOfThreads) {
       if (first.empty()) first = logits;
       ASSERT_EQ(logits.size(), first.size());
       EXPECT_EQ(std::memcmp(logits.data(), first.data(), logits.size() * sizeof(float)), 0) << num_threads << " threads";
+    }
+  }
+}
+
+TEST_F(SmallModel, GivesTheSameBitsHoweverManyLayersStream) {
+  add_layers(7);
+  for (const bool reference_mode : {false, true}) {
+    const KvType kv_type = reference_mode ? KvType::kF32 : KvType::kF16;
+    const auto mapped = open(reference_mode, 2);
+    const StepOutput expected = run(*mapped, kCounts, kVoices), one_row = run(*mapped, {1}, {{}});
+    EXPECT_EQ(mapped->stream(), nullptr);
+    EXPECT_EQ(open(reference_mode, 2, kv_type, false, 0, packed_size())->stream(), nullptr);
+    size_t least = 0;
+    try {
+      open(reference_mode, 2, kv_type, false, 0, 1);
+      FAIL() << "a budget of one byte is enough";
+    } catch (const RuntimeError& e) {
+      ASSERT_EQ(std::sscanf(e.what(), "weight memory: expected at least %zu bytes", &least), 1) << e.what();
+    }
+    EXPECT_THROW(open(reference_mode, 2, kv_type, false, 0, least - 1), RuntimeError);
+    std::vector<bool> residents(9, true);
+    for (const size_t budget : {least, (least + packed_size()) / 2, packed_size() - 1}) {
+      const auto model = open(reference_mode, 2, kv_type, false, 0, budget);
+      ASSERT_NE(model->stream(), nullptr);
+      const auto& plan = model->stream()->plan();
+      EXPECT_LE(plan.resident_bytes + kNumWeightSlots * plan.slot_bytes, budget);
+      EXPECT_NE(plan.is_resident, residents);  // of the budget before
+      residents = plan.is_resident;
+      const auto adapters = load_adapters(*model);
+      // One row and many in turn: only few rows look ahead. The ring goes on from where the step before has left it.
+      for (int i = 0; i < 3; ++i) {
+        const StepOutput many = run_with(*model, adapters, kCounts, kVoices), one = run_with(*model, adapters, {1}, {{}});
+        EXPECT_EQ(std::memcmp(many.logits.data(), expected.logits.data(), expected.logits.size() * sizeof(float)), 0) << budget << " bytes, step " << i;
+        EXPECT_EQ(std::memcmp(one.logits.data(), one_row.logits.data(), one_row.logits.size() * sizeof(float)), 0) << budget << " bytes, step " << i;
+      }
     }
   }
 }

@@ -545,6 +545,7 @@ describe('opening', () => {
       adapterQuantization: 'keep' as const,
       deviceMemoryBytes,
       hostMemoryBytes: 0,
+      weightMemoryBytes: 0,
       numThreads: 1,
     };
     await expect(openRuntime({ ...options, deviceMemoryBytes: 1000 })).rejects.toThrow(/device memory.*1000/);
