@@ -3,6 +3,7 @@
  * has no vLLM word is `motet_`. Gauges are read at scrape time from the parts that own the facts, so they cannot lag.
  */
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import type { Runtime } from '../native/index.ts';
 import type { FetchEvent } from './adapters/adapter-cache.ts';
 import type { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { type Arena, pageOwners } from './ladder/arena.ts';
@@ -399,6 +400,35 @@ export class EngineMetrics {
   observeCached({ device, host }: CachedTokens): void {
     this.#cachedTokens.inc({ tier: 'device' }, device);
     this.#cachedTokens.inc({ tier: 'host' }, host);
+  }
+
+  /** Adds what layers that stream cost: nothing where all weights are mapped. Once. */
+  watchWeights(runtime: Pick<Runtime, 'weightStream' | 'stepParts'>): void {
+    const counter = (name: string, help: string, read: () => number) =>
+      new Counter({
+        name,
+        help,
+        registers: [this.registry],
+        collect() {
+          this.reset();
+          this.inc(read());
+        },
+      });
+    counter(
+      'motet_weight_read_bytes_total',
+      'Bytes of weights read because of --weight-memory: those that stay once, layers that stream for each step.',
+      () => runtime.weightStream()?.readBytes ?? 0,
+    );
+    counter(
+      'motet_weight_read_seconds_total',
+      'How long these reads took, beside the steps, in seconds.',
+      () => runtime.weightStream()?.readSeconds ?? 0,
+    );
+    counter(
+      'motet_weight_wait_seconds_total',
+      'How long steps waited for layers that stream, in seconds.',
+      () => runtime.stepParts().weights / 1000,
+    );
   }
 
   observeAdapterFailure(code: string): void {

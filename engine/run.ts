@@ -6,7 +6,7 @@ import { once } from 'node:events';
 import type { AddressInfo } from 'node:net';
 import { pino } from 'pino';
 import { collectDefaultMetrics } from 'prom-client';
-import { openRuntime } from '../native/index.ts';
+import { openRuntime, type WeightStream } from '../native/index.ts';
 import { readAdapterFile } from './adapters/adapter-file.ts';
 import { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { CallerIdentity } from './caller-identity.ts';
@@ -98,6 +98,8 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     weightMemoryBytes: config.weightMemoryBytes,
     numThreads: config.numThreads,
   });
+  const stream = runtime.weightStream();
+  if (stream) log.info(priceOf(stream, prepared.dims.numLayers), 'weights stream');
   const { arena, hostArena } = arenasOf(runtime, runtime.numPages);
   const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
   const now = () => performance.now();
@@ -164,6 +166,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     blockSizeTokens: runtime.blockTokens,
     unixSeconds: () => wallClock() / 1000,
   });
+  metrics.watchWeights(runtime);
   engine.start(tiers);
 
   const callers = config.callers && new CallerIdentity({ ...config.callers, log, wallClock });
@@ -221,6 +224,16 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     { port, model: baseName, maxModelLen, pages: arena.numPages, weightBytes: runtime.weightBytes },
     'ready',
   );
+}
+
+/** What a step pays for layers that are not in memory: it takes at least the time that reading them takes. */
+function priceOf(
+  { numStreamedLayers, memoryBytes, stepBytes, readBytes, readSeconds, isDirect }: WeightStream,
+  numLayers: number,
+): object {
+  const bytesPerSecond = Math.round(readBytes / readSeconds);
+  const stepSeconds = stepBytes / bytesPerSecond;
+  return { numStreamedLayers, numLayers, memoryBytes, stepBytes, stepSeconds, bytesPerSecond, isDirect };
 }
 
 /** What one sequence may have: as asked, else the most that model and arena both allow. */

@@ -1,10 +1,10 @@
-// Weights that the memory of the device cannot hold at once. All that is not a matrix of a layer (embedding, head, norms, biases) and as many
-// whole layers as fit are resident; the other layers' matrices come for each step, layer after layer, through a ring of slots.
-// A thread reads them from the packed file ahead of the steps: it fills a slot as soon as the layer that was in it is computed,
-// also between steps. Superpipeline (Abbasi et al., 2024) and Hermes (Han et al., 2024) stream layers like this.
+// Weights that the memory of the device cannot hold at once. All that is not a matrix of a layer (embedding, head, norms,
+// biases) and as many whole layers as fit are resident; the other layers' matrices come for each step, layer after layer, through
+// a ring of slots. A thread reads them from the packed file ahead of the steps: it fills a slot as soon as the layer that was in
+// it is computed, also between steps. Superpipeline (Abbasi & Lim, 2024) and Hermes (Han et al., 2024) stream layers like this.
 //
-// Resident layers are spread evenly over the depth. The disk then reads all the time: while one of them is computed the next slot fills. Side by
-// side, they would leave the disk idle as soon as all slots are full, and the layers that stream would wait for each other.
+// Resident layers are spread evenly over the depth. The disk then reads all the time: while one of them is computed the next
+// slot fills. Side by side, they would leave the disk idle as soon as all slots are full.
 #pragma once
 #include <atomic>
 #include <condition_variable>

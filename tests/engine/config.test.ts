@@ -15,6 +15,7 @@ describe('engine settings', () => {
       port: 8000,
       deviceMemoryBytes: 2 ** 30,
       hostMemoryBytes: 2 ** 30,
+      weightMemoryBytes: 0,
       quantization: 'keep',
       activations: 'int8',
       kvCacheDtype: 'auto',
@@ -47,6 +48,11 @@ describe('engine settings', () => {
     ['2GB', 2e9],
   ])('read --device-memory %s', (given, expected) => {
     expect(parse(['--device-memory', given]).deviceMemoryBytes).toBe(expected);
+  });
+
+  test('bound the memory of weights', () => {
+    expect(parse(['--weight-memory', '3GiB']).weightMemoryBytes).toBe(3 * 2 ** 30);
+    expect(() => parse(['--weight-memory', 'half'])).toThrow(/--weight-memory: expected bytes from 0/);
   });
 
   test('collect adapters', () => {

@@ -66,7 +66,8 @@ function trustingTestCa(): Record<string, string> {
 
 async function ready(args: string[] = [], env: Record<string, string> = {}) {
   const memory = args.includes('--device-memory') ? [] : ['--device-memory', '32MiB'];
-  const engine = spawnEngine(['--model', tiny, '--port', '0', ...memory, ...args], env);
+  const model = args.includes('--model') ? [] : ['--model', tiny];
+  const engine = spawnEngine([...model, '--port', '0', ...memory, ...args], env);
   const { port } = await engine.line('ready');
   const url = `http://127.0.0.1:${port}`;
   const post = (path: string, body: object) =>
@@ -164,6 +165,44 @@ describe('the engine process', () => {
     const alone = [];
     for (const body of bodies) alone.push(await answer(body));
     expect(together).toEqual(alone);
+  });
+
+  test('reads layers from the disk in each step when weights may take less memory, and says what that costs', async () => {
+    const model = ['--model', join(root, 'tests/goldens/tiny/gemma3'), '--served-name', 'tiny'];
+    const small = spawnEngine([
+      ...model,
+      '--port',
+      '0',
+      '--device-memory',
+      '32MiB',
+      '--weight-memory',
+      '1KiB',
+    ]);
+    expect(await small.exit).toBe(2);
+    const leastBytes = /weight memory: expected at least (\d+) bytes.*got 1024$/m.exec(small.stderr())?.[1];
+    expect(leastBytes).toBeDefined();
+
+    const mapped = await ready(model);
+    const streaming = await ready([...model, '--weight-memory', leastBytes!]);
+    const price = await streaming.line('weights stream');
+    expect(price).toMatchObject({ numStreamedLayers: 3, numLayers: 3, memoryBytes: Number(leastBytes) });
+    const { stepBytes, bytesPerSecond, stepSeconds } = price as Record<string, unknown> as Record<
+      string,
+      number
+    >;
+    expect(stepBytes).toBeGreaterThan(0);
+    expect(stepSeconds).toBeCloseTo(stepBytes! / bytesPerSecond!, 9);
+    const answers = [mapped, streaming].map(async ({ post, url }) => {
+      const response = await post(enginePaths.completions, { ...completion, model: 'tiny' });
+      const { choices } = (await response.json()) as { choices: { text: string }[] };
+      const metrics = await (await fetch(url + enginePaths.metrics)).text();
+      const read = /^motet_weight_read_bytes_total\{.*\} (\d+)$/m.exec(metrics)?.[1];
+      return { text: choices[0]?.text, readBytes: Number(read) };
+    });
+    const [whole, streamed] = await Promise.all(answers);
+    expect(streamed!.text).toBe(whole!.text);
+    expect(whole!.readBytes).toBe(0);
+    expect(streamed!.readBytes).toBeGreaterThan(8 * stepBytes!);
   });
 
   test('on SIGTERM finishes what runs, refuses what is new, and ends with 0', async () => {
