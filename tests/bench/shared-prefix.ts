@@ -2,7 +2,7 @@
  * What does it bring that requests have a long beginning in common? SmolLM2-135M, a system prompt of 1,000 tokens or so before 32
  * questions that come at once.
  *
- *   node tests/bench/shared-prefix.ts                         about a minute and a half
+ *   node tests/bench/shared-prefix.ts                         about three minutes
  *   node tests/bench/shared-prefix.ts --sequences 8 --prefix 256 --rounds 2
  *
  * Computed once: an engine with the prefix cache and one without take turns, with another system prompt in each round, so that

@@ -52,7 +52,7 @@ if (!(name in shapes)) {
   process.exit(2);
 }
 const path = await modelGguf(name, name === 'smollm2' ? 'real' : 'q4_0_all');
-const room = { sequences: Math.max(...batches), tokens: promptTokens, adapterBytes: 0 };
+const room = { sequences: Math.max(...batches), tokens: promptTokens, adapterBytes: 0, numAdapters: 0 };
 const motet = await openMotet(path, room, {});
 try {
   const { runtime, model } = motet;

@@ -55,7 +55,7 @@ export async function measureGrowth(bench: Bench, shape: ShapeName): Promise<Cas
   const longest = Math.max(...contexts);
   const long = await openMotet(
     model,
-    { sequences: 1, tokens: longest + steps, adapterBytes: 0 },
+    { sequences: 1, tokens: longest + steps, adapterBytes: 0, numAdapters: 0 },
     openOptions(bench),
   );
   try {
@@ -76,6 +76,7 @@ export async function measureGrowth(bench: Bench, shape: ShapeName): Promise<Cas
       rankBatch * plans.reduce((sum, plan) => sum + adapterBytes(shape, plan), 0),
       Math.max(...counts) * adapterBytes(shape, smallAdapter),
     ),
+    numAdapters: Math.max(...counts),
   };
   const wide = await openMotet(model, room, openOptions(bench));
   // The same folder again and again: every load has pages of its own.

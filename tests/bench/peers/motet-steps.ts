@@ -29,13 +29,17 @@ export interface MotetRoom {
   /** Of each sequence. */
   tokens: number;
   adapterBytes: number;
+  /** They begin on a page of their own each, so that many small ones leave many pages half empty. */
+  numAdapters: number;
 }
 
 export async function openMotet(path: string, room: MotetRoom, options: OpenOptions): Promise<MotetSteps> {
   const model = await prepare(path);
-  const kvBytes = room.sequences * (room.tokens + 16) * kvBytesPerToken(model);
+  const blockBytes = 16 * kvBytesPerToken(model);
+  const kvBytes = room.sequences * (room.tokens * kvBytesPerToken(model) + blockBytes);
+  const adapterBytes = Math.ceil(1.1 * room.adapterBytes) + room.numAdapters * blockBytes;
   const runtime = await open(model, {
-    deviceMemoryBytes: 2 ** 26 + kvBytes + Math.ceil(1.1 * room.adapterBytes),
+    deviceMemoryBytes: 2 ** 26 + kvBytes + adapterBytes,
     ...options,
   });
   const pagesEach = Math.ceil(room.tokens / runtime.blockTokens);

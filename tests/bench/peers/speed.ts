@@ -94,7 +94,7 @@ async function openAll(bench: Bench, shape: ShapeName, room: { sequences: number
     bench.onProgress(`${shape}: prepare ${kind}`);
     const steps = await openMotet(
       await modelGguf(shape, kind),
-      { ...room, adapterBytes: 0 },
+      { ...room, adapterBytes: 0, numAdapters: 0 },
       openOptions(bench),
     );
     opened.push({ name: ourName(kind, bench.formats), steps });

@@ -33,6 +33,7 @@ export async function measureTax(bench: Bench, shape: ShapeName): Promise<CaseRe
     sequences: most,
     tokens: contextTokens + decodeSteps,
     adapterBytes: most * Object.values(voices).reduce((sum, plan) => sum + adapterBytes(shape, plan), 0),
+    numAdapters: most * Object.keys(voices).length,
   };
   const steps = await openMotet(await modelGguf(shape, 'q4_0_all'), room, openOptions(bench));
   const series: SettingSeries[] = [];
