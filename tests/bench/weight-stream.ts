@@ -29,7 +29,7 @@ if (!(name in shapes) || !(numRounds >= 1)) {
 
 const path = await modelGguf(name, name === 'smollm2' ? 'real' : 'q4_0_all');
 const model = await prepare(path);
-const room = { sequences: Math.max(...batches), tokens: promptTokens, adapterBytes: 0 };
+const room = { sequences: Math.max(...batches), tokens: promptTokens, adapterBytes: 0, numAdapters: 0 };
 const openWith = (weightMemoryBytes: number) => openMotet(path, room, { weightMemoryBytes });
 const all = await openWith(0);
 const { weightBytes } = all.runtime;
