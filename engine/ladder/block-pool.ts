@@ -62,6 +62,8 @@ export interface CachedTokens {
 
 /** Copies to the device that are under way at most; with more, what the host has is computed anew. */
 const maxFetches = 64;
+/** Of this many blocks the oldest say half as much about how likely it is that one is found again. */
+const rememberedBlocks = 4096;
 /** Voices whose counts are remembered; the least recently asked is forgotten. */
 const maxVoices = 4096;
 
@@ -79,6 +81,9 @@ export class BlockPool implements Reclaimable, KvKeeper {
   #fetched: KeptBlock[] = [];
   #arrival: Arrival = { waits: [] };
   readonly #fetches = new Set<Promise<void>>();
+  /** Blocks that were let go for the first time, and those that were found for the first time. */
+  #numMade = 0;
+  #numFound = 0;
   /** By voice, the least recently asked first. */
   readonly #counts = new Map<string, CacheCounts>();
   /** Used again by `release`. */
@@ -170,8 +175,25 @@ export class BlockPool implements Reclaimable, KvKeeper {
       this.#unheld.remove(block.device);
       this.host?.rank(block);
     }
-    touch(block, this.#options.now());
+    this.#use(block);
     return true;
+  }
+
+  #use(block: KeptBlock): void {
+    if (!block.wasFound) {
+      block.wasFound = true;
+      block.uses = 0;
+      this.#numFound++;
+    }
+    touch(block, this.#options.now());
+  }
+
+  /**
+   * How likely it is that a block which was made is ever found, as far as it was seen: that it was made is no use of it. With
+   * prompts of which none is like another it is small, and adapters, which are used, stay before their KV.
+   */
+  get #foundShare(): number {
+    return Math.min(1, (this.#numFound + 1) / (this.#numMade + 4));
   }
 
   /**
@@ -188,7 +210,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
     block.device = placeOf(block, page);
     block.numHolders = 1;
     block.arrival = this.#arrival;
-    touch(block, this.#options.now());
+    this.#use(block);
     this.#byPage[page] = block;
     this.host!.pin(block);
     this.#fetched.push(block);
@@ -319,7 +341,8 @@ export class BlockPool implements Reclaimable, KvKeeper {
       isWriting: false,
       arrival: null,
       isForgotten: false,
-      uses: 1,
+      wasFound: false,
+      uses: this.#foundShare,
       lastUsedMs: this.#options.now(),
     };
   }
@@ -464,9 +487,18 @@ export class BlockPool implements Reclaimable, KvKeeper {
 
   /** Nobody holds it any more; it stays while there is room. */
   #letGo(block: KeptBlock, nowMs: number): void {
-    // A use lasts until the block is let go, and never counts for less than one use now.
-    touch(block, nowMs);
-    block.uses = Math.max(1, block.uses - 1);
+    if (block.wasFound) {
+      // A use lasts until the block is let go, and never counts for less than one use now.
+      touch(block, nowMs);
+      block.uses = Math.max(1, block.uses - 1);
+    } else {
+      if (++this.#numMade > rememberedBlocks) {
+        this.#numMade /= 2;
+        this.#numFound /= 2;
+      }
+      block.uses = this.#foundShare;
+      block.lastUsedMs = nowMs;
+    }
     block.device!.rank = this.#rankOf(block);
     this.#unheld.add(block.device!);
     this.host?.rank(block);

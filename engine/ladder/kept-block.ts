@@ -22,6 +22,8 @@ export interface KeptBlock {
   arrival: Arrival | null;
   /** Not to be found any more: its content is wrong or unwanted, or it is in no arena. */
   isForgotten: boolean;
+  /** Some sequence found it that had not made it. */
+  wasFound: boolean;
   /** As policy.ts counts them. */
   uses: number;
   lastUsedMs: number;

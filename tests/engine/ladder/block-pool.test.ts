@@ -140,6 +140,22 @@ describe('kept blocks', () => {
     expect([parts.blocks.numReclaimablePages, parts.arena.numFree]).toEqual([0, 16]);
   });
 
+  test('that were found stay before those that were only made, and be they older', () => {
+    const parts = pool();
+    for (let i = 0; i < 2; i++) {
+      const made = sequence(ascending(64, 5000));
+      expect(begin(parts, made)).toBe(4 * i);
+      parts.blocks.release(made);
+    }
+    for (let i = 0; i < 50; i++) {
+      const once = sequence(ascending(80, 100 * i));
+      begin(parts, once);
+      parts.blocks.release(once);
+    }
+    expect(parts.blocks.numEvicted).toBeGreaterThan(200);
+    expect(begin(parts, sequence(ascending(64, 5000)))).toBe(4);
+  });
+
   test('of other adapters stay when one is purged', async () => {
     const parts = pool();
     for (const voice of ['sha256:a', 'sha256:b', 'sha256:b@0.5+sha256:a@1']) {
