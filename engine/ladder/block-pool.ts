@@ -62,8 +62,11 @@ export interface CachedTokens {
 
 /** Copies to the device that are under way at most; with more, what the host has is computed anew. */
 const maxFetches = 64;
-/** Of this many blocks the oldest say half as much about how likely it is that one is found again. */
-const rememberedBlocks = 4096;
+/**
+ * Uses of a block that was made and never found: that somebody computed it says little about whether it is wanted again. Prompts
+ * that are never alike must not push out what is used, adapters or KV.
+ */
+const usesOfMade = 1 / 16;
 /** Voices whose counts are remembered; the least recently asked is forgotten. */
 const maxVoices = 4096;
 
@@ -81,9 +84,6 @@ export class BlockPool implements Reclaimable, KvKeeper {
   #fetched: KeptBlock[] = [];
   #arrival: Arrival = { waits: [] };
   readonly #fetches = new Set<Promise<void>>();
-  /** Blocks that were let go for the first time, and those that were found for the first time. */
-  #numMade = 0;
-  #numFound = 0;
   /** By voice, the least recently asked first. */
   readonly #counts = new Map<string, CacheCounts>();
   /** Used again by `release`. */
@@ -183,17 +183,8 @@ export class BlockPool implements Reclaimable, KvKeeper {
     if (!block.wasFound) {
       block.wasFound = true;
       block.uses = 0;
-      this.#numFound++;
     }
     touch(block, this.#options.now());
-  }
-
-  /**
-   * How likely it is that a block which was made is ever found, as far as it was seen: that it was made is no use of it. With
-   * prompts of which none is like another it is small, and adapters, which are used, stay before their KV.
-   */
-  get #foundShare(): number {
-    return Math.min(1, (this.#numFound + 1) / (this.#numMade + 4));
   }
 
   /**
@@ -342,7 +333,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
       arrival: null,
       isForgotten: false,
       wasFound: false,
-      uses: this.#foundShare,
+      uses: usesOfMade,
       lastUsedMs: this.#options.now(),
     };
   }
@@ -492,11 +483,6 @@ export class BlockPool implements Reclaimable, KvKeeper {
       touch(block, nowMs);
       block.uses = Math.max(1, block.uses - 1);
     } else {
-      if (++this.#numMade > rememberedBlocks) {
-        this.#numMade /= 2;
-        this.#numFound /= 2;
-      }
-      block.uses = this.#foundShare;
       block.lastUsedMs = nowMs;
     }
     block.device!.rank = this.#rankOf(block);
