@@ -293,5 +293,6 @@ test('growth is drawn with its spread; what failed or was not measured is left o
     facts: {},
   });
   expect(others).toEqual([]);
+  expect(panel).toMatchObject({ title: 'Decode step by batch, context 128', x: { label: 'batch' } });
   expect(panel!.series[0]!.points).toEqual([{ x: 1, y: 5, low: 4, high: 6 }]);
 });

@@ -13,6 +13,7 @@
  *
  * Conversations are drawn from a seed and answers are greedy, so that all variants have the same ones: the bench fails when a
  * single token differs. Throughput is output tokens over the time from the first turn to the last answer, think times included.
+ * A variant that keeps up waits for its users, so that its throughput is bounded by their thinking; shorter think times show more.
  * Users begin at times drawn like think times, which are exponentially distributed, as in Pensieve (Yu et al., 2025, §6.1).
  */
 import { createHash } from 'node:crypto';

@@ -165,12 +165,23 @@ export function growthPanels(record: CaseRecord): Panel[] {
       return [{ x: Number(name), y: median, low, high }];
     });
     if (points.length === 0) return [];
+    const grows = /^(context|batch|rank|resident adapters)/.exec(setting)![0];
+    const rounds = numRounds(record);
     return [
       {
-        title: `Step by ${setting}, ${shapes[record.shape].title}`,
-        x: { label: setting.split(',')[0]!, scale: 'log' as const },
-        y: { label: 'ms a step', scale: 'linear' as const },
-        series: [{ name: medianNote(numRounds(record)), points }],
+        title: `Decode step by ${setting}`,
+        x: { label: grows === 'context' ? 'context, tokens' : grows, scale: 'log' as const },
+        // Where cost may grow with the work, proportion is a straight line; adapters that only stay should add nothing.
+        y: {
+          label: 'ms a step',
+          scale: grows === 'resident adapters' ? ('linear' as const) : ('log' as const),
+        },
+        series: [
+          {
+            name: `${shapes[record.shape].title}, median of ${rounds} round${rounds === 1 ? '' : 's'}`,
+            points,
+          },
+        ],
       },
     ];
   });
