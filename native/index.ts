@@ -173,9 +173,20 @@ export interface StepBatch {
   positions: Int32Array;
   /** [numSequences + 1]: rows of sequence s are sequenceStarts[s] .. sequenceStarts[s + 1] − 1, consecutive positions. */
   sequenceStarts: Int32Array;
-  /** [numSequences + 1] into blockIds: pages of sequence s, enough for its last position. */
+  /**
+   * [numSequences + 1] into blockIds: pages of sequence s, enough for its last position. A block that is full, and before those
+   * that this step writes, may be a page of the host arena: its id is numPages + page. It is read there, layer by layer, while
+   * the step runs: until the step is over, that page stays as it is (nothing is copied or written to it, nor is it cleared; it may
+   * be copied to the device). What lies where changes no bit of the result.
+   */
   blockStarts: Int32Array;
   blockIds: Int32Array;
+  /**
+   * Device pages through which the step brings what it reads from the host arena: at least minStagingPages when a block is
+   * there, else none are needed. The step's alone while it runs; two steps may have the same ones, since steps run one after
+   * another. What they held is lost. With more pages attention waits less often for the copies.
+   */
+  stagingPages: Int32Array;
   /** [numSequences + 1] into adapterHandles and adapterWeights: none, one, or several with weights. */
   adapterStarts: Int32Array;
   adapterHandles: Int32Array;
@@ -234,6 +245,8 @@ export interface StepResult {
   topLogprobs: Float32Array;
   /** [numSamples × vocabSize] raw logits when asked for, else null. */
   logits: Float32Array | null;
+  /** Bytes of KV that were read from the host arena. */
+  stagedBytes: number;
   /** When the step began and ended, in milliseconds on the clock of process.hrtime(). */
   beganMs: number;
   endedMs: number;
@@ -259,6 +272,8 @@ export interface Runtime {
   readonly numPages: number;
   /** Pages of the host arena. */
   readonly numHostPages: number;
+  /** Least stagingPages of a step with blocks in the host arena: 32 blocks' keys and values of one layer. */
+  readonly minStagingPages: number;
   readonly blockTokens: number;
   readonly numThreads: number;
   /** Bytes of the packed file. */
@@ -293,7 +308,7 @@ export interface Runtime {
   clearPages(tier: 'device' | 'host', pages: Int32Array): void;
   /** A copy of host pages, [pages × pageBytes], made before it returns: give it a few at a time. */
   readHostPages(pages: Int32Array): Buffer;
-  /** Writes bytes [pages × pageBytes] to host pages that no copy uses, before it returns. */
+  /** Writes bytes [pages × pageBytes] to host pages that no step and no copy uses, before it returns. */
   writeHostPages(pages: Int32Array, bytes: Uint8Array): void;
   /** Milliseconds that steps spent in each part of the forward pass since the runtime was opened. */
   stepParts(): Record<StepPart, number>;

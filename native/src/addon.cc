@@ -177,6 +177,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     self.Set("pageBytes", static_cast<double>(model_->page_bytes()));
     self.Set("numPages", static_cast<double>(model_->num_pages()));
     self.Set("numHostPages", static_cast<double>(model_->num_host_pages()));
+    self.Set("minStagingPages", static_cast<double>(model_->min_staging_pages()));
     self.Set("blockTokens", kBlockTokens);
     self.Set("numThreads", model_->device().num_threads());
     self.Set("weightBytes", static_cast<double>(model_->weight_bytes()));

@@ -11,7 +11,8 @@ namespace motet {
 struct Batch {
   std::span<const int32_t> token_ids, positions;                    // [numTokens]
   std::span<const int32_t> sequence_starts;                         // [numSequences + 1]
-  std::span<const int32_t> block_starts, block_ids;                 // [numSequences + 1]; page ids
+  std::span<const int32_t> block_starts, block_ids;                 // [numSequences + 1]; page ids, host pages from numPages on
+  std::span<const int32_t> staging_pages;                           // page ids; needed when there are host pages
   std::span<const int32_t> adapter_starts, adapter_handles;         // [numSequences + 1]; handles
   std::span<const float> adapter_weights;
   std::span<const int32_t> sample_rows;                             // [numSamples], ascending
@@ -42,6 +43,7 @@ struct StepOutput {
   std::vector<int32_t> top_ids;      // [numSamples, maxTop], −1 fills up
   std::vector<float> top_logprobs;   // [numSamples, maxTop]
   std::vector<float> logits;         // [numSamples, vocab] when wanted
+  int64_t staged_bytes = 0;          // of KV that were read from the host arena
 };
 
 }  // namespace motet

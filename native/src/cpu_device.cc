@@ -1,5 +1,5 @@
 // The CPU as a device: the arena is a bounded region of memory, copies are done when the call returns, and each
-// operation spreads its rows, tiles or heads over a pool of threads.
+// operation spreads its rows, tiles or heads over a pool of threads. Beside them a thread fills the staging area.
 #include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -13,6 +13,7 @@
 #include <new>
 #include <string>
 
+#include "copy_thread.h"
 #include "device.h"
 #include "thread_pool.h"
 
@@ -100,7 +101,7 @@ class CpuDevice final : public Device {
     return 0;
   }
   void wait(Event) override {}
-  void synchronize() override {}
+  void synchronize() override { copy_thread_.wait_for_all(); }
 
   void grow(Buffer& buffer, size_t num_floats) override {
     if (buffer.num_floats >= num_floats) return;
@@ -187,10 +188,16 @@ class CpuDevice final : public Device {
     });
   }
 
-  // Finds the partitions of keys that sequences of few rows have in common: those where their block tables begin alike.
-  void begin(const Batch& batch) override {
-    constexpr int kBlocks = kPartitionTokens / kBlockTokens;
-    planned_window_ = -1;
+  // Finds the partitions of keys that sequences of few rows have in common: those where their block tables begin alike. Those
+  // with blocks in the host arena stay apart.
+  void begin(const Batch& batch, int64_t num_pages) override {
+    planned_window_ = staged_window_ = -1;
+    num_fetched_waves_ = 0;
+    num_pages_ = num_pages;
+    has_host_blocks_.assign(batch.num_sequences(), 0);
+    if (!batch.staging_pages.empty())
+      for (int s = 0; s < batch.num_sequences(); ++s)
+        for (int32_t i = batch.block_starts[s]; i < batch.block_starts[s + 1]; ++i) has_host_blocks_[s] |= batch.block_ids[i] >= num_pages;
     shared_runs_.clear();
     own_partition_.assign(batch.num_sequences(), 0);
     for (int r = static_cast<int>(row_indices_.size()); r < batch.num_tokens(); ++r) row_indices_.push_back(r);
@@ -201,12 +208,12 @@ class CpuDevice final : public Device {
     };
     std::vector<Alike> open(1, {{}, 0, -1});
     for (int s = 0; s < batch.num_sequences(); ++s)
-      if (batch.sequence_starts[s + 1] - batch.sequence_starts[s] <= kSharingRows) open[0].sequences.push_back(s);
+      if (batch.sequence_starts[s + 1] - batch.sequence_starts[s] <= kSharingRows && !has_host_blocks_[s]) open[0].sequences.push_back(s);
     while (!open.empty()) {
       const Alike alike = std::move(open.back());
       open.pop_back();
-      const auto ids = [&](int32_t s) { return batch.block_ids.data() + batch.block_starts[s] + alike.partition * kBlocks; };
-      const auto compare = [&](int32_t a, int32_t b) { return std::memcmp(ids(a), ids(b), kBlocks * sizeof(int32_t)); };
+      const auto ids = [&](int32_t s) { return batch.block_ids.data() + batch.block_starts[s] + alike.partition * kPartitionBlocks; };
+      const auto compare = [&](int32_t a, int32_t b) { return std::memcmp(ids(a), ids(b), kPartitionBlocks * sizeof(int32_t)); };
       std::vector<int32_t> sequences;  // those that have this partition whole, before their own rows
       for (const int32_t s : alike.sequences)
         if (batch.positions[batch.sequence_starts[s]] >= (alike.partition + 1) * kPartitionTokens) sequences.push_back(s);
@@ -231,20 +238,56 @@ class CpuDevice final : public Device {
     }
   }
 
+  void fetch_ahead(const KvLayer& kv, const Batch& batch, int window) override {
+    plan_staging(kv, batch, window);
+    for (int wave = num_fetched_waves_; wave < std::min(2, num_waves_); ++wave) fetch(kv, wave);
+  }
+
+  int64_t staged_bytes() const override { return staged_bytes_; }
+
+  // What lies in the device arena first, while the first waves are copied; then wave after wave of partitions that come from the
+  // host arena, each folded into those before it.
   void attention(const KvLayer& kv, const Batch& batch, const float* q, int64_t ldq, float* out, int64_t ldo, int num_heads, int window,
                  float scale) override {
+    fetch_ahead(kv, batch, window);
     if (window != planned_window_) plan_attention(kv, batch, num_heads, window);  // else as in the layer before
     planned_window_ = window;
     const size_t scratch_floats = attention_scratch_floats(kv.head_dim);
     grow(scratch_, scratch_floats * pool_.num_threads());
     const int heads_per_kv = num_heads / kv.num_kv_heads;
+    const auto attend = [&](const KvLayer& in, const int32_t* blocks, const AttentionTask& task, int first, int end, int thread) {
+      const int32_t* rows = (task.is_shared ? shared_rows_ : row_indices_).data() + task.first_row;
+      kernels_.attention(in, {q, ldq, out, ldo, rows, task.num_rows, batch.positions.data(), heads_per_kv, task.kv_head,
+                              blocks + batch.block_starts[task.sequence], window, scale, first, end,
+                              task.has_partials ? partials_of_row_.data() : nullptr, task.is_carried ? partials_of_row_.data() : nullptr,
+                              scratch_.data.get() + scratch_floats * thread});
+    };
     run(static_cast<int>(attention_tasks_.size()), [&](int index, int thread) {
       const AttentionTask& task = attention_tasks_[index];
-      const int32_t* rows = (task.is_shared ? shared_rows_ : row_indices_).data() + task.first_row;
-      kernels_.attention(kv, {q, ldq, out, ldo, rows, task.num_rows, batch.positions.data(), heads_per_kv, task.kv_head,
-                              batch.block_ids.data() + batch.block_starts[task.sequence], window, scale, task.first_partition, task.end_partition,
-                              task.has_partials ? partials_of_row_.data() : nullptr, scratch_.data.get() + scratch_floats * thread});
+      attend(kv, batch.block_ids.data(), task, task.first_partition, task.end_partition, thread);
     });
+
+    const KvLayer staging{kv.arena, staging_shape_.unit_bytes, 0, kv.v_offset - kv.k_offset, kv.type, kv.num_kv_heads, kv.head_dim};
+    for (int wave = 0; wave + 1 < static_cast<int>(wave_tasks_.size()); ++wave) {
+      if (wave < num_waves_) {
+        if (wave >= num_fetched_waves_) fetch(kv, wave);
+        copy_thread_.wait(wave_copied_[wave % 2]);
+        copy_own_blocks(kv, wave);
+      }
+      const int first_task = wave_tasks_[wave];
+      run(wave_tasks_[wave + 1] - first_task, [&](int index, int thread) {
+        const AttentionTask& task = carried_tasks_[first_task + index];
+        for (int p = task.first_partition, next; p < task.end_partition; p = next) {
+          const bool is_staged = is_staged_partition(batch, task.sequence, p);
+          for (next = p + 1; next < task.end_partition && is_staged_partition(batch, task.sequence, next) == is_staged;) ++next;
+          attend(is_staged ? staging : kv, is_staged ? staged_ids_.data() : batch.block_ids.data(), task, p, next, thread);
+        }
+      });
+      // Its half is free again.
+      if (wave + 2 < num_waves_) fetch(kv, wave + 2);
+    }
+    num_fetched_waves_ = 0;
+
     if (partial_rows_.empty()) return;
     const int64_t partials = std::max<int64_t>(1, num_partial_floats_ / static_cast<int64_t>(partial_rows_.size()));
     over_rows(static_cast<int>(partial_rows_.size()), partials * 4, [&](int begin, int end) {
@@ -320,37 +363,154 @@ class CpuDevice final : public Device {
   };
   // Some rows against some partitions of the keys of a sequence, for one KV head.
   struct AttentionTask {
-    bool is_shared, has_partials;
+    bool is_shared, has_partials, is_carried;
     int sequence, kv_head;
     int first_row, num_rows;  // in row_indices_; in shared_rows_ when the rows are of several sequences
     int first_partition, end_partition;
     int64_t cost;
   };
 
+  // A partition of keys with blocks in the host arena, which is attended to in the staging area. Copied once for all sequences
+  // that have the same blocks there.
+  struct Load {
+    const int32_t* ids;  // [num_blocks] page ids
+    int num_blocks;
+  };
+  // A sequence goes on from partition `first` to before `end` in a wave.
+  struct StagedRun {
+    int wave, sequence, first, end;
+  };
+
+  static constexpr int kPartitionBlocks = kPartitionTokens / kBlockTokens;
+  static int first_partition(const Batch& batch, int row, int window) {
+    return window > 0 ? std::max(0, batch.positions[row] - window + 1) / kPartitionTokens : 0;
+  }
+  static int end_partition(const Batch& batch, int row) { return batch.positions[row] / kPartitionTokens + 1; }
+
+  bool is_staged_partition(const Batch& batch, int sequence, int partition) const {
+    return staged_ids_[batch.block_starts[sequence] + partition * kPartitionBlocks] >= 0;
+  }
+
+  // Says what comes from the host arena for layers with this window, and puts it into waves: as many partitions as half of the
+  // staging area holds, in ascending order, so that every sequence finds its own in order.
+  void plan_staging(const KvLayer& kv, const Batch& batch, int window) {
+    if (window == staged_window_) return;  // as in the layer before
+    staged_window_ = window;
+    num_waves_ = 0;
+    loads_.clear();
+    staged_runs_.clear();
+    staged_end_.assign(batch.num_sequences(), 0);
+    if (std::find(has_host_blocks_.begin(), has_host_blocks_.end(), 1) == has_host_blocks_.end()) return;
+
+    struct Wanted {
+      int partition, sequence;
+      Load load;
+    };
+    std::vector<Wanted> wanted;
+    for (int s = 0; s < batch.num_sequences(); ++s) {
+      if (!has_host_blocks_[s]) continue;
+      const int begin = batch.sequence_starts[s], last = batch.sequence_starts[s + 1] - 1;
+      const int num_blocks = batch.positions[last] / kBlockTokens + 1;
+      const int first_block = window > 0 ? std::max(0, batch.positions[begin] - window + 1) / kBlockTokens : 0;
+      for (int p = first_partition(batch, begin, window); p < end_partition(batch, last); ++p) {
+        const Load load{batch.block_ids.data() + batch.block_starts[s] + p * kPartitionBlocks, std::min(kPartitionBlocks, num_blocks - p * kPartitionBlocks)};
+        const int32_t* const first_seen = load.ids + std::max(0, first_block - p * kPartitionBlocks);
+        if (std::any_of(first_seen, load.ids + load.num_blocks, [&](int32_t id) { return id >= num_pages_; })) wanted.push_back({p, s, load});
+      }
+    }
+    // Those that have the same blocks in the same place are neighbours then.
+    const auto before = [](const Wanted& a, const Wanted& b) {
+      if (a.partition != b.partition) return a.partition < b.partition;
+      return std::lexicographical_compare(a.load.ids, a.load.ids + a.load.num_blocks, b.load.ids, b.load.ids + b.load.num_blocks);
+    };
+    std::stable_sort(wanted.begin(), wanted.end(), before);
+
+    const size_t side_bytes = kv_side_bytes(kv.type, kv.num_kv_heads, kv.head_dim);
+    staging_shape_ = staging_shape(kv.page_bytes, side_bytes);
+    loads_per_wave_ = static_cast<int>(staging_shape_.partitions_per_half(static_cast<int64_t>(batch.staging_pages.size())));
+    slots_.clear();
+    for (const int32_t page : batch.staging_pages)
+      for (int i = 0; i < staging_shape_.slots_per_page; ++i)
+        slots_.push_back(static_cast<int32_t>((static_cast<size_t>(page) * kv.page_bytes + i * staging_shape_.slot_bytes) / staging_shape_.unit_bytes));
+    staged_ids_.assign(batch.block_ids.size(), -1);
+    std::vector<int> run_of(batch.num_sequences(), -1);  // a sequence's last
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const auto& [partition, s, load] = wanted[i];
+      if (i == 0 || before(wanted[i - 1], wanted[i])) loads_.push_back(load);
+      const int index = static_cast<int>(loads_.size()) - 1, wave = index / loads_per_wave_;
+      std::copy_n(slots_.begin() + first_slot(index), load.num_blocks, staged_ids_.begin() + batch.block_starts[s] + partition * kPartitionBlocks);
+      int& run = run_of[s];
+      if (run < 0 || staged_runs_[run].wave != wave) {
+        staged_runs_.push_back({wave, s, run < 0 ? first_partition(batch, batch.sequence_starts[s], window) : staged_runs_[run].end, 0});
+        run = static_cast<int>(staged_runs_.size()) - 1;
+      }
+      staged_end_[s] = staged_runs_[run].end = partition + 1;
+    }
+    num_waves_ = static_cast<int>(ceil_div(static_cast<int64_t>(loads_.size()), loads_per_wave_));
+  }
+
+  int first_slot(int load) const {
+    const int wave = load / loads_per_wave_;
+    return (wave % 2 * loads_per_wave_ + load % loads_per_wave_) * kPartitionBlocks;
+  }
+
+  // Calls f(page id, its slot's place in the arena) for the blocks of a wave.
+  template <typename F>
+  void for_each_block(int wave, F&& f) {
+    const int end = std::min((wave + 1) * loads_per_wave_, static_cast<int>(loads_.size()));
+    for (int load = wave * loads_per_wave_; load < end; ++load)
+      for (int b = 0; b < loads_[load].num_blocks; ++b)
+        f(loads_[load].ids[b], arena_.data() + static_cast<size_t>(slots_[first_slot(load) + b]) * staging_shape_.unit_bytes);
+  }
+
+  // Has the host blocks of a wave copied, whose half nobody reads any more.
+  void fetch(const KvLayer& kv, int wave) {
+    std::vector<CopyThread::Copy> copies;
+    const size_t num_bytes = slice_bytes(kv);
+    for_each_block(wave, [&](int32_t id, uint8_t* target) {
+      if (id < num_pages_) return;
+      copies.push_back({target, host_arena_.data() + static_cast<size_t>(id - num_pages_) * kv.page_bytes + kv.k_offset, num_bytes});
+      staged_bytes_ += static_cast<int64_t>(num_bytes);
+    });
+    wave_copied_[wave % 2] = copy_thread_.post(std::move(copies));
+    num_fetched_waves_ = wave + 1;
+  }
+  // Blocks of the device arena that share a partition with host blocks: now, since this layer may just have written them.
+  void copy_own_blocks(const KvLayer& kv, int wave) {
+    for_each_block(wave, [&](int32_t id, uint8_t* target) {
+      if (id < num_pages_) std::memcpy(target, kv.arena + static_cast<size_t>(id) * kv.page_bytes + kv.k_offset, slice_bytes(kv));
+    });
+  }
+  static size_t slice_bytes(const KvLayer& kv) { return kv.v_offset - kv.k_offset + kv_side_bytes(kv.type, kv.num_kv_heads, kv.head_dim); }
+
   // Cuts attention into tasks of about equal cost, the longest first. What is cut along the keys has its results folded
   // afterwards: the rows of partial_rows_. The cuts never change a result.
   void plan_attention(const KvLayer& kv, const Batch& batch, int num_heads, int window) {
     const int heads_per_kv = num_heads / kv.num_kv_heads, num_sequences = batch.num_sequences();
-    const auto first_partition = [&](int row) { return window > 0 ? std::max(0, batch.positions[row] - window + 1) / kPartitionTokens : 0; };
-    const auto end_partition = [&](int row) { return batch.positions[row] / kPartitionTokens + 1; };
+    const auto first_partition = [&](int row) { return CpuDevice::first_partition(batch, row, window); };
+    const auto end_partition = [&](int row) { return CpuDevice::end_partition(batch, row); };
     const auto cost_of = [&](int64_t num_rows, int64_t num_keys) {
       const int64_t groups = ceil_div(num_rows * heads_per_kv, kAttentionRows);
       return num_keys * 2 * kv.head_dim * (num_rows * heads_per_kv + groups * kKeyLoadCost);
     };
     attention_pieces_.clear();
     attention_tasks_.clear();
+    carried_tasks_.clear();
+    wave_tasks_.clear();
     shared_rows_.clear();
     partial_rows_.clear();
     num_partial_floats_ = 0;
     partials_of_row_.assign(batch.num_tokens(), {nullptr, 0, 0});
-    // Gives the rows room for a partial result of each of their partitions, if there is any left.
-    const auto take_partials = [&](int begin, int end) {
+    // Gives the rows room for a partial result of each of their partitions, if there is any left. Those before `carried` have
+    // one for all of them.
+    const auto take_partials = [&](int begin, int end, int carried = 0) {
       const int64_t floats_of_partition = int64_t{num_heads} * (kv.head_dim + kPartialExtra);
+      const auto first_partial = [&](int r) { return std::max(first_partition(r), carried - 1); };
       int64_t num_floats = 0;
-      for (int r = begin; r < end; ++r) num_floats += (end_partition(r) - first_partition(r)) * floats_of_partition;
+      for (int r = begin; r < end; ++r) num_floats += (end_partition(r) - first_partial(r)) * floats_of_partition;
       if (num_partial_floats_ + num_floats > kMaxPartialFloats) return false;
       for (int r = begin; r < end; ++r) {
-        partials_of_row_[r] = {nullptr, first_partition(r), end_partition(r) - first_partition(r)};
+        partials_of_row_[r] = {nullptr, first_partial(r), end_partition(r) - first_partial(r)};
         partial_rows_.push_back(r);
       }
       num_partial_floats_ += num_floats;
@@ -381,20 +541,47 @@ class CpuDevice final : public Device {
         }
         const int num_rows = static_cast<int>(shared_rows_.size()) - first_row;
         if (num_rows == 0) continue;
-        attention_pieces_.push_back({true, true, sequence, 0, first_row, num_rows, p, next, cost_of(num_rows, int64_t{next - p} * kPartitionTokens)});
+        attention_pieces_.push_back({true, true, false, sequence, 0, first_row, num_rows, p, next, cost_of(num_rows, int64_t{next - p} * kPartitionTokens)});
       }
     }
     const int64_t rows_of_all_heads = int64_t{batch.num_tokens()} * kv.num_kv_heads;
     const int task_rows = static_cast<int>(std::clamp<int64_t>(ceil_div(rows_of_all_heads, int64_t{pool_.num_threads()} * kTasksPerThread),
                                                                ceil_div(kAttentionRows, heads_per_kv), kAttentionTaskRows));
+    // A sequence that goes through waves carries each row's result in its first partial. The partitions after them are pieces
+    // like others where there is room for their partials; else they are one more wave.
+    const auto carry = [&](int s, int wave, int first_partition, int end_partition) {
+      const int end = batch.sequence_starts[s + 1];
+      for (int r = batch.sequence_starts[s]; r < end; r += task_rows)
+        for (int head = 0; head < kv.num_kv_heads; ++head)
+          carried_tasks_.push_back({false, false, true, s, head, r, std::min(task_rows, end - r), first_partition, end_partition, wave});
+    };
+    is_apart_.assign(num_sequences, 0);
     for (int s = 0; s < num_sequences; ++s) {
+      if (staged_end_[s] == 0) continue;
+      const int begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+      is_apart_[s] = !take_partials(begin, end, staged_end_[s]);
+      if (!is_apart_[s]) continue;
+      for (int r = begin; r < end; ++r) partials_of_row_[r] = {nullptr, 0, 1}, partial_rows_.push_back(r);
+      num_partial_floats_ += int64_t{end - begin} * num_heads * (kv.head_dim + kPartialExtra);
+      if (staged_end_[s] < end_partition(end - 1)) carry(s, num_waves_, staged_end_[s], end_partition(end - 1));
+    }
+    for (const StagedRun& run : staged_runs_) carry(run.sequence, run.wave, run.first, run.end);
+    std::stable_sort(carried_tasks_.begin(), carried_tasks_.end(), [](const AttentionTask& a, const AttentionTask& b) { return a.cost < b.cost; });
+    for (int i = 0; i < static_cast<int>(carried_tasks_.size()); ++i)
+      while (static_cast<int64_t>(wave_tasks_.size()) <= carried_tasks_[i].cost) wave_tasks_.push_back(i);
+    if (!wave_tasks_.empty()) wave_tasks_.push_back(static_cast<int>(carried_tasks_.size()));
+
+    for (int s = 0; s < num_sequences; ++s) {
+      if (is_apart_[s]) continue;
       const int end = batch.sequence_starts[s + 1];
       for (int r = batch.sequence_starts[s]; r < end; r += task_rows) {
         const int num_rows = std::min(task_rows, end - r), last = r + num_rows - 1;
-        const int first = is_sharing_[s] ? std::max(own_partition_[s], first_partition(r)) : first_partition(r);
+        const int done = is_sharing_[s] ? own_partition_[s] : staged_end_[s], first = std::max(done, first_partition(r));
+        if (first >= end_partition(last)) continue;
         // The rows see half of the positions that they are themselves.
         const int64_t num_keys = batch.positions[r] - std::max(first * kPartitionTokens, window > 0 ? batch.positions[r] - window + 1 : 0) + num_rows / 2 + 1;
-        attention_pieces_.push_back({false, is_sharing_[s] != 0, s, 0, r, num_rows, first, end_partition(last), cost_of(num_rows, num_keys)});
+        const bool has_partials = is_sharing_[s] || staged_end_[s] > 0;
+        attention_pieces_.push_back({false, has_partials, false, s, 0, r, num_rows, first, end_partition(last), cost_of(num_rows, num_keys)});
       }
     }
 
@@ -690,6 +877,24 @@ class CpuDevice final : public Device {
   std::vector<AttentionPartials> partials_of_row_;
   std::vector<uint8_t> is_sharing_;        // of each sequence
   int64_t num_partial_floats_ = 0;
+
+  int64_t num_pages_ = 0;                  // of the device arena; block ids from there on are host pages
+  std::vector<uint8_t> has_host_blocks_;   // of each sequence of this step
+  int staged_window_ = -1;                 // what the waves below were made for; −1: nothing yet
+  StagingShape staging_shape_{};
+  int num_waves_ = 0, loads_per_wave_ = 0;
+  std::vector<Load> loads_;
+  std::vector<StagedRun> staged_runs_;
+  std::vector<int> staged_end_;            // of each sequence: partitions before it are done with in waves; 0: it has none
+  std::vector<int32_t> slots_;             // of the staging area: where they begin, in units of the arena
+  std::vector<int32_t> staged_ids_;        // as block_ids, of staged partitions: the slot that a block is copied to; −1 elsewhere
+  std::vector<uint8_t> is_apart_;          // of each sequence in waves: all of it is, also what comes after them
+  std::vector<AttentionTask> carried_tasks_;  // wave after wave; `cost` is the wave
+  std::vector<int> wave_tasks_;            // where each wave's begin, and the end
+  int num_fetched_waves_ = 0;              // of the layer that is attended to now or next
+  uint64_t wave_copied_[2] = {0, 0};       // the list of copies of the last wave in each half
+  int64_t staged_bytes_ = 0;
+  CopyThread copy_thread_;
 };
 
 }  // namespace

@@ -60,6 +60,24 @@ struct Projection {
 
 using Event = uint64_t;
 
+// Keys and values of one layer are brought from the host arena to pages of the device arena that a step is given for it: the
+// staging area. It is cut into slots for one block each, its keys and then its values, and the slots into two halves of
+// whole partitions: one is filled while attention reads the other. Units are what a slot's place is counted in.
+struct StagingShape {
+  size_t unit_bytes, slot_bytes;
+  int slots_per_page;
+  // In each half, of a staging area of so many pages.
+  int64_t partitions_per_half(int64_t num_pages) const { return num_pages * slots_per_page / 2 / (kPartitionTokens / kBlockTokens); }
+  // The least that has room for one partition in each half.
+  int64_t min_pages() const { return (2 * kPartitionTokens / kBlockTokens + slots_per_page - 1) / slots_per_page; }
+};
+// side_bytes: kv_side_bytes, the keys or the values of one block.
+constexpr StagingShape staging_shape(size_t page_bytes, size_t side_bytes) {
+  const size_t divisor = page_bytes & (~page_bytes + 1), unit = divisor < 4096 ? divisor : 4096;
+  const size_t slot_bytes = (2 * side_bytes + unit - 1) / unit * unit;
+  return {unit, slot_bytes, static_cast<int>(page_bytes / slot_bytes)};
+}
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -82,8 +100,13 @@ class Device {
   virtual void wait(Event event) = 0;
   virtual void grow(Buffer& buffer, size_t num_floats) = 0;
 
-  // Called once before the operations of a step.
-  virtual void begin(const Batch&) {}
+  // Called once before the operations of a step. Block ids from num_pages on are pages of the host arena.
+  virtual void begin(const Batch&, int64_t num_pages) = 0;
+  // Says that attention over this layer comes next: blocks that it reads from the host arena may be brought to the staging
+  // area from now on. Attention fetches for itself what nobody did.
+  virtual void fetch_ahead(const KvLayer& kv, const Batch& batch, int window) = 0;
+  // Bytes of KV brought to staging areas so far.
+  virtual int64_t staged_bytes() const = 0;
 
   // x[r] = embedding[tokens[r]] · scale
   virtual void embed(float* x, const PackedMatrix& embedding, std::span<const int32_t> tokens, float scale) = 0;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -155,11 +156,16 @@ HeldMatrix Model::hold_matrix(int layer, Target target) const {
   return {{m.format, m.out_features, m.in_features, data}, std::move(bytes)};
 }
 
+namespace {
+
+void require(bool ok, const std::string& what) {
+  if (!ok) throw RuntimeError("batch: " + what);
+}
+
+}  // namespace
+
 // Everything a step will index is checked here, so that the operations need no checks of their own.
 void Model::check(const Batch& b) const {
-  auto require = [](bool ok, const std::string& what) {
-    if (!ok) throw RuntimeError("batch: " + what);
-  };
   auto starts = [&](std::span<const int32_t> s, size_t entries, size_t total, const char* name) {
     require(s.size() == entries + 1 && s[0] == 0 && static_cast<size_t>(s.back()) == total,
             std::string(name) + ": expected " + std::to_string(entries + 1) + " entries from 0 to " + std::to_string(total));
@@ -175,8 +181,6 @@ void Model::check(const Batch& b) const {
   require(b.adapter_weights.size() == b.adapter_handles.size(), "adapterWeights: expected one per handle");
   for (const int32_t id : b.token_ids)
     require(id >= 0 && id < dims_.vocab_size, "tokenIds: expected 0 to " + std::to_string(dims_.vocab_size - 1) + ", got " + std::to_string(id));
-  for (const int32_t id : b.block_ids)
-    require(id >= 0 && id < num_pages_, "blockIds: expected 0 to " + std::to_string(num_pages_ - 1) + ", got " + std::to_string(id));
   for (size_t s = 0; s < num_sequences; ++s) {
     const int32_t begin = b.sequence_starts[s], end = b.sequence_starts[s + 1];
     require(begin < end, "sequenceStarts: expected at least one row per sequence");
@@ -188,6 +192,7 @@ void Model::check(const Batch& b) const {
     require(b.block_starts[s + 1] - b.block_starts[s] > b.positions[end - 1] / kBlockTokens, "blockIds: too few for position " +
                                                                                                std::to_string(b.positions[end - 1]));
   }
+  check_blocks(b);
   for (size_t i = 0; i < num_samples; ++i)
     require(b.sample_rows[i] >= 0 && static_cast<size_t>(b.sample_rows[i]) < num_tokens && (i == 0 || b.sample_rows[i] > b.sample_rows[i - 1]),
             "sampleRows: expected ascending row indices");
@@ -203,6 +208,36 @@ void Model::check(const Batch& b) const {
     require(b.history_prompt_counts[i] >= 0 && b.history_prompt_counts[i] <= b.history_starts[i + 1] - b.history_starts[i],
             "historyPromptCounts: expected at most the sample's history");
     require(b.num_top[i] >= 0 && b.num_top[i] <= dims_.vocab_size, "numTop: expected 0 to the vocabulary size");
+  }
+}
+
+void Model::check_blocks(const Batch& b) const {
+  const int64_t end = num_pages_ + num_host_pages_;
+  bool has_host_blocks = false;
+  for (int s = 0; s < b.num_sequences(); ++s) {
+    const int32_t first_written = b.block_starts[s] + b.positions[b.sequence_starts[s]] / kBlockTokens;
+    for (int32_t i = b.block_starts[s]; i < b.block_starts[s + 1]; ++i) {
+      const int32_t id = b.block_ids[i];
+      require(id >= 0 && id < end, "blockIds: expected 0 to " + std::to_string(end - 1) + ", got " + std::to_string(id));
+      require(id < num_pages_ || i < first_written, "blockIds: expected a page of the device for block " + std::to_string(i - b.block_starts[s]) +
+                                                        " of sequence " + std::to_string(s) + ", which this step writes or a later one, got host page " +
+                                                        std::to_string(id - num_pages_));
+      has_host_blocks |= id >= num_pages_;
+    }
+  }
+  if (b.staging_pages.empty() && !has_host_blocks) return;
+  require(!has_host_blocks || static_cast<int64_t>(b.staging_pages.size()) >= min_staging_pages(),
+          "stagingPages: expected at least " + std::to_string(min_staging_pages()) + " for a step with blocks in host pages, got " +
+              std::to_string(b.staging_pages.size()));
+  // Slots are counted in units of 4 KiB by 32 bits, which is 8 TiB.
+  const int64_t num_stageable = std::min<int64_t>(num_pages_, (int64_t{INT32_MAX} << 12) / static_cast<int64_t>(page_bytes_));
+  std::vector<bool> is_taken(num_pages_);
+  for (const int32_t id : b.block_ids)
+    if (id < num_pages_) is_taken[id] = true;
+  for (const int32_t id : b.staging_pages) {
+    require(id >= 0 && id < num_stageable, "stagingPages: expected 0 to " + std::to_string(num_stageable - 1) + ", got " + std::to_string(id));
+    require(!is_taken[id], "stagingPages: expected distinct pages that are no blocks of the step, got " + std::to_string(id));
+    is_taken[id] = true;
   }
 }
 
@@ -239,6 +274,17 @@ void plan_lora(LoraPlan& plan, const Batch& batch, const std::vector<const Adapt
 void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output) {
   clock_.start();
   check(batch);
+  const int64_t staged_bytes = device_->staged_bytes();
+  try {
+    run(batch, adapters, output);
+  } catch (...) {  // the caller's pages are its own again: nothing may be on its way into them
+    device_->synchronize();
+    throw;
+  }
+  output.staged_bytes = device_->staged_bytes() - staged_bytes;
+}
+
+void Model::run(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output) {
   const int num_tokens = batch.num_tokens();
   const size_t rows = static_cast<size_t>(num_tokens);
   const size_t q_dim = padded(int64_t{dims_.num_heads} * dims_.head_dim), kv_dim = padded(int64_t{dims_.num_kv_heads} * dims_.head_dim);
@@ -269,7 +315,8 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
   const auto rewind = [](WeightStream* stream) { stream->rewind(); };
   std::unique_ptr<WeightStream, decltype(rewind)> unless_done(stream_.get());
   if (stream_) stream_->begin_step();
-  device_->begin(batch);
+  device_->begin(batch, num_pages_);
+  device_->fetch_ahead(kv_layer(0), batch, dims_.sliding_windows[0]);
   clock_.lap(StepPart::kPlan);
   device_->embed(act_.x, embedding_, batch.token_ids, dims_.embedding_scale);
   clock_.lap(StepPart::kEmbed);
@@ -277,6 +324,11 @@ void Model::step(const Batch& batch, const std::vector<const Adapter*>& adapters
   unless_done.release();
   sample(batch, adapters, output);
   device_->synchronize();
+}
+
+KvLayer Model::kv_layer(int l) const {
+  const size_t side_bytes = kv_side_bytes(kv_type_, dims_.num_kv_heads, dims_.head_dim);
+  return {device_->arena(), page_bytes_, 2 * l * side_bytes, (2 * l + 1) * side_bytes, kv_type_, dims_.num_kv_heads, dims_.head_dim};
 }
 
 bool Model::is_streamed(int l) const { return stream_ && stream_->is_streamed(l); }
@@ -315,8 +367,7 @@ void Model::run_layer(int l, const Batch& batch) {
   const Projection out[] = {projection(Target::kO, o, ldh)};
   const Projection gate_up[] = {projection(Target::kGate, gate, ldi), projection(Target::kUp, up, ldi)};
   const Projection down[] = {projection(Target::kDown, o, ldh)};
-  const size_t kv_bytes = kv_side_bytes(kv_type_, dims_.num_kv_heads, head_dim);
-  const KvLayer kv{device_->arena(), page_bytes_, 2 * l * kv_bytes, (2 * l + 1) * kv_bytes, kv_type_, dims_.num_kv_heads, head_dim};
+  const KvLayer kv = kv_layer(l);
 
   device_->rmsnorm(h, ldh, x, ldh, layer.attention_norm, rows, hidden, dims_.norm_eps);
   clock_.lap(StepPart::kNorm);
@@ -336,6 +387,7 @@ void Model::run_layer(int l, const Batch& batch) {
   device_->store_kv(kv, batch, k, ldkv, v, ldkv);
   clock_.lap(StepPart::kKvWrite);
   device_->attention(kv, batch, q, ldq, attn, ldq, dims_.num_heads, dims_.sliding_windows[l], dims_.attention_scale);
+  if (l + 1 < dims_.num_layers) device_->fetch_ahead(kv_layer(l + 1), batch, dims_.sliding_windows[l + 1]);
   clock_.lap(StepPart::kAttention);
   device_->project(out, attn, ldq, rows, l, lora_, gate_up);
   clock_.lap(StepPart::kOut);

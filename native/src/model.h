@@ -79,6 +79,8 @@ class Model {
   int64_t num_pages() const { return num_pages_; }
   // Of the host arena, in pages of the same size; 0: there is none.
   int64_t num_host_pages() const { return num_host_pages_; }
+  // Least staging pages of a step that reads blocks in the host arena.
+  int64_t min_staging_pages() const { return staging_shape(page_bytes_, kv_side_bytes(kv_type_, dims_.num_kv_heads, dims_.head_dim)).min_pages(); }
   // Adapters are quantised to int8 when they are loaded; else they stay as their files have them.
   bool has_int8_adapters() const { return has_int8_adapters_; }
   size_t weight_bytes() const { return file_bytes_; }
@@ -91,6 +93,9 @@ class Model {
   void check_tensors(const std::vector<PackedTensorSpec>& tensors) const;
   void bind(const std::vector<PackedTensorSpec>& tensors);
   void check(const Batch& batch) const;
+  void check_blocks(const Batch& batch) const;
+  KvLayer kv_layer(int layer) const;
+  void run(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
   void run_layer(int layer, const Batch& batch);
   bool is_streamed(int layer) const;
   void set_bytes(int layer, const uint8_t* slot);

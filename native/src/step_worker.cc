@@ -85,6 +85,7 @@ void StepWorker::finish(Napi::Env env) {
   }
   try {
     Napi::Object result = from_step_output(env, job.output, job.batch.batch.want_logits, job.arrays);
+    result.Set("stagedBytes", static_cast<double>(job.output.staged_bytes));
     result.Set("beganMs", job.began_ms);
     result.Set("endedMs", job.ended_ms);
     deferred.Resolve(result);

@@ -224,6 +224,7 @@ void to_batch(const Napi::Value& value, OwnedBatch& owned) {
   copy(b.sequence_starts, "sequenceStarts");
   copy(b.block_starts, "blockStarts");
   copy(b.block_ids, "blockIds");
+  copy(b.staging_pages, "stagingPages");
   copy(b.adapter_starts, "adapterStarts");
   copy(b.adapter_handles, "adapterHandles");
   copy(b.adapter_weights, "adapterWeights");

@@ -123,7 +123,7 @@ class Bench {
     std::vector<float> q(positions.size() * width), out(q.size());
     std::normal_distribution<float> normal;
     for (float& v : q) v = normal(random);
-    device->begin(batch);
+    device->begin(batch, num_pages);
     return time_of([&] {
       device->attention(kv, batch, q.data(), width, out.data(), width, m.num_heads, 0, 1 / std::sqrt(static_cast<float>(m.head_dim)));
     });

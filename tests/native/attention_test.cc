@@ -84,7 +84,7 @@ AttentionJob job_of(const Problem& problem, const Cache& cache, int kv_head, std
           .rows = problem.rows.data(), .num_rows = s.num_rows, .positions = problem.positions.data(),
           .heads_per_kv = s.heads_per_kv, .kv_head = kv_head, .blocks = cache.blocks.data(), .window = s.window,
           .scale = s.scale(), .first_partition = 0, .end_partition = (s.num_positions() - 1) / kPartitionTokens + 1,
-          .partials = nullptr, .scratch = scratch.data()};
+          .partials = nullptr, .carried = nullptr, .scratch = scratch.data()};
 }
 
 // Runs the rows in calls of rows_per_call.

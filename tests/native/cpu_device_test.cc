@@ -25,7 +25,7 @@ struct Sequence {
 // All sequences' keys and values lie in one arena; page contents depend on the page's number alone.
 class Attention {
  public:
-  Attention(KvType type, int num_pages, int num_threads) : side_(kv_side_bytes(type, kKvHeads, kHeadDim)), type_(type) {
+  Attention(KvType type, int num_pages, int num_threads) : side_(kv_side_bytes(type, kKvHeads, kHeadDim)), type_(type), num_pages_(num_pages) {
     device_ = make_cpu_device(num_pages * 2 * side_, num_threads, false);
     const std::vector<float> rows = random_floats(static_cast<size_t>(num_pages + 1) * kBlockTokens * kKvWidth, 7);
     for (int page = 0; page < num_pages; ++page)
@@ -56,7 +56,7 @@ class Attention {
     batch.token_ids = tokens, batch.positions = positions, batch.sequence_starts = starts;
     batch.block_starts = block_starts, batch.block_ids = blocks;
     std::vector<float> out(q.size(), NAN);
-    device_->begin(batch);
+    device_->begin(batch, num_pages_);
     device_->attention(layer(), batch, q.data(), kWidth, out.data(), kWidth, kHeads, window, 0.2f);
     return out;
   }
@@ -66,6 +66,7 @@ class Attention {
 
   size_t side_;
   KvType type_;
+  int num_pages_;
   std::unique_ptr<Device> device_;
 };
 

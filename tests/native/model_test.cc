@@ -508,6 +508,91 @@ TEST_F(SmallModel, AnAdapterThatWasInTheHostArenaGivesTheSameBits) {
   }
 }
 
+// Runs rows [begin, end) of one sequence; returns their logits.
+std::vector<float> run_rows(Model& model, int begin, int end, const std::vector<int32_t>& blocks, const std::vector<int32_t>& staging, int32_t (*token)(int),
+                            int64_t* staged_bytes = nullptr) {
+  std::vector<int32_t> tokens, positions, rows;
+  for (int i = begin; i < end; ++i) tokens.push_back(token(i)), positions.push_back(i), rows.push_back(i - begin);
+  const std::vector<int32_t> starts{0, end - begin}, block_starts{0, static_cast<int32_t>(blocks.size())}, no_adapters{0, 0};
+  const size_t n = rows.size();
+  const std::vector<float> zeros(n), ones(n, 1);
+  const std::vector<int32_t> none(n), no_starts(n + 1);
+  const std::vector<uint64_t> seeds(n);
+  Batch batch;
+  batch.token_ids = tokens, batch.positions = positions, batch.sequence_starts = starts;
+  batch.block_starts = block_starts, batch.block_ids = blocks, batch.staging_pages = staging, batch.adapter_starts = no_adapters;
+  batch.sample_rows = rows, batch.temperature = zeros, batch.top_p = ones, batch.min_p = zeros;
+  batch.repetition_penalty = ones, batch.presence_penalty = zeros, batch.frequency_penalty = zeros;
+  batch.top_k = none, batch.num_top = none, batch.seeds = seeds, batch.bias_starts = no_starts;
+  batch.history_starts = no_starts, batch.history_prompt_counts = none;
+  batch.want_logits = true;
+  StepOutput output;
+  model.step(batch, {}, output);
+  if (staged_bytes) *staged_bytes = output.staged_bytes;
+  return output.logits;
+}
+
+// A sequence of 40 blocks with never more than 10 of them on the device: older ones go down as new ones come.
+TEST_F(SmallModel, ASequenceBiggerThanItsDevicePagesGivesTheSameBits) {
+  constexpr int kTokens = 640, kChunk = 90, kWindowBlocks = 10;
+  for (const KvType type : {KvType::kF16, KvType::kInt8, KvType::kF32}) {
+    std::vector<int32_t> all;
+    for (int i = 0; i < kTokens / kBlockTokens; ++i) all.push_back(i);
+    const bool reference = type == KvType::kF32;
+    const auto whole = open(reference, 1, type), model = open(reference, 2, type, false, 12 << 20);
+    const std::vector<float> expected = run_rows(*whole, 0, kTokens, all, {}, token);
+    const std::vector<int32_t> staging = {50, 60};
+    ASSERT_LE(model->min_staging_pages(), 2);
+    std::vector<int32_t> table;
+    std::vector<float> logits;
+    int num_on_host = 0;
+    for (int begin = 0, end; begin < kTokens; begin = end) {
+      end = begin + kChunk > 600 ? begin + 1 : begin + kChunk;  // decodes at the end
+      const int num_blocks = (end - 1) / kBlockTokens + 1;
+      while (static_cast<int>(table.size()) < num_blocks) {
+        if (static_cast<int>(table.size()) - num_on_host == kWindowBlocks) {
+          const std::vector<int32_t> from = {table[num_on_host]}, to = {(num_on_host * 7) % 48};
+          copy_pages(*model, Tier::kDevice, from, to);
+          clear_pages(*model, Tier::kDevice, from);
+          table[num_on_host++] = static_cast<int32_t>(model->num_pages()) + to[0];
+        }
+        table.push_back(static_cast<int32_t>(table.size()) % kWindowBlocks);
+      }
+      int64_t staged_bytes = -1;
+      const std::vector<float> rows = run_rows(*model, begin, end, table, staging, token, &staged_bytes);
+      logits.insert(logits.end(), rows.begin(), rows.end());
+      // All of them in the first layer; in the second its window hides them, but from the first rows of a chunk.
+      const auto slice = static_cast<int64_t>(2 * kv_side_bytes(type, kKvHeads, kHeadDim));
+      EXPECT_GE(staged_bytes, num_on_host * slice);
+      EXPECT_EQ(staged_bytes > 0, num_on_host > 0);
+    }
+    EXPECT_GE(num_on_host, 30);
+    ASSERT_EQ(logits.size(), expected.size());
+    EXPECT_EQ(std::memcmp(logits.data(), expected.data(), logits.size() * sizeof(float)), 0) << "type " << static_cast<int>(type);
+  }
+}
+
+TEST_F(SmallModel, RefusesHostPagesThatAreWrittenOrHaveNoStagingByName) {
+  const auto model = open(false, 1, KvType::kF16, false, 2 << 20);
+  const int32_t host = static_cast<int32_t>(model->num_pages());
+  const auto refusal = [&](int begin, const std::vector<int32_t>& blocks, const std::vector<int32_t>& staging) -> std::string {
+    try {
+      run_rows(*model, begin, begin + 3, blocks, staging, token);
+    } catch (const RuntimeError& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(refusal(16, {host, 1}, {2}), "");
+  EXPECT_NE(refusal(15, {host, 1}, {2}).find("blockIds: expected a page of the device for block 0 of sequence 0"), std::string::npos);
+  EXPECT_NE(refusal(16, {0, 1, host + 3}, {2}).find("got host page 3"), std::string::npos);
+  EXPECT_NE(refusal(16, {host + 8, 1}, {2}).find("blockIds: expected 0 to 135, got 136"), std::string::npos);
+  EXPECT_NE(refusal(16, {host, 1}, {}).find("stagingPages: expected at least 1"), std::string::npos);
+  EXPECT_NE(refusal(16, {host, 1}, {1}).find("stagingPages: expected distinct pages"), std::string::npos);
+  EXPECT_NE(refusal(16, {host, 1}, {2, 2}).find("stagingPages: expected distinct pages"), std::string::npos);
+  EXPECT_NE(refusal(16, {0, 1}, {host}).find("stagingPages: expected 0 to 127"), std::string::npos);
+}
+
 // Nor in the gaps between its pieces: what a page held before belongs to somebody else.
 TEST_F(SmallModel, AnAdapterLeavesNothingOfWhatItsPagesHeld) {
   const auto model = open(false, 1);

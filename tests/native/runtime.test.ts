@@ -381,6 +381,68 @@ describe('the host arena', () => {
   });
 });
 
+/** gemma3 has layers with a sliding window and layers without. */
+describe.each(['llama3', 'gemma3'])('blocks in the host arena, on %s', (name) => {
+  const long = Array.from({ length: 400 }, (_, i) => (i * 31 + 7) % 512);
+  const numBlocks = 25;
+  const blocks = Array.from({ length: numBlocks }, (_, i) => i);
+  let model: PreparedModel;
+  let runtime: Runtime;
+  let expected: Float32Array;
+  const run = async (start: number, count: number, table: number[], stagingPages: number[]) => {
+    const result = await runtime.step(
+      stepBatch([{ tokens: long, start, count, blocks: table, sample: 'all' }], {
+        wantLogits: true,
+        stagingPages,
+      }),
+    );
+    return { logits: Float32Array.from(result.logits!), stagedBytes: result.stagedBytes };
+  };
+  beforeAll(async () => {
+    model = await prepare(join(goldensFolder, 'tiny', name));
+    runtime = await open(model, { deviceMemoryBytes, hostMemoryBytes: 16 << 20 });
+    const { logits, stagedBytes } = await run(0, 400, blocks, []);
+    expect(stagedBytes).toBe(0);
+    expected = logits;
+  });
+  afterAll(() => runtime.close());
+
+  test('give the same bits as on the device, for a chunk of a prompt and for a decode row', async () => {
+    const staging = Array.from({ length: runtime.minStagingPages }, (_, i) => 60 + i);
+    const width = expected.length / 400;
+    const onHost = [0, 1, 2, 5, 9, 16, 17];
+    const hostPages = onHost.map((_, i) => 3 * i + 1);
+    await runtime.copyPages('toHost', Int32Array.from(onHost), Int32Array.from(hostPages));
+    runtime.clearPages('device', Int32Array.from(onHost));
+    const table = [...blocks];
+    for (const [i, block] of onHost.entries()) table[block] = runtime.numPages + hostPages[i]!;
+    for (const [start, count] of [
+      [300, 100],
+      [399, 1],
+    ] as const) {
+      const { logits, stagedBytes } = await run(start, count, table, staging);
+      expect(maxDifference(logits, expected.subarray(start * width, (start + count) * width))).toBe(0);
+      expect(stagedBytes).toBeGreaterThan(0);
+    }
+    await runtime.copyPages('toDevice', Int32Array.from(hostPages), Int32Array.from(onHost));
+  });
+
+  test('are refused by name where the step writes, where there is no staging area, and where there is no page', async () => {
+    const { numPages, numHostPages } = runtime;
+    await expect(run(300, 100, [...blocks.slice(0, 24), numPages], [60])).rejects.toThrow(
+      /blockIds: expected a page of the device for block 24 of sequence 0/,
+    );
+    await expect(run(300, 100, [numPages, ...blocks.slice(1)], [])).rejects.toThrow(
+      new RegExp(`stagingPages: expected at least ${runtime.minStagingPages}`),
+    );
+    await expect(run(300, 100, [numPages + numHostPages, ...blocks.slice(1)], [60])).rejects.toThrow(
+      new RegExp(`blockIds: expected 0 to ${numPages + numHostPages - 1}`),
+    );
+    const batch = stepBatch([{ tokens: long, start: 0, count: 16, blocks: [0] }]);
+    expect(() => runtime.step({ ...batch, stagingPages: [60] as never })).toThrow(/batch\.stagingPages/);
+  });
+});
+
 test('the parts of a step take the time that the step takes', async () => {
   const runtime = await open(await prepare(join(goldensFolder, 'tiny/llama3')), { deviceMemoryBytes });
   expect(Object.values(runtime.stepParts()).every((ms) => ms === 0)).toBe(true);

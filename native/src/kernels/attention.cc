@@ -467,6 +467,7 @@ void attend_group(const KvLayer& kv, const AttentionJob& job, Group& group, int 
     int row, head;  // of the batch; the head among all query heads
     Range visible;  // positions of the sequence, of the job's partitions
     bool has_folded;
+    float* carried;  // null: nothing is
   } pairs[kAttentionRows];
   int begin = INT32_MAX, end = 0;
   for (int p = 0; p < num_pairs; ++p) {
@@ -475,7 +476,13 @@ void attend_group(const KvLayer& kv, const AttentionJob& job, Group& group, int 
     const int position = job.positions[row];
     const int first = job.window > 0 && position >= job.window ? position - job.window + 1 : 0;
     pairs[p] = {row, head, {greatest(first, job.first_partition * kPartitionTokens),
-                            least(position + 1, job.end_partition * kPartitionTokens)}, false};
+                            least(position + 1, job.end_partition * kPartitionTokens)}, false, nullptr};
+    if (job.carried != nullptr) {
+      const AttentionPartials& carried = job.carried[row];
+      pairs[p].carried = carried.data + int64_t{head} * carried.count * partial_floats;
+      pairs[p].has_folded = first / kPartitionTokens < job.first_partition;
+      if (pairs[p].has_folded) __builtin_memcpy(group.folded + p * partial_floats, pairs[p].carried, (head_dim + 2) * sizeof(float));
+    }
     take_query<Type>(group, p, job.q + row * job.ldq + static_cast<int64_t>(head) * head_dim, scale, head_dim);
     if (pairs[p].visible.empty()) continue;
     begin = least(begin, pairs[p].visible.begin);
@@ -524,6 +531,11 @@ void attend_group(const KvLayer& kv, const AttentionJob& job, Group& group, int 
   }
 
   if (job.partials != nullptr) return;
+  if (job.carried != nullptr) {
+    for (int p = 0; p < num_pairs; ++p)
+      if (pairs[p].has_folded) __builtin_memcpy(pairs[p].carried, group.folded + p * partial_floats, (head_dim + 2) * sizeof(float));
+    return;
+  }
   for (int p = 0; p < num_pairs; ++p) {
     float* out = job.out + pairs[p].row * job.ldo + static_cast<int64_t>(pairs[p].head) * head_dim;
     finish(out, group.folded + p * partial_floats, head_dim);

@@ -120,7 +120,10 @@ struct AttentionJob {
   int32_t window;            // 0: all
   float scale;
   int32_t first_partition, end_partition;  // of the keys; all that the rows see, unless there are partials
-  const AttentionPartials* partials;       // of row r at [r]; null: results go to out
+  const AttentionPartials* partials;       // of row r at [r]; null: results go to out, or are carried
+  // Of row r at [r], null: none. The job's partitions are folded into each head's first partial, which has those before
+  // them if the row sees any: so a row's partitions may be attended to by several jobs, one after the other.
+  const AttentionPartials* carried;
   float* scratch;            // attention_scratch_floats(D) floats of this thread
 };
 inline constexpr int kAttentionRows = 12;  // (row, head) pairs computed together at most
