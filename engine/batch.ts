@@ -34,6 +34,7 @@ export class BatchLayout {
   readonly #historyPromptCounts: Column<Int32Array>;
   // Grown on demand, never shrunk.
   readonly #blockIds = new Column(new Int32Array(256));
+  readonly #stagingPages = new Column(new Int32Array(16));
   readonly #adapterHandles = new Column(new Int32Array(64));
   readonly #adapterWeights = new Column(new Float32Array(64));
   readonly #biasIds = new Column(new Int32Array(64));
@@ -79,6 +80,7 @@ export class BatchLayout {
     sampled.length = 0;
     let numTokens = 0;
     let numBlocks = 0;
+    let numStaging = 0;
     let numAdapters = 0;
     let numBiases = 0;
     let numHistory = 0;
@@ -100,6 +102,12 @@ export class BatchLayout {
         this.#blockIds.values[numBlocks++] = sequence.blocks[i]!;
       }
       this.#blockStarts.values[s + 1] = numBlocks;
+      if (sequence.long && sequence.long.numOnHost > 0) {
+        const { staging } = sequence.long;
+        this.#stagingPages.grow(numStaging + staging.length);
+        this.#stagingPages.values.set(staging, numStaging);
+        numStaging += staging.length;
+      }
 
       this.#adapterHandles.grow(numAdapters + sequence.adapters.length);
       this.#adapterWeights.grow(numAdapters + sequence.adapters.length);
@@ -145,6 +153,7 @@ export class BatchLayout {
       sequenceStarts: this.#sequenceStarts.first(numSequences + 1),
       blockStarts: this.#blockStarts.first(numSequences + 1),
       blockIds: this.#blockIds.first(numBlocks),
+      stagingPages: this.#stagingPages.first(numStaging),
       adapterStarts: this.#adapterStarts.first(numSequences + 1),
       adapterHandles: this.#adapterHandles.first(numAdapters),
       adapterWeights: this.#adapterWeights.first(numAdapters),

@@ -207,7 +207,7 @@ const settings = {
   ),
   'max-model-len': integer(
     'TOKENS',
-    "prompt and output of one sequence; default: the model's, if the arena holds it",
+    "prompt and output of one sequence; default: the model's, if the arenas hold it",
     [16, 2 ** 24],
     null,
   ),

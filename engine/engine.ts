@@ -28,6 +28,7 @@ import type { Arena } from './ladder/arena.ts';
 import type { BlockHash } from './ladder/block-hash.ts';
 import type { BlockPool, CachedTokens, MadeBlock } from './ladder/block-pool.ts';
 import type { MeasuredCosts } from './ladder/costs.ts';
+import { LongContexts, type LongLimits, LongState, longShape, maxLongTokens } from './ladder/long-context.ts';
 import { type Reclaimable, reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
 import type { SamplingParams } from './sampling.ts';
@@ -53,6 +54,8 @@ export interface EngineLimits {
 export interface EngineOptions {
   runtime: Runtime;
   arena: Arena;
+  /** null: a sequence has what the device arena has room for. */
+  hostArena: Arena | null;
   blocks: BlockPool;
   costs: MeasuredCosts;
   limits: EngineLimits;
@@ -159,8 +162,12 @@ export class Engine {
   /** When sequences ended, the latest last; for the pace. */
   readonly #finishedMs: number[] = [];
   #tiers: AdapterTiers | null = null;
-  /** Who keeps things in the arena that the engine could do without. */
+  readonly #long: LongContexts;
+  /** The long sequence for which copies to the host arena were waited for. */
+  #waitsForHost: Sequence | null = null;
+  /** Who keeps things in the arena that the engine could do without; and in the host arena. */
   #holders: readonly Reclaimable[] = [];
+  #hostHolders: readonly Reclaimable[] = [];
   #nextId = 1;
   #isWoken = false;
   #onWake: (() => void) | null = null;
@@ -172,6 +179,15 @@ export class Engine {
   constructor(options: EngineOptions) {
     this.#options = options;
     this.#layout = new BatchLayout(options.limits, options.eosTokenIds, options.runtime.blockTokens);
+    this.#long = new LongContexts({
+      arena: options.arena,
+      hostArena: options.hostArena,
+      copier: options.runtime,
+      numDevicePages: options.runtime.numPages,
+      blockTokens: options.runtime.blockTokens,
+      onMoved: () => this.wake(),
+      onFailed: options.onFatal,
+    });
   }
 
   /** The tiers need the engine (pages to keep) and the engine the tiers (pages wanted): this closes the circle. */
@@ -179,6 +195,9 @@ export class Engine {
     this.#tiers = tiers;
     const { blocks } = this.#options;
     this.#holders = [blocks, tiers.residency.idle];
+    this.#hostHolders = blocks.host
+      ? [blocks.host, tiers.residency.hostCopies]
+      : [tiers.residency.hostCopies];
     blocks.host?.shareWith([tiers.residency.hostCopies]);
     blocks.onArrived = () => this.wake();
     tiers.onFailed = (adapter, error) => this.#failWaiting(adapter, error);
@@ -205,31 +224,53 @@ export class Engine {
     return this.#waiting.map((sequence) => sequence.adapterKey);
   }
 
-  /** Most tokens, prompt and output, that one sequence may have beside its adapter and the pins. */
+  /**
+   * Most tokens, prompt and output, that one sequence may have beside its adapter and the pins: on the device, or with a part of
+   * its KV in the host arena.
+   */
   maxTokensOfOne(adapter: Adapter | null): number {
-    const { arena, runtime, limits } = this.#options;
-    const numPages = arena.numPages - this.#tiers!.residency.numPagesBeside(adapter);
-    return Math.max(0, Math.min(limits.maxModelLen, numPages * runtime.blockTokens));
+    const most = Math.max(this.#maxTokensOnDevice(adapter), maxLongTokens(this.#longLimits(adapter)));
+    return Math.max(0, Math.min(this.#options.limits.maxModelLen, most));
+  }
+
+  #maxTokensOnDevice(adapter: Adapter | null): number {
+    return this.#numPagesFor(adapter) * this.#options.runtime.blockTokens;
+  }
+
+  #numPagesFor(adapter: Adapter | null): number {
+    return this.#options.arena.numPages - this.#tiers!.residency.numPagesBeside(adapter);
+  }
+
+  #longLimits(adapter: Adapter | null): LongLimits {
+    const { runtime, hostArena, limits } = this.#options;
+    return {
+      numPages: this.#numPagesFor(adapter),
+      numHostPages: hostArena?.numPages ?? 0,
+      minStagingPages: runtime.minStagingPages,
+      blockTokens: runtime.blockTokens,
+      maxBatchTokens: limits.maxBatchTokens,
+    };
+  }
+
+  /** Pages of the device that a sequence may come to need. */
+  #numPagesOf({ sequence, isOpenEnded }: Live): number {
+    if (sequence.long) return sequence.long.shape.numDevicePages;
+    const numTokens = isOpenEnded ? sequence.numTokens + 1 : sequence.maxTotalTokens;
+    return blocksFor(numTokens, this.#options.runtime.blockTokens);
   }
 
   /** Pages that the largest running sequence may come to need. */
   numPagesKept(): number {
     let most = 0;
-    for (const running of this.#running) {
-      const { sequence, isOpenEnded } = this.#live.get(running)!;
-      most = Math.max(most, isOpenEnded ? sequence.numTokens + 1 : sequence.maxTotalTokens);
-    }
-    return blocksFor(most, this.#options.runtime.blockTokens);
+    for (const sequence of this.#running) most = Math.max(most, this.#numPagesOf(this.#live.get(sequence)!));
+    return most;
   }
 
   /** Pages that the largest sequence, waiting or running, may come to need beside pins, its adapter's included. */
   numPagesPromised(): number {
     let most = 0;
-    for (const { sequence, request, isOpenEnded } of this.#live.values()) {
-      const numTokens = isOpenEnded ? sequence.numTokens + 1 : sequence.maxTotalTokens;
-      const numBlocks = blocksFor(numTokens, this.#options.runtime.blockTokens);
-      most = Math.max(most, numBlocks + (request.adapter?.numPages ?? 0));
-    }
+    for (const live of this.#live.values())
+      most = Math.max(most, this.#numPagesOf(live) + (live.request.adapter?.numPages ?? 0));
     return most;
   }
 
@@ -259,11 +300,13 @@ export class Engine {
       const sequence = new Sequence({
         id: this.#nextId++,
         promptTokens: request.promptTokens,
-        maxTotalTokens: totals[index]!,
+        maxTotalTokens: totals[index]!.numTokens,
         params: request.params,
         adapterKey: request.adapter?.digest ?? '',
       });
-      this.#hashPrompt(sequence, request, requests[index - 1]);
+      if (totals[index]!.isLong)
+        sequence.long = new LongState(longShape(sequence.maxTotalTokens, this.#longLimits(request.adapter)));
+      else this.#hashPrompt(sequence, request, requests[index - 1]);
       if (request.adapter) this.#tiers!.acquire(request.adapter);
       const live: Live = {
         sequence,
@@ -348,7 +391,7 @@ export class Engine {
       if (!step || (this.#steps.length > 0 && !this.#steps[0]!.outcome)) await this.#untilWoken();
     }
     // What was on its way to a sequence has arrived when the pool is closed, and the sequence may go.
-    await this.#options.blocks.settled();
+    await Promise.all([this.#options.blocks.settled(), this.#long.settled()]);
     this.#reap();
     await this.#options.blocks.close();
   }
@@ -374,10 +417,14 @@ export class Engine {
   #rest(plan: SchedulePlan | null): void {
     this.#lastEndedMs = null;
     // Those end in a wake.
-    if (plan === null || this.#options.blocks.isFetching) return;
+    if (plan === null || this.#options.blocks.isFetching || this.#long.isCopying) return;
     const tiers = this.#tiers!;
     if (plan.preempted.length > 0 || this.#waiting.length > 0) {
       const [first] = this.#startable();
+      if (first?.long && plan.preempted.length === 0 && !this.#hasHostPagesFor(first.long)) {
+        if (!tiers.residency.isCopying) this.#waitForHost(first);
+        return;
+      }
       const isShort = plan.preempted.length > 0 || first !== undefined;
       // Who runs goes before who waits.
       const next = plan.preempted[0] ?? first;
@@ -389,6 +436,33 @@ export class Engine {
       else throw new InvariantError('a sequence waits that does not fit into the arena alone');
     }
     if (this.#live.size === 0) this.#onIdle?.();
+  }
+
+  /** Nothing runs, and the host arena has no room for a long sequence: once copies to it are over it has, or will never have. */
+  #waitForHost(sequence: Sequence): void {
+    if (this.#waitsForHost !== sequence) {
+      this.#waitsForHost = sequence;
+      void this.#options.blocks.settled().then(() => this.wake());
+      return;
+    }
+    const { shape } = sequence.long!;
+    const error = new EngineError(
+      'arena_full',
+      `the request needs ${shape.numHostPages} pages of the host arena, and ${this.#numFreeHostPages()} can be had; ` +
+        'unpin an adapter, or give the engine more --host-memory',
+    );
+    this.#cutOff(this.#live.get(sequence)!, 'error', error);
+  }
+
+  #hasHostPagesFor({ shape }: LongState): boolean {
+    return shape.numHostPages <= this.#numFreeHostPages();
+  }
+
+  /** With those that hold what may leave. */
+  #numFreeHostPages(): number {
+    let count = this.#options.hostArena?.numFree ?? 0;
+    for (const holder of this.#hostHolders) count += holder.numReclaimablePages;
+    return count;
   }
 
   async #untilWoken(): Promise<void> {
@@ -423,6 +497,7 @@ export class Engine {
       sequence.numComputedTokens += numTokens;
       sequence.skipReady();
       sequence.numStepsInFlight++;
+      if (sequence.long) sequence.long.numSteps++;
     }
     for (let i = 0; i < this.#sampled.length; i++) {
       const sequence = this.#sampled[i]!;
@@ -440,6 +515,10 @@ export class Engine {
     for (let i = 0; i < chunks.length; i++) {
       const chunk = chunks[i]!;
       chunk.sequence.numStepsInFlight--;
+      if (chunk.sequence.long) {
+        chunk.sequence.long.numOverTokens = chunk.endTokens;
+        this.#long.move(chunk.sequence);
+      }
       numTokens += chunk.numTokens;
       sumPositions += chunk.numTokens * (chunk.endTokens - chunk.numTokens / 2);
       if (chunk.numTokens > 1) numPrefillTokens += chunk.numTokens;
@@ -456,7 +535,7 @@ export class Engine {
       if (!sequence.isFinished) blocks.keep(sequence, endTokens, null);
       blocks.computed(sequence, endTokens - numTokens, endTokens);
     }
-    const { tokens, logprobs, beganMs, endedMs } = outcome!.result;
+    const { tokens, logprobs, beganMs, endedMs, stagedBytes } = outcome!.result;
     const nowMs = now();
     let numDrawn = 0;
     for (let i = 0; i < sampled.length; i++) {
@@ -489,7 +568,10 @@ export class Engine {
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
     const seconds = (endedMs - beganMs) / 1000;
     metrics.observeStep(seconds, gapSeconds, chunks.length, numTokens);
-    if (2 * numPrefillTokens > numTokens) costs.observePrefill(seconds, numTokens, sumPositions / numTokens);
+    metrics.kvStreamedBytes.inc(stagedBytes);
+    // What is read from the host says nothing about a prompt that lies on the device.
+    if (2 * numPrefillTokens > numTokens && stagedBytes === 0)
+      costs.observePrefill(seconds, numTokens, sumPositions / numTokens);
     this.#lastEndedMs = endedMs;
   }
 
@@ -512,10 +594,12 @@ export class Engine {
     this.#showQueue();
     let numFreePages = arena.numFree;
     for (let i = 0; i < this.#holders.length; i++) numFreePages += this.#holders[i]!.numReclaimablePages;
+    const isLongWaiting = this.#waiting.some((sequence) => sequence.long);
     return schedule({
       waiting: this.#startable(),
       running: this.#running,
       numFreePages,
+      numFreeHostPages: isLongWaiting ? this.#numFreeHostPages() : 0,
       prefixCache: blocks,
       numWantedPages: residency.numWantedPages,
       blockSizeTokens: runtime.blockTokens,
@@ -588,6 +672,7 @@ export class Engine {
       sequence.roomForBlocks(ways.length);
       for (let at = 0; at < ways.length; at++) if (ways[at] === 'share') blocks.share(sequence, at);
     }
+    for (const { sequence } of plan.admitted) if (sequence.long) this.#beginLong(sequence, sequence.long);
     for (const { sequence, ways } of plan.admitted) {
       reclaim(arena, ways.filter((way) => way !== 'share').length, this.#holders);
       this.#beginToRun(this.#live.get(sequence)!, blocks.begin(sequence, ways));
@@ -596,7 +681,9 @@ export class Engine {
     const made: MadeBlock[] = [];
     for (let i = 0; i < plan.chunks.length; i++) {
       const { sequence, endTokens, numNewBlocks } = plan.chunks[i]!;
-      if (numNewBlocks > 0) {
+      if (sequence.long) {
+        this.#long.take(sequence, numNewBlocks);
+      } else if (numNewBlocks > 0) {
         reclaim(arena, numNewBlocks, this.#holders);
         blocks.take(sequence, numNewBlocks);
       }
@@ -604,6 +691,19 @@ export class Engine {
     }
     for (const { sequence } of plan.admitted) blocks.shareMade(sequence);
     return made;
+  }
+
+  #beginLong(sequence: Sequence, { shape }: LongState): void {
+    const { arena, hostArena, log } = this.#options;
+    reclaim(arena, shape.numDevicePages, this.#holders);
+    reclaim(hostArena!, shape.numHostPages, this.#hostHolders);
+    this.#long.begin(sequence);
+    this.#waitsForHost = null;
+    const { id, numTokens, maxTotalTokens } = sequence;
+    log.info(
+      { sequence: id, numTokens, maxTotalTokens, ...shape },
+      'a sequence runs with KV in the host arena',
+    );
   }
 
   #beginToRun(live: Live, cached: CachedTokens): void {
@@ -739,14 +839,16 @@ export class Engine {
   }
 
   #giveBackBlocks(sequence: Sequence): void {
-    this.#options.blocks.release(sequence);
+    if (sequence.long) this.#long.release(sequence);
+    else this.#options.blocks.release(sequence);
     sequence.numComputedTokens = 0;
     sequence.ready = [];
   }
 
-  /** Prompt and most output tokens of a request, checked against the context and the arena. */
-  #totalTokens({ promptTokens, params, adapter }: SequenceRequest): number {
-    const { maxModelLen } = this.#options.limits;
+  /** Prompt and most output tokens of a request, checked against the context and the arenas, and whether it is too long for the device. */
+  #totalTokens({ promptTokens, params, adapter }: SequenceRequest): { numTokens: number; isLong: boolean } {
+    const { hostArena, limits } = this.#options;
+    const { maxModelLen } = limits;
     const numPrompt = promptTokens.length;
     if (numPrompt === 0) {
       throw new EngineError('invalid_value', 'prompt: expected at least one token, got none', {
@@ -767,11 +869,14 @@ export class Engine {
     if (numWanted > numMost) {
       throw new EngineError(
         'arena_full',
-        `the request needs room for ${numWanted} tokens, and the device arena has room for ${numMost} ` +
-          'beside its adapter and the pinned ones; ask for less, or give the engine more --device-memory',
+        `the request needs room for ${numWanted} tokens, and ${hostArena ? 'the arenas have' : 'the device arena has'} room for ` +
+          `${numMost} beside its adapter and the pinned ones; ask for less, or give the engine more ` +
+          (hostArena ? '--device-memory or --host-memory' : '--device-memory'),
       );
     }
-    return params.maxTokens === null ? maxModelLen : numWanted;
+    const isLong = numWanted > this.#maxTokensOnDevice(adapter);
+    const numTokens = params.maxTokens !== null ? numWanted : isLong ? numMost : maxModelLen;
+    return { numTokens, isLong };
   }
 
   /** How long the queue takes at the pace of the last sequences that ended, in whole seconds from 1 to 60. */

@@ -54,6 +54,10 @@ export class EngineMetrics {
     'vllm:prompt_tokens_total',
     'Prompt tokens computed, of sequences that ended.',
   );
+  readonly kvStreamedBytes = this.#counter(
+    'motet_kv_streamed_bytes_total',
+    'Bytes of KV that steps read from the host arena, for sequences with more than the device arena has room for.',
+  );
   readonly generationTokens = this.#counter('vllm:generation_tokens_total', 'Tokens generated.');
   readonly prefixCacheQueries = this.#counter(
     'vllm:prefix_cache_queries_total',

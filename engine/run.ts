@@ -17,6 +17,7 @@ import { InputError } from './input-error.ts';
 import { arenasOf } from './ladder/arena.ts';
 import { BlockPool } from './ladder/block-pool.ts';
 import { MeasuredCosts } from './ladder/costs.ts';
+import { maxLongTokens } from './ladder/long-context.ts';
 import { EngineMetrics } from './metrics.ts';
 import { readBaseModel } from './model/base-model.ts';
 import { prepareModel } from './model/prepare.ts';
@@ -101,7 +102,15 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   const stream = runtime.weightStream();
   if (stream) log.info(priceOf(stream, prepared.dims.numLayers), 'weights stream');
   const { arena, hostArena } = arenasOf(runtime, runtime.numPages);
-  const maxModelLen = contextLength(config, prepared.dims.maxPositions, arena.numPages * runtime.blockTokens);
+  const longTokens = maxLongTokens({
+    numPages: arena.numPages,
+    numHostPages: runtime.numHostPages,
+    minStagingPages: runtime.minStagingPages,
+    blockTokens: runtime.blockTokens,
+    maxBatchTokens: config.maxBatchTokens,
+  });
+  const arenaTokens = Math.max(arena.numPages * runtime.blockTokens, longTokens);
+  const maxModelLen = contextLength(config, prepared.dims.maxPositions, arenaTokens);
   const now = () => performance.now();
   const onFatal = (error: unknown) => {
     log.fatal({ err: error }, 'the engine cannot go on');
@@ -128,6 +137,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   const engine = new Engine({
     runtime,
     arena,
+    hostArena,
     blocks,
     costs,
     limits,
@@ -236,7 +246,7 @@ function priceOf(
   return { numStreamedLayers, numLayers, memoryBytes, stepBytes, stepSeconds, bytesPerSecond, isDirect };
 }
 
-/** What one sequence may have: as asked, else the most that model and arena both allow. */
+/** What one sequence may have: as asked, else the most that the model and the arenas allow. */
 function contextLength(config: Config, maxPositions: number, arenaTokens: number): number {
   const most = Math.min(maxPositions, arenaTokens);
   const asked = config.maxModelLen ?? most;
@@ -244,6 +254,6 @@ function contextLength(config: Config, maxPositions: number, arenaTokens: number
   const reason =
     maxPositions < arenaTokens
       ? `the model has ${maxPositions} positions`
-      : `--device-memory holds ${arenaTokens} tokens`;
+      : `--device-memory and --host-memory hold ${arenaTokens} tokens of one request`;
   throw new ConfigError(`--max-model-len: expected at most ${most}, since ${reason}, got ${asked}`);
 }

@@ -15,6 +15,9 @@
  *      blocks that chunks of this very plan write, since a step writes all KV of a layer before it reads any. Blocks that
  *      must be copied to the device first get their pages now; the sequence runs up to them, and waits for them alone.
  *
+ * A sequence that is too long for the device takes what it needs of both arenas when it begins (ladder/long-context.ts), and runs
+ * within its own window of pages: it waits for these alone, and nobody is preempted for it. In a step it is the last that enters.
+ *
  * Loops over all that runs count instead of iterating: an iterator makes an object a turn, for every token.
  *
  * Progress: the engine admits only sequences that fit into the arena alone, so the oldest one can always run.
@@ -30,6 +33,8 @@ export interface ScheduleInput {
   running: readonly Sequence[];
   /** With those that hold blocks that are only kept. */
   numFreePages: number;
+  /** The same of the host arena. */
+  numFreeHostPages: number;
   prefixCache: PrefixCache;
   /** Pages that an adapter load waits for: left alone by admission. */
   numWantedPages: number;
@@ -58,7 +63,7 @@ export interface Chunk {
   numTokens: number;
   /** Positions that are computed after it. */
   endTokens: number;
-  /** Blocks to take first. */
+  /** Blocks to take first; of a long sequence from its window. */
   numNewBlocks: number;
 }
 
@@ -95,7 +100,7 @@ export function schedule(input: ScheduleInput): SchedulePlan {
 
   const addChunk = (sequence: Sequence, numTokens: number) => {
     const numNewBlocks = newBlocks(sequence, numTokens);
-    numFreePages -= numNewBlocks;
+    if (!sequence.long) numFreePages -= numNewBlocks;
     budgetTokens -= numTokens;
     const endTokens = sequence.numComputedTokens + numTokens;
     plan.chunks.push({ sequence, numTokens, endTokens, numNewBlocks });
@@ -111,6 +116,10 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   for (let i = 0; i < running.length; i++) {
     const sequence = running[i]!;
     if (sequence.numPendingTokens !== 1) continue;
+    if (sequence.long) {
+      if (newBlocks(sequence, 1) <= sequence.long.free.length) addChunk(sequence, 1);
+      continue;
+    }
     while (newBlocks(sequence, 1) > numFreePages && i < running.length) preemptYoungest();
     if (i < running.length) addChunk(sequence, 1);
   }
@@ -124,8 +133,9 @@ export function schedule(input: ScheduleInput): SchedulePlan {
       const { numRunnableTokens } = sequence;
       if (sequence.numPendingTokens === 1 || numRunnableTokens === 0) continue;
       if (budgetTokens === 0) break;
-      const numTokens = tokensThatFit(sequence, budgetTokens, numFreePages, blockSizeTokens);
-      isShortOfPages = numTokens < Math.min(numRunnableTokens, budgetTokens);
+      const numPages = sequence.long ? sequence.long.free.length : numFreePages;
+      const numTokens = tokensThatFit(sequence, budgetTokens, numPages, blockSizeTokens);
+      isShortOfPages = !sequence.long && numTokens < Math.min(numRunnableTokens, budgetTokens);
       if (numTokens > 0) addChunk(sequence, numTokens);
       if (isShortOfPages) break;
     }
@@ -143,13 +153,21 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   // Pages that running sequences will still take for the tokens they have.
   let numPromisedPages = 0;
   for (const sequence of running) {
-    numPromisedPages += blocksFor(sequence.numTokens, blockSizeTokens) - sequence.numBlocks;
+    if (!sequence.long)
+      numPromisedPages += blocksFor(sequence.numTokens, blockSizeTokens) - sequence.numBlocks;
   }
   const planned: PlannedBlocks = { made: new Set(), shared: new Set() };
   for (const chunk of plan.chunks) {
-    numPromisedPages -= chunk.numNewBlocks;
+    if (!chunk.sequence.long) numPromisedPages -= chunk.numNewBlocks;
     addHashes(chunk, blockSizeTokens, planned);
   }
+
+  const admit = (index: number) => {
+    if (index > 0) plan.passedOver.push(waiting[0]!);
+    const [sequence] = waiting.splice(index, 1);
+    running.push(sequence!);
+    seats.set(sequence!.adapterKey, (seats.get(sequence!.adapterKey) ?? 0) + 1);
+  };
 
   while (waiting.length > 0 && running.length < input.maxSequences && budgetTokens > 0) {
     const next = nextToAdmit(waiting, seats, shareOfSeats);
@@ -160,6 +178,19 @@ export function schedule(input: ScheduleInput): SchedulePlan {
     const numPagesInSight = numFreePages - numPromisedPages - numWantedPages;
     // It takes one of its own at least: this spares the look into the cache.
     if (!isAlone && numPagesInSight <= 0) break;
+    if (sequence.long) {
+      // What it takes of the host may be what others fetch: not in one step.
+      if (plan.admitted.some(({ ways }) => ways.includes('fetch'))) break;
+      const { shape, numPages } = sequence.long;
+      if (shape.numDevicePages > (isAlone ? numFreePages : numPagesInSight)) break;
+      if (shape.numHostPages > input.numFreeHostPages) break;
+      const numTokens = Math.min(sequence.numTokens, budgetTokens, numPages * blockSizeTokens);
+      const numNewBlocks = blocksFor(numTokens, blockSizeTokens);
+      admit(next);
+      plan.admitted.push({ sequence, ways: [] });
+      plan.chunks.push({ sequence, numTokens, endTokens: numTokens, numNewBlocks });
+      break;
+    }
     const found = findWays(sequence, blockSizeTokens, prefixCache, planned);
     const { ways, numTaken } = found;
     const numPages = blocksFor(sequence.numTokens + 1, blockSizeTokens) - ways.length + numTaken;
@@ -177,10 +208,7 @@ export function schedule(input: ScheduleInput): SchedulePlan {
       chunk.numNewBlocks = Math.max(0, blocksFor(chunk.endTokens, blockSizeTokens) - ways.length);
       plan.chunks.push(chunk);
     }
-    if (next > 0) plan.passedOver.push(waiting[0]!);
-    waiting.splice(next, 1);
-    running.push(sequence);
-    seats.set(sequence.adapterKey, (seats.get(sequence.adapterKey) ?? 0) + 1);
+    admit(next);
     plan.admitted.push({ sequence, ways });
     for (let i = 0; i < ways.length; i++)
       if (ways[i] !== 'compute') planned.shared.add(sequence.blockHashes[i]!);

@@ -6,6 +6,7 @@
  * that such a step draws is counted already, and a reference stands in its place until it is known.
  */
 import type { BlockHash } from './ladder/block-hash.ts';
+import type { LongState } from './ladder/long-context.ts';
 import type { SamplingParams } from './sampling.ts';
 import type { FinishReason } from './stop.ts';
 
@@ -51,13 +52,15 @@ export class Sequence {
   /** Steps and copies that write into its blocks. */
   numStepsInFlight = 0;
   numCopiesInFlight = 0;
-  /** [≥ numBlocks] page ids, in order of position. */
+  /** [≥ numBlocks] page ids, in order of position, as StepBatch.blockIds has them. */
   blocks = new Int32Array(4);
   numBlocks = 0;
   /** Of its leading full blocks, as far as they were wanted yet; none when there is no prefix cache. */
   blockHashes: BlockHash[] = [];
   /** Leading blocks that are shared or were offered to the prefix cache. */
   numKeptBlocks = 0;
+  /** It has more KV than the device arena has room for, and runs with a part of it in the host arena; null: it has not. */
+  long: LongState | null = null;
   /** Prompt tokens that the prefix cache had, in whatever tier, when it first ran. */
   numCachedTokens = 0;
 

@@ -301,7 +301,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
    */
   keep(sequence: Sequence, numTokens: number, made: MadeBlock[] | null): void {
     const { blockTokens } = this.#options;
-    if ((sequence.numKeptBlocks + 1) * blockTokens > numTokens || !this.isCaching) return;
+    if ((sequence.numKeptBlocks + 1) * blockTokens > numTokens || !this.isCaching || sequence.long) return;
     this.hash(sequence, numTokens);
     const end = Math.floor(numTokens / blockTokens);
     for (let depth = sequence.numKeptBlocks; depth < end; depth++) {
@@ -340,7 +340,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
 
   /** A step is over that computed these positions of a sequence. */
   computed(sequence: Sequence, beginTokens: number, endTokens: number): void {
-    if (!this.host) return;
+    if (!this.host || sequence.long) return;
     const { blockTokens } = this.#options;
     const end = Math.min(Math.floor(endTokens / blockTokens), sequence.numBlocks);
     for (let depth = Math.floor(beginTokens / blockTokens); depth < end; depth++) {
@@ -375,6 +375,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
 
   /** Pages that would come free if this sequence alone let go of its blocks. */
   numPagesOfItsOwn(sequence: Sequence): number {
+    if (sequence.long) return sequence.long.shape.numDevicePages;
     let count = 0;
     for (let i = 0; i < sequence.numBlocks; i++) {
       const block = this.#byPage[sequence.blocks[i]!];
@@ -446,8 +447,12 @@ export class BlockPool implements Reclaimable, KvKeeper {
   check(sequences: Iterable<Sequence>): void {
     const { arena } = this.#options;
     const numHolders = new Map<number, number>();
-    for (const { blocks, numBlocks } of sequences)
-      for (const page of blocks.subarray(0, numBlocks)) numHolders.set(page, (numHolders.get(page) ?? 0) + 1);
+    let numLong = 0;
+    for (const { blocks, numBlocks, long } of sequences)
+      if (long) numLong += long.staging.length > 0 ? long.shape.numDevicePages : 0;
+      else
+        for (const page of blocks.subarray(0, numBlocks))
+          numHolders.set(page, (numHolders.get(page) ?? 0) + 1);
     let numUnheld = 0;
     for (const [page, block] of this.#byPage.entries()) {
       const count = numHolders.get(page) ?? 0;
@@ -466,9 +471,9 @@ export class BlockPool implements Reclaimable, KvKeeper {
         );
       if (count === 0) numUnheld++;
     }
-    if (numUnheld !== this.#unheld.size || arena.numUsed('kv') !== numHolders.size + numUnheld)
+    if (numUnheld !== this.#unheld.size || arena.numUsed('kv') !== numHolders.size + numUnheld + numLong)
       throw new InvariantError(
-        `${arena.numUsed('kv')} kv pages: ${numHolders.size} held, ${numUnheld} kept, ${this.#unheld.size} queued`,
+        `${arena.numUsed('kv')} kv pages: ${numHolders.size} held, ${numLong} of long sequences, ${numUnheld} kept, ${this.#unheld.size} queued`,
       );
     for (const block of this.#byHash.values()) {
       if (!block.device && !block.host)

@@ -1,4 +1,5 @@
 import { describe, expect, test } from 'vitest';
+import { LongState } from '../../engine/ladder/long-context.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { type FoundBlock, maxPassedOver, type ScheduleInput, schedule } from '../../engine/scheduler.ts';
 import { Sequence } from '../../engine/sequence.ts';
@@ -33,6 +34,7 @@ function plan(input: Partial<ScheduleInput>) {
     waiting: [],
     running: [],
     numFreePages: 100,
+    numFreeHostPages: 100,
     prefixCache: { find: () => null, numPagesOfItsOwn: ({ numBlocks }) => numBlocks },
     numWantedPages: 0,
     blockSizeTokens: 16,
@@ -316,5 +318,57 @@ describe('the prefix cache', () => {
       young,
       middle,
     ]);
+  });
+});
+
+describe('a sequence that is too long for the device', () => {
+  /** 12 pages on the device, 10 of them its window, and 50 of the host. */
+  const shape = { numDevicePages: 12, numStagingPages: 2, numSparePages: 4, numHostPages: 50 };
+  const long = (numTokens: number, numComputed = 0, numFree = 10) => {
+    const made = sequence({ numTokens, numComputed });
+    made.long = new LongState(shape);
+    made.long.free = Array.from({ length: numFree }, (_, i) => i);
+    return made;
+  };
+
+  test('takes its pages of both arenas when it begins, and is the last that enters in a step', () => {
+    const [short, first, second] = [sequence({ numTokens: 20 }), long(1000), long(1000)];
+    const made = plan({ waiting: [short, first, second], numFreePages: 100, maxBatchTokens: 200 });
+    expect(chunks(made)).toEqual([
+      [short, 20],
+      [first, 160],
+    ]);
+    expect(admitted(made)).toEqual([short, first]);
+    const waiting = [first];
+    expect(admitted(plan({ waiting, numFreePages: 12, numFreeHostPages: 50 }))).toEqual([first]);
+    expect(admitted(plan({ waiting, numFreePages: 11 }))).toEqual([]);
+    expect(admitted(plan({ waiting, numFreeHostPages: 49 }))).toEqual([]);
+    expect(admitted(plan({ waiting, running: [decoding()], numFreePages: 12 }))).toEqual([]);
+  });
+
+  test('does not enter in a step in which another one fetches from the host', () => {
+    const fetching = sequence({ numTokens: 100 });
+    fetching.blockHashes = ['a'] as unknown as typeof fetching.blockHashes;
+    const prefixCache = { find: (): FoundBlock => 'host', numPagesOfItsOwn: () => 1 };
+    expect(admitted(plan({ waiting: [fetching, long(1000)], prefixCache }))).toEqual([fetching]);
+  });
+
+  test('runs within the free pages of its window, and others go on beside it', () => {
+    const [a, b] = [long(1000, 480, 1), decoding()];
+    const other = sequence({ numTokens: 100 });
+    expect(chunks(plan({ running: [a, b, other], numFreePages: 100, maxBatchTokens: 64 }))).toEqual([
+      [b, 1],
+      [a, 16],
+      [other, 47],
+    ]);
+    expect(chunks(plan({ running: [long(1000, 480, 0), b] }))).toEqual([[b, 1]]);
+  });
+
+  test('waits for a page of its window while it decodes, and preempts nobody', () => {
+    const [waiting, young] = [long(481, 480, 0), decoding()];
+    const made = plan({ running: [waiting, young], numFreePages: 1 });
+    expect(chunks(made)).toEqual([[young, 1]]);
+    expect(made.preempted).toEqual([]);
+    expect(plan({ running: [long(482, 481, 0)], numFreePages: 0 }).chunks).toHaveLength(1);
   });
 });
