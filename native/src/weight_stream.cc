@@ -85,7 +85,7 @@ WeightPlan plan_weights(size_t fixed_bytes, std::span<const size_t> layer_bytes,
 }
 
 WeightStream::WeightStream(FileDescriptor file, const std::string& path, std::span<const PackedTensorSpec> tensors, int num_layers,
-                           size_t budget_bytes, Device& device)
+                           size_t budget_bytes, Device& device, bool may_be_direct)
     : file_(std::move(file)), path_(path), tensors_(tensors.begin(), tensors.end()) {
   const auto is_of = [](const PackedTensorSpec& t, int layer) { return layer < 0 ? t.layer < 0 || t.is_vector : t.layer == layer && !t.is_vector; };
   const auto cover_layer = [&](int layer, size_t memory_offset) {
@@ -121,7 +121,7 @@ WeightStream::WeightStream(FileDescriptor file, const std::string& path, std::sp
   }
   memory_ = device.allocate(plan_.resident_bytes + kNumWeightSlots * plan_.slot_bytes);
   for (int i = 0; i < kNumWeightSlots; ++i) slots_[i].memory = memory_.get() + plan_.resident_bytes + i * plan_.slot_bytes;
-  set_direct();
+  if (may_be_direct) set_direct();
   read_counted(residents, memory_.get());
   thread_ = std::thread([this] { read_ahead(); });
 }
@@ -151,8 +151,8 @@ void WeightStream::read(const Extent& extent, uint8_t* memory) const {
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) throw IoError("packed file " + path_ + ": cannot be read at byte " + std::to_string(extent.file_offset + done) + ": " + std::strerror(errno));
     done += static_cast<size_t>(n);
-    // Less than a block comes at the end of the file only, and nothing can be read from there.
-    if (done < extent.num_needed && (n == 0 || done % kBlockBytes != 0))
+    // A direct read gives less than a block at the end of the file only, and there is none from there.
+    if (done < extent.num_needed && (n == 0 || (is_direct_ && done % kBlockBytes != 0)))
       throw IoError("packed file " + path_ + ": expected " + std::to_string(extent.file_offset + extent.num_needed) + " bytes, got " +
                     std::to_string(extent.file_offset + done) + ": it was cut short");
   }

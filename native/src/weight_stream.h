@@ -58,9 +58,9 @@ struct Extent {
 class WeightStream {
  public:
   // Reads the residents and starts the thread. `file` is the packed file; `tensors` lie inside it. Throws RuntimeError when the
-  // budget is too small, and IoError.
+  // budget is too small, and IoError. may_be_direct false: as where the file system has no direct reads.
   WeightStream(FileDescriptor file, const std::string& path, std::span<const PackedTensorSpec> tensors, int num_layers, size_t budget_bytes,
-               Device& device);
+               Device& device, bool may_be_direct = true);
   ~WeightStream();
   WeightStream(const WeightStream&) = delete;
   WeightStream& operator=(const WeightStream&) = delete;

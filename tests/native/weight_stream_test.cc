@@ -58,8 +58,9 @@ TEST(WeightPlan, NamesTheLeastBudget) {
 constexpr int kLayers = 6;
 constexpr int64_t kFloats = 6000;  // of a matrix: a layer is not a whole number of blocks
 
-// A file of a vector and two matrices a layer, the second ones in another order; every float tells its place.
-class Ring : public testing::Test {
+// A file of a vector and two matrices a layer, the second ones in another order; every float tells its place. Read directly where the file
+// system can, and through the page cache.
+class Ring : public testing::TestWithParam<bool> {
  protected:
   Ring() {
     add("norm", -1, true, 16);
@@ -79,7 +80,7 @@ class Ring : public testing::Test {
     std::fclose(file);
   }
   std::unique_ptr<WeightStream> open(size_t budget) {
-    return std::make_unique<WeightStream>(FileDescriptor(::open(path_.c_str(), O_RDONLY)), path_, tensors_, kLayers, budget, *device_);
+    return std::make_unique<WeightStream>(FileDescriptor(::open(path_.c_str(), O_RDONLY)), path_, tensors_, kLayers, budget, *device_, GetParam());
   }
   // Least: nothing but what must be resident.
   size_t least() {
@@ -130,9 +131,10 @@ class Ring : public testing::Test {
   float next_ = 1;
 };
 
-TEST_F(Ring, BringsEachLayerInEachStep) {
+TEST_P(Ring, BringsEachLayerInEachStep) {
   for (const size_t more : {0, 60'000, 120'000, 170'000}) {
     const auto stream = open(least() + more);
+    EXPECT_LE(stream->is_direct(), GetParam());
     size_t num_resident = 0;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const bool is_resident = tensors_[i].is_vector || !stream->is_streamed(tensors_[i].layer);
@@ -146,7 +148,7 @@ TEST_F(Ring, BringsEachLayerInEachStep) {
   }
 }
 
-TEST_F(Ring, BeginsWithTheFirstLayerAfterAStepThatEndedEarly) {
+TEST_P(Ring, BeginsWithTheFirstLayerAfterAStepThatEndedEarly) {
   const auto stream = open(least());
   for (int num_layers = 0; num_layers < kLayers; ++num_layers) {
     run_step(*stream, num_layers);
@@ -155,7 +157,7 @@ TEST_F(Ring, BeginsWithTheFirstLayerAfterAStepThatEndedEarly) {
   }
 }
 
-TEST_F(Ring, FailsTheStepThatNeedsWhatIsGoneAndNotThoseAfterIt) {
+TEST_P(Ring, FailsTheStepThatNeedsWhatIsGoneAndNotThoseAfterIt) {
   const auto stream = open(least());
   run_step(*stream);
   // The second matrices lie at the end, those of the last layer before the others: layer 5 is there, and 0 to 4 are not whole.
@@ -175,9 +177,11 @@ TEST_F(Ring, FailsTheStepThatNeedsWhatIsGoneAndNotThoseAfterIt) {
   for (int step = 0; step < 3; ++step) run_step(*stream);
 }
 
-TEST_F(Ring, EndsWhileNobodyTakesWhatItBrings) {
+TEST_P(Ring, EndsWhileNobodyTakesWhatItBrings) {
   for (int i = 0; i < 20; ++i) open(least());
 }
+
+INSTANTIATE_TEST_SUITE_P(, Ring, testing::Bool(), [](const auto& info) { return info.param ? "direct" : "cached"; });
 
 }  // namespace
 }  // namespace motet
