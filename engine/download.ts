@@ -35,6 +35,8 @@ export interface RequestOptions {
   signal: AbortSignal;
   /** Headers that say who asks. Called for each request to the source's own host. */
   authorize?: (url: URL) => Promise<Record<string, string>>;
+  /** How messages name it; without: by its address, without what follows `?`. */
+  name?: string;
   /** What a refusal means, from its headers and the beginning of its body, for the message. */
   explain?: (status: number, headers: Headers, body: string) => string | null;
   /** Holds all downloads of the process together to a pace. */
@@ -108,18 +110,20 @@ export interface Reply {
 
 /**
  * A small reply, whole: a listing, a manifest, a token. Whatever its status, once that is not one that may pass.
+ * With a `form` (of a URL's encoding) it is posted, to that address and to no other.
  * @throws EngineError source_unavailable
  */
 export function readReply(
   url: URL,
-  options: RequestOptions & { accept?: string; maxBytes: number },
+  options: RequestOptions & { accept?: string; maxBytes: number; form?: string },
 ): Promise<Reply> {
   return tryOften(
     url,
     options,
     () => 0,
     async () => {
-      const { statusCode: status, headers, body } = await follow(url, options, { accept: options.accept });
+      const { accept, form } = options;
+      const { statusCode: status, headers, body } = await follow(url, options, { accept, form });
       try {
         if (mayPass(status)) throw new Failure(`the server answered ${status}`, true);
         return { status, headers, body: await readAll(body, options) };
@@ -133,7 +137,7 @@ export function readReply(
 /** Tries until it works, or what fails will not pass, or too many tries in a row brought next to nothing. */
 async function tryOften<T>(
   url: URL,
-  { limits, signal }: RequestOptions,
+  { limits, signal, name }: RequestOptions,
   doneBytes: () => number,
   attempt: () => Promise<T>,
 ): Promise<T> {
@@ -143,12 +147,12 @@ async function tryOften<T>(
     try {
       return await attempt();
     } catch (thrown) {
-      if (signal.aborted) throw abortError(url, signal);
+      if (signal.aborted) throw abortError(name ?? shownUri(url), signal);
       const error = toFailure(thrown, limits);
       if (!(error instanceof Failure)) throw error;
       numFailures = doneBytes() - before >= progressBytes ? 1 : numFailures + 1;
       if (!error.mayPass || numFailures >= limits.maxTries) {
-        throw unavailable(`${shownUri(url)}: ${error.message}`, error.cause);
+        throw unavailable(`${name ?? shownUri(url)}: ${error.message}`, error.cause);
       }
     }
     const backoffMs = Math.min(maxBackoffMs, limits.backoffMs * 2 ** (numFailures - 1));
@@ -340,6 +344,7 @@ async function requestPiece(
 
 interface Asked {
   accept?: string | undefined;
+  form?: string | undefined;
   begin?: number;
   /** null: to the end. */
   end?: number | null;
@@ -351,7 +356,7 @@ interface Asked {
 async function follow(
   url: URL,
   { dispatcher, limits, signal, authorize }: RequestOptions,
-  { accept, begin = 0, end = null, version = null }: Asked,
+  { accept, form, begin = 0, end = null, version = null }: Asked,
 ): Promise<Dispatcher.ResponseData> {
   let current = url;
   for (let numRedirects = 0; ; numRedirects++) {
@@ -359,12 +364,15 @@ async function follow(
     const response = await request(current, {
       dispatcher,
       signal,
+      method: form === undefined ? 'GET' : 'POST',
+      body: form ?? null,
       headersTimeout: limits.stallMs,
       bodyTimeout: limits.stallMs,
       headers: {
         'accept-encoding': 'identity',
         'user-agent': 'motet',
         ...(accept !== undefined && { accept }),
+        ...(form !== undefined && { 'content-type': 'application/x-www-form-urlencoded' }),
         ...(isRange && { range: `bytes=${begin}-${end === null ? '' : end - 1}` }),
         ...(isRange && version !== null && { 'if-range': version }),
         ...(current.origin === url.origin && (await authorize?.(current))),
@@ -373,6 +381,7 @@ async function follow(
     const { statusCode, headers, body } = response;
     if (![301, 302, 303, 307, 308].includes(statusCode) || headers.location === undefined) return response;
     body.on('error', () => {}).destroy();
+    if (form !== undefined) throw new Failure('a redirect, and what is posted goes to one address', false);
     if (numRedirects === maxRedirects) throw new Failure(`more than ${maxRedirects} redirects`, false);
     const location = String(headers.location);
     const next = URL.canParse(location, current.href) ? new URL(location, current.href) : null;
@@ -499,9 +508,9 @@ function toFailure(error: unknown, { stallMs }: DownloadLimits): Error {
   );
 }
 
-function abortError(url: URL, { reason }: AbortSignal): EngineError {
+function abortError(name: string, { reason }: AbortSignal): EngineError {
   if (reason instanceof EngineError) return reason;
-  return unavailable(`${shownUri(url)}: it took too long`, reason);
+  return unavailable(`${name}: it took too long`, reason);
 }
 
 /** @throws EngineError source_unavailable, when the disk of `path` has less */

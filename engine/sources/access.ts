@@ -3,10 +3,11 @@
  * service's own tools. Files are read at each use, so a mounted Secret that is renewed takes effect by itself. Nothing that
  * is secret goes into a message or a log.
  */
-import { readFile } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
-import { unavailable } from '../download.ts';
+import { type RequestOptions, unavailable } from '../download.ts';
+import { AwsRole, roleSource, type S3Keys } from './aws-role.ts';
+import { readIfThere } from './read-if-there.ts';
 
 export interface SourceAccess {
   /** Of all downloads together; null: no cap. */
@@ -19,6 +20,7 @@ export interface SourceAccess {
     endpoint: string | null;
     region: string;
     keys: S3Keys | null;
+    role: AwsRole | null;
     credentialsFile: string;
     profile: string;
   };
@@ -28,12 +30,6 @@ export interface SourceAccess {
     /** Registries that are spoken to without TLS, as HOST:PORT. */
     plainHttp: string[];
   };
-}
-
-export interface S3Keys {
-  accessKeyId: string;
-  secretAccessKey: string;
-  sessionToken?: string | undefined;
 }
 
 /** What settings say; the rest is the environment's. */
@@ -50,6 +46,9 @@ export function sourceAccess(env: Record<string, string | undefined>, given: Giv
   const home = env.HOME || homedir();
   const hfHome = env.HF_HOME || join(env.XDG_CACHE_HOME || join(home, '.cache'), 'huggingface');
   const { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey } = env;
+  const ownRegion = env.AWS_REGION || env.AWS_DEFAULT_REGION;
+  const region = given.s3Region || ownRegion || 'us-east-1';
+  const role = roleSource(env, ownRegion || region);
   return {
     bytesPerSecond: given.bytesPerSecond ?? null,
     ca: given.ca ?? null,
@@ -61,11 +60,12 @@ export function sourceAccess(env: Record<string, string | undefined>, given: Giv
     s3: {
       endpoint:
         withoutSlash(given.s3Endpoint || env.AWS_ENDPOINT_URL_S3 || env.AWS_ENDPOINT_URL || '') || null,
-      region: given.s3Region || env.AWS_REGION || env.AWS_DEFAULT_REGION || 'us-east-1',
+      region,
       keys:
         accessKeyId && secretAccessKey
           ? { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN || undefined }
           : null,
+      role: role && new AwsRole(role),
       credentialsFile: env.AWS_SHARED_CREDENTIALS_FILE || join(home, '.aws', 'credentials'),
       profile: env.AWS_PROFILE || 'default',
     },
@@ -83,12 +83,20 @@ export async function hfToken({ hf }: SourceAccess): Promise<string | null> {
   return hf.token ?? ((await readIfThere(hf.tokenFile))?.trim() || null);
 }
 
-/** Of the variables, or of the profile in AWS's credentials file; null: requests are anonymous. */
-export async function s3Keys({ s3 }: SourceAccess): Promise<S3Keys | null> {
+/**
+ * The first there are, in the order of AWS's own tools: of the variables, of a web identity's role, of the profile in AWS's
+ * credentials file, of a container's role; null: requests are anonymous.
+ */
+export async function s3Keys({ s3 }: SourceAccess, options: RequestOptions): Promise<S3Keys | null> {
   if (s3.keys !== null) return s3.keys;
-  const text = await readIfThere(s3.credentialsFile);
+  if (s3.role?.source.kind === 'web identity') return s3.role.keys(options);
+  return (await profileKeys(s3)) ?? (await s3.role?.keys(options)) ?? null;
+}
+
+async function profileKeys({ credentialsFile, profile: name }: SourceAccess['s3']): Promise<S3Keys | null> {
+  const text = await readIfThere(credentialsFile);
   if (text === null) return null;
-  const profile = parseIni(text).get(s3.profile);
+  const profile = parseIni(text).get(name);
   const accessKeyId = profile?.get('aws_access_key_id');
   const secretAccessKey = profile?.get('aws_secret_access_key');
   if (!accessKeyId || !secretAccessKey) return null;
@@ -141,14 +149,4 @@ export async function registryLogin({ oci }: SourceAccess, registry: string): Pr
   }
   if (typeof auth !== 'string' || auth === '') return null;
   return { basic: Buffer.from(auth, 'base64').toString(), bearer: null };
-}
-
-async function readIfThere(path: string): Promise<string | null> {
-  try {
-    return await readFile(path, 'utf8');
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (code === 'ENOENT' || code === 'ENOTDIR') return null;
-    throw unavailable(`${path}: expected a readable file of credentials, got ${code}`, error);
-  }
 }

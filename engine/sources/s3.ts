@@ -30,10 +30,10 @@ export async function listS3(
   const { bucket, key } = s3Parts(uri);
   const { endpoint, region } = access.s3;
   const root = bucketUrl(bucket, endpoint, region);
-  let hasKeys = false;
+  let asked = 'no keys were sent';
   const authorize = async (url: URL) => {
-    const keys = await s3Keys(access);
-    hasKeys = keys !== null;
+    const keys = await s3Keys(access, options);
+    asked = `${keys === null ? 'no keys' : keys.role === undefined ? 'keys' : `keys of ${keys.role}`} were sent`;
     if (keys === null) return {};
     const { accessKeyId, secretAccessKey, sessionToken } = keys;
     const signed = await new AwsV4Signer({
@@ -44,8 +44,7 @@ export async function listS3(
   };
   const explain = (status: number, _headers: unknown, body: string) => {
     const code = /<Code>(\w{1,64})<\/Code>/.exec(body)?.[1];
-    const asked = hasKeys ? 'keys were sent' : 'no keys were sent';
-    return [...(code ? [code] : []), ...(status === 401 || status === 403 ? [asked] : [])].join('; ') || null;
+    return [...(code ? [code] : []), ...([400, 401, 403].includes(status) ? [asked] : [])].join('; ') || null;
   };
   const request = { ...options, authorize, explain };
   const file = (name: string, sizeBytes: number | null, objectKey = `${key}/${name}`): RemoteFile => ({

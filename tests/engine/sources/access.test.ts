@@ -1,5 +1,6 @@
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { Agent } from 'undici';
 import { describe, expect, test } from 'vitest';
 import { hfToken, registryLogin, s3Keys, sourceAccess } from '../../../engine/sources/access.ts';
 import { temporaryFolder } from '../../fixtures/source-files.ts';
@@ -15,6 +16,12 @@ async function accessWith(env: Record<string, string>, files: Record<string, str
   };
   return { home, access: sourceAccess({ HOME: home, ...inHome, ...env }) };
 }
+
+const nobodyIsAsked = {
+  dispatcher: new Agent(),
+  limits: { stallMs: 1, maxTries: 1, backoffMs: 1 },
+  signal: AbortSignal.abort(),
+};
 
 describe('a token of the hub', () => {
   test('is the variable, or what the file has now, or none', async () => {
@@ -69,11 +76,11 @@ describe('keys of S3', () => {
     ['of a profile that is not there', { AWS_PROFILE: 'none' }, null],
   ])('are those %s', async (_name, env, keys) => {
     const { access } = await accessWith(env, { aws: file });
-    expect(await s3Keys(access)).toEqual(keys);
+    expect(await s3Keys(access, nobodyIsAsked)).toEqual(keys);
   });
 
   test('are none without a file', async () => {
-    expect(await s3Keys((await accessWith({})).access)).toBe(null);
+    expect(await s3Keys((await accessWith({})).access, nobodyIsAsked)).toBe(null);
   });
 });
 
