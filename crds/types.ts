@@ -191,8 +191,16 @@ export interface BaseModelSpec {
    * of this namespace. Changing it replaces the pods. Default, the public addresses, without credentials.
    */
   sourceAccess?: {
-    /** `s3://` sources. Default, AWS, anonymous. */
+    /**
+     * `s3://` sources. Default, AWS, with the role of the engines' ServiceAccount if it has one, else
+     * anonymous.
+     */
     s3?: {
+      /**
+       * A ServiceAccount of this namespace that the engines run as, for its AWS role (EKS Pod Identity, or
+       * IAM roles for service accounts). Default, the one that the operator was installed with.
+       */
+      serviceAccountName?: string;
       /** Address of an S3-compatible server, which is asked path style. Default, AWS. */
       endpoint?: string;
       /** Region of the buckets. Default, us-east-1. */

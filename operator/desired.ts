@@ -161,7 +161,7 @@ function podSpec(baseModel: BaseModel, settings: EngineSettings): V1PodSpec {
     ...(more.tolerations ?? []),
   ];
   return {
-    serviceAccountName: settings.engineServiceAccount,
+    serviceAccountName: baseModel.spec.sourceAccess?.s3?.serviceAccountName ?? settings.engineServiceAccount,
     // With it the engine reads the keys by which it checks the tokens of gateway and operator.
     automountServiceAccountToken: true,
     // A Service named `motet` would set MOTET_PORT in every pod of the namespace.

@@ -250,6 +250,59 @@ const engines: Panel[] = [
 /** There as soon as an engine is. */
 const anyTokens = perSecond('vllm:generation_tokens_total', ofBase);
 
+const ladder: Panel[] = [
+  stack(
+    'Where prompt tokens come from',
+    'ops',
+    'Prompt tokens by the tier whose KV served them, and those that were computed.',
+    [
+      [
+        orNone('tier', perSecond('motet_kv_hit_tokens_total', ofBase, 'tier'), anyTokens),
+        'from the {{tier}} tier',
+      ],
+      [
+        `${perSecond('vllm:prefix_cache_queries_total', ofBase)} - ${perSecond('vllm:prefix_cache_hits_total', ofBase)}`,
+        'computed',
+      ],
+    ],
+  ),
+  stack('KV by tier', 'bytes', 'KV of sequences, running and ended, all engines together.', [
+    [sumBy('tier', `motet_tier_bytes{${ofBase}, kind="kv"}`), '{{tier}}'],
+  ]),
+  graph(
+    'KV that left a tier',
+    'ops',
+    'Blocks whose room was wanted, and those that the host arena did not take, since all that it held was worth more.',
+    [
+      [orNone('tier', perSecond('motet_kv_evictions_total', ofBase, 'tier'), anyTokens), 'left {{tier}}'],
+      [perSecond('motet_kv_refused_total', ofBase), 'not taken by host'],
+    ],
+  ),
+  graph('KV that moved', 'Bps', 'Bytes of KV that were copied between tiers.', [
+    [
+      orNone('from', perSecond('motet_kv_move_bytes_total', ofBase, 'from, to'), anyTokens),
+      '{{from}} to {{to}}',
+    ],
+  ]),
+  graph(
+    'Time of KV copies',
+    'percentunit',
+    'Part of the time that copies of KV between tiers run, beside the steps; of all engines together, so it may be above 100 %.',
+    [
+      [
+        orNone('from', perSecond('motet_kv_move_seconds_sum', ofBase, 'from, to'), anyTokens),
+        '{{from}} to {{to}}',
+      ],
+    ],
+  ),
+  graph(
+    'Waiting for KV',
+    'short',
+    'Requests for KV of lower tiers that are under way at a time, on average. Normally well below 1.',
+    [[perSecond('motet_kv_wait_seconds_sum', ofBase, 'base_model'), '{{base_model}}']],
+  ),
+];
+
 const adapters: Panel[] = [
   graph(
     'Resident by tier',
@@ -408,6 +461,7 @@ const rows: [title: string, panels: Panel[]][] = [
   ['Fleet', fleet],
   ['Gateway and queues', queues],
   ['Engines', engines],
+  ['KV in the memory ladder', ladder],
   ['Adapters', adapters],
   ['Operator and processes', operator],
 ];

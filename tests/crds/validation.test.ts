@@ -174,6 +174,10 @@ const cases: Record<Kind, Case[]> = {
     ['spec.sourceAccess.hf.endpoint', `https://${long(512)}`, /Too long/],
     ['spec.sourceAccess.s3.region', 'EU', /region.*should match/],
     ['spec.sourceAccess.s3.region', long(65), /Too long/],
+    ['spec.sourceAccess.s3', { serviceAccountName: 'reads-buckets' }, null],
+    ['spec.sourceAccess.s3.serviceAccountName', 'reads-buckets', /expected secretName or serviceAccountName/],
+    ['spec.sourceAccess.s3', { serviceAccountName: 'Reads' }, /should match/],
+    ['spec.sourceAccess.s3', { serviceAccountName: long(254) }, /Too long/],
     ...['s3.secretName', 'hf.secretName', 'oci.secretName', 'caConfigMapName'].flatMap((field): Case[] => [
       [`spec.sourceAccess.${field}`, 'My_Secret', /should match/],
       [`spec.sourceAccess.${field}`, long(254), /Too long/],

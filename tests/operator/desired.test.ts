@@ -173,6 +173,13 @@ test('addresses of sources become settings', () => {
   expect(Object.keys(env()).filter((name) => /S3|HF|OCI|AWS|DOCKER|SOURCE_/.test(name))).toEqual([]);
 });
 
+test('engines run as the ServiceAccount whose role reads the buckets, else as that of the installation', () => {
+  const s3 = { serviceAccountName: 'reads-buckets' };
+  expect(podSpec({ sourceAccess: { s3 } }).serviceAccountName).toBe('reads-buckets');
+  expect(podSpec({ sourceAccess: { s3: {} } }).serviceAccountName).toBe('motet-engine');
+  expect(podSpec().serviceAccountName).toBe('motet-engine');
+});
+
 test('keys of S3 become variables, and other credentials files', () => {
   const spec = {
     sourceAccess: {
