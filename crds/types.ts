@@ -153,10 +153,16 @@ export interface BaseModelSpec {
     /** The device arena, which holds KV blocks and adapters. A Kubernetes quantity in bytes. Default 1Gi. */
     device: number | string;
     /**
-     * The host arena, which holds adapters that the device arena has no room for; without it they come back
-     * from their files. A Kubernetes quantity in bytes. Default 0.
+     * The host arena, which holds KV and adapters that the device arena has no room for; without it KV is
+     * computed again and adapters come back from their files. A Kubernetes quantity in bytes. Default 0.
      */
     host: number | string;
+    /**
+     * Most memory for the model's weights. Layers beyond it are read from the prepared file for each step,
+     * so that a model larger than memory runs, slower; with 0 all stay mapped, and engines on a node share
+     * them. A Kubernetes quantity in bytes. Default 0.
+     */
+    weights: number | string;
   };
   /** Bounds of an engine. Default, those of its fields. */
   limits: {

@@ -46,7 +46,7 @@ const userId = 65532;
 const sourceFolder = '/motet/source';
 const cacheFolder = '/motet/cache';
 const credentialsFolder = '/motet/credentials';
-/** What an engine needs beside its arena: Node, tokenizer, buffers. Its weights are mapped files. */
+/** What an engine needs beside its arenas and weights: Node, tokenizer, buffers. */
 const overheadBytes = 512 * 2 ** 20;
 /** After the drain: time to close, before the kubelet kills. */
 const closeSeconds = 15;
@@ -257,8 +257,9 @@ function engineEnv(baseModel: BaseModel): Record<string, string> {
     MOTET_CACHE: cacheFolder,
     MOTET_ADAPTER_ROOT: adapterRoot,
     MOTET_DEVICE: accelerator.type,
-    MOTET_DEVICE_MEMORY: String(Math.floor(parseQuantity(memory.device))),
-    MOTET_HOST_MEMORY: String(Math.floor(parseQuantity(memory.host))),
+    MOTET_DEVICE_MEMORY: String(bytesOf(memory.device)),
+    MOTET_HOST_MEMORY: String(bytesOf(memory.host)),
+    MOTET_WEIGHT_MEMORY: String(bytesOf(memory.weights)),
     MOTET_QUANTIZATION: quantization,
     MOTET_KV_CACHE_DTYPE: kv.dtype,
     MOTET_PREFIX_CACHE: kv.prefixCache,
@@ -397,8 +398,9 @@ function resources(baseModel: BaseModel): V1ResourceRequirements {
   const { accelerator, memory, podTemplate: more = {} } = baseModel.spec;
   const theirs = more.resources ?? {};
   const gpus = accelerator.type === 'nvidia' ? { 'nvidia.com/gpu': accelerator.count } : {};
-  const arenaBytes = Math.floor(parseQuantity(memory.device)) + Math.floor(parseQuantity(memory.host));
-  const needed = { cpu: 1, memory: arenaBytes + overheadBytes };
+  // Weights that are mapped are the node's to keep; those with a bound are the engine's own memory.
+  const ownBytes = bytesOf(memory.device) + bytesOf(memory.host) + bytesOf(memory.weights);
+  const needed = { cpu: 1, memory: ownBytes + overheadBytes };
   // Where only a limit is given, it is also the request; ours might be above it.
   const defaults = Object.entries(needed).filter(([name]) => theirs.limits?.[name] === undefined);
   const requests = { ...Object.fromEntries(defaults), ...theirs.requests, ...gpus };
@@ -408,6 +410,8 @@ function resources(baseModel: BaseModel): V1ResourceRequirements {
     ...(Object.keys(limits).length > 0 && { limits: toText(limits) }),
   };
 }
+
+const bytesOf = (quantity: number | string) => Math.floor(parseQuantity(quantity));
 
 /** Seconds until an engine on a node that is lost is given up and made elsewhere. Kubernetes' own default is 300. */
 const lostNodeSeconds = 30;

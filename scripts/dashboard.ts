@@ -301,6 +301,24 @@ const ladder: Panel[] = [
     'Requests for KV of lower tiers that are under way at a time, on average. Normally well below 1.',
     [[perSecond('motet_kv_wait_seconds_sum', ofBase, 'base_model'), '{{base_model}}']],
   ),
+  {
+    ...graph(
+      'Weights read',
+      'Bps',
+      'Weights that are not in memory and are read for each step; 0 without memory.weights.',
+      [[perSecond('motet_weight_read_bytes_total', ofBase, 'base_model'), '{{base_model}}']],
+    ),
+    width: 12,
+  },
+  {
+    ...graph(
+      'Steps that wait for weights',
+      'percentunit',
+      'Part of the time that an engine computes nothing since the next layer is still being read.',
+      [[perSecond('motet_weight_wait_seconds_total', ofBase, 'pod'), '{{pod}}']],
+    ),
+    width: 12,
+  },
 ];
 
 const adapters: Panel[] = [

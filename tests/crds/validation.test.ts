@@ -38,7 +38,7 @@ const full: Record<Kind, object> = {
     kv: { dtype: 'int8', prefixCache: 'off', eviction: 'lru' },
     adapterQuantization: 'int8',
     accelerator: { type: 'nvidia', count: 1, runtimeClassName: 'nvidia' },
-    memory: { device: '1.5Gi', host: '2Gi' },
+    memory: { device: '1.5Gi', host: '2Gi', weights: '3G' },
     limits: { maxModelLen: 2048, maxBatchTokens: 128, maxSequences: 32, maxWaiting: 10, maxLoraRank: 64 },
     cache: { sizeLimit: '20Gi' },
     sourceAccess: {
@@ -227,15 +227,17 @@ const cases: Record<Kind, Case[]> = {
       ],
     ),
     ['spec.memory.device', long(21), /Too long/],
-    ...[0, '0', '1Mi', '64Ti', '500M'].map((size): Case => ['spec.memory.host', size, null]),
-    ...['4GB', '1Ki', '65Ti', '-1Gi', '', 4].map(
-      (size): Case => [
-        'spec.memory.host',
-        size,
-        /expected 0 or a quantity of bytes from 1Mi to 64Ti, such as 8Gi/,
-      ],
-    ),
-    ['spec.memory.host', long(21), /Too long/],
+    ...['host', 'weights'].flatMap((field): Case[] => [
+      ...[0, '0', '1Mi', '64Ti', '500M'].map((size): Case => [`spec.memory.${field}`, size, null]),
+      ...['4GB', '1Ki', '65Ti', '-1Gi', '', 4].map(
+        (size): Case => [
+          `spec.memory.${field}`,
+          size,
+          /expected 0 or a quantity of bytes from 1Mi to 64Ti, such as 8Gi/,
+        ],
+      ),
+      [`spec.memory.${field}`, long(21), /Too long/],
+    ]),
     ['spec.limits.maxModelLen', undefined, null],
     ['spec.limits.maxModelLen', 15, /greater than or equal to 16/],
     ['spec.limits.maxModelLen', 16777217, /less than or equal to 16777216/],
@@ -500,7 +502,7 @@ test('fills in every default', async () => {
     kv: { dtype: 'auto', prefixCache: 'on', eviction: 'cost' },
     adapterQuantization: 'keep',
     accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
-    memory: { device: '1Gi', host: 0 },
+    memory: { device: '1Gi', host: 0, weights: 0 },
     limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 },
     drainSeconds: 30,
     rollout: { maxSurge: 1, maxUnavailable: 0 },
@@ -617,7 +619,11 @@ function titleOf([path, value, message]: Case): string {
 /** Fields of the spec that the full object leaves out, but for those of which only one may be given. */
 function missingFields(kind: Kind): string[] {
   const given = pathsBelow('spec', full[kind]).map(schemaPath);
-  const alternatives = ['spec.cache.claimName', 'spec.cache.hostPath'];
+  const alternatives = [
+    'spec.cache.claimName',
+    'spec.cache.hostPath',
+    'spec.sourceAccess.s3.serviceAccountName',
+  ];
   const sometimesEmpty = /matchExpressions\[\]\.values/;
   return fields
     .filter((field) => field.kind === kind && field.path.startsWith('spec.'))

@@ -75,7 +75,7 @@ test('settings reach the engine as its variables', () => {
       quantization: 'int4',
       kv: { dtype: 'int8', prefixCache: 'off', eviction: 'lru' },
       adapterQuantization: 'int8',
-      memory: { device: '1.5Gi', host: '2Gi' },
+      memory: { device: '1.5Gi', host: '2Gi', weights: '3G' },
       drainSeconds: 7,
     }),
   ).toEqual({
@@ -88,6 +88,7 @@ test('settings reach the engine as its variables', () => {
     MOTET_DEVICE: 'cpu',
     MOTET_DEVICE_MEMORY: String(1.5 * 2 ** 30),
     MOTET_HOST_MEMORY: String(2 * 2 ** 30),
+    MOTET_WEIGHT_MEMORY: String(3e9),
     MOTET_QUANTIZATION: 'int4',
     MOTET_KV_CACHE_DTYPE: 'int8',
     MOTET_PREFIX_CACHE: 'off',
@@ -280,8 +281,8 @@ test('a CPU pod has nothing of a GPU', () => {
 
 test('a pod requests a CPU, its arenas and half a GiB, unless told otherwise', () => {
   expect(engine().resources).toEqual({ requests: { cpu: '1', memory: String(1.5 * 2 ** 30) } });
-  expect(engine({ memory: { device: '1Gi', host: '3Gi' } }).resources).toEqual({
-    requests: { cpu: '1', memory: String(4.5 * 2 ** 30) },
+  expect(engine({ memory: { device: '1Gi', host: '3Gi', weights: '2Gi' } }).resources).toEqual({
+    requests: { cpu: '1', memory: String(6.5 * 2 ** 30) },
   });
   const resources = { requests: { cpu: '250m' }, limits: { memory: '1Gi' } };
   // A request above the only limit would be refused.
