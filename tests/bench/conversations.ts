@@ -8,7 +8,8 @@
  *   host    what leaves the device comes back from the host arena, which holds everything
  *
  *   node tests/bench/conversations.ts                                                            about 12 minutes
- *   node tests/bench/conversations.ts --users 24 --prompt 60 --follow-up 20 --output 12 --rounds 1    about a minute
+ *   node tests/bench/conversations.ts --users 16 --prompt 60 --follow-up 20 --output 12 --rounds 1    about a minute
+ *   … --variants off,host                          ratios are to the first
  *   … --svg FILE       draws the latencies by turn
  *
  * Conversations are drawn from a seed and answers are greedy, so that all variants have the same ones: the bench fails when a
@@ -38,11 +39,12 @@ const { values: options } = parseArgs({
     output: { type: 'string', default: '48' },
     'times-device': { type: 'string', default: '4' },
     rounds: { type: 'string', default: '3' },
+    variants: { type: 'string', default: 'off,device,host' },
     svg: { type: 'string' },
   },
 });
 
-type NumberOption = Exclude<keyof typeof options, 'svg'>;
+type NumberOption = Exclude<keyof typeof options, 'svg' | 'variants'>;
 /** @returns the option's value, which is at least `least` */
 function numberOf(name: NumberOption, least: number): number {
   const value = Number(options[name]);
@@ -59,8 +61,16 @@ const outputTokens = numberOf('output', 2);
 const timesDevice = numberOf('times-device', 1);
 const numRounds = numberOf('rounds', 1);
 
-const variants = ['off', 'device', 'host'] as const;
-type Variant = (typeof variants)[number];
+const known = ['off', 'device', 'host'] as const;
+type Variant = (typeof known)[number];
+/** Ratios are to the first. */
+const variants = options.variants.split(',').map((given) => {
+  const variant = known.find((name) => name === given);
+  if (variant === undefined)
+    throw new RangeError(`--variants: expected some of ${known.join(',')}, got ${given}`);
+  return variant;
+});
+const [first, ...others] = variants;
 
 interface Turn {
   /** From 1. */
@@ -91,9 +101,10 @@ if (devicePages < Math.ceil(longest / blockTokens)) {
 }
 
 async function run(variant: Variant): Promise<Run> {
+  const hostPages = { off: 0, device: 0, host: kvPages }[variant];
   const runtime = await open(model, {
     deviceMemoryBytes: devicePages * pageBytes,
-    hostMemoryBytes: variant === 'host' ? kvPages * pageBytes : 0,
+    hostMemoryBytes: hostPages * pageBytes,
   });
   const { engine, tiers, metrics, fatal } = wireEngine({
     runtime,
@@ -176,8 +187,8 @@ for (let round = 0; round < numRounds; round++) {
     const done = await run(variant);
     runs[variant].push(done);
     process.stderr.write(`round ${round + 1}, ${variant}: ${done.seconds.toFixed(1)} s\n`);
-    const { digest } = runs.off[0]!;
-    if (done.digest !== digest) throw new Error(`${variant}: expected the answers of off, got others`);
+    const { digest } = runs[first!][0]!;
+    if (done.digest !== digest) throw new Error(`${variant}: expected the answers of ${first}, got others`);
   }
 }
 
@@ -230,8 +241,9 @@ const sum = (turns: Turn[], field: 'promptTokens' | 'cachedTokens') =>
   turns.reduce((total, turn) => total + turn[field], 0);
 const cachedPercent = (turns: Turn[]) => (100 * sum(turns, 'cachedTokens')) / sum(turns, 'promptTokens');
 
-console.log(`| | ${variants.join(' | ')} | device / off | host / off | host / device |`);
-console.log('|---|---|---|---|---|---|---|');
+const title = ['', ...variants, ...others.map((variant) => `${variant} / ${first}`)];
+console.log(`| ${title.join(' | ')} |`);
+console.log(`|${title.map(() => '---|').join('')}`);
 const rows: [string, (variant: Variant) => number[]][] = [
   ['output tokens/s', throughput],
   ...latencies.map(([name, of]): (typeof rows)[number] => [name, (variant) => each(variant, of)]),
@@ -239,18 +251,17 @@ const rows: [string, (variant: Variant) => number[]][] = [
 for (const [name, of] of rows) {
   const cells = [
     ...variants.map((variant) => showSpread(spread(of(variant)))),
-    showSpread(ratios(of('device'), of('off'))),
-    showSpread(ratios(of('host'), of('off'))),
-    showSpread(ratios(of('host'), of('device'))),
+    ...others.map((variant) => showSpread(ratios(of(variant), of(first!)))),
   ];
   console.log(`| ${name} | ${cells.join(' | ')} |`);
 }
 const cached = variants.map((variant) => `${shortNumber(spread(each(variant, cachedPercent)).median)} %`);
-console.log(`| prompt tokens from the cache | ${cached.join(' | ')} | | | |`);
+const noRatios = ' |'.repeat(others.length);
+console.log(`| prompt tokens from the cache | ${cached.join(' | ')} |${noRatios}`);
 const preempted = variants.map((variant) =>
   shortNumber(spread(runs[variant].map((one) => one.numPreempted)).median),
 );
-console.log(`| preemptions | ${preempted.join(' | ')} | | | |`);
+console.log(`| preemptions | ${preempted.join(' | ')} |${noRatios}`);
 console.log(
   '\nMedians of the rounds (lowest–highest); ratios are made round by round. All answers are the same in all variants.',
 );
