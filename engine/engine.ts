@@ -259,6 +259,15 @@ export class Engine {
     return blocksFor(numTokens, this.#options.runtime.blockTokens);
   }
 
+  /** Positions in blocks of running sequences that hold no token yet. */
+  get numUnusedPositions(): number {
+    const { blockTokens } = this.#options.runtime;
+    let count = 0;
+    for (const { numBlocks, numTokens } of this.#running)
+      count += Math.max(0, numBlocks * blockTokens - numTokens);
+    return count;
+  }
+
   /** Pages that the largest running sequence may come to need. */
   numPagesKept(): number {
     let most = 0;

@@ -17,7 +17,12 @@ export interface MetricSources {
   blocks: BlockPool;
   hostArena: Arena | null;
   tiers: AdapterTiers;
-  engine: { numRunning: number; numWaiting: number; waitingAdapterKeys: Iterable<string> };
+  engine: {
+    numRunning: number;
+    numWaiting: number;
+    numUnusedPositions: number;
+    waitingAdapterKeys: Iterable<string>;
+  };
   blockSizeTokens: number;
   /** Unix seconds. */
   unixSeconds: () => number;
@@ -337,6 +342,19 @@ export class EngineMetrics {
         this.set({ kind: 'cached' }, blocks.numReclaimablePages * arena.pageBytes);
         this.set({ kind: 'adapter' }, arena.numUsed('adapter') * arena.pageBytes);
         this.set({ kind: 'free' }, arena.numFree * arena.pageBytes);
+      },
+    });
+    new Gauge({
+      name: 'motet_arena_unused_bytes',
+      help: 'Bytes in taken pages of the device arena that hold nothing, by kind: kv (the last blocks of sequences), adapter (their last pages). All fragmentation that there is, since pages are equal.',
+      labelNames: ['kind'],
+      registers: [this.registry],
+      collect() {
+        this.set({ kind: 'kv' }, (engine.numUnusedPositions * arena.pageBytes) / blockSizeTokens);
+        let unused = 0;
+        for (const { device, numPages, usedBytes } of tiers.adapters)
+          if (device) unused += numPages * arena.pageBytes - usedBytes;
+        this.set({ kind: 'adapter' }, unused);
       },
     });
     new Gauge({

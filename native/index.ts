@@ -285,6 +285,8 @@ export interface Runtime {
   step(batch: StepBatch): Promise<StepResult>;
   /** Pages that an adapter with these modules takes; fewer where adapters are rounded to int8. */
   adapterPages(modules: AdapterModule[]): number;
+  /** Bytes in those pages that are the adapter's. The rest, mostly of the last page, holds nothing. */
+  adapterBytes(modules: AdapterModule[]): number;
   /**
    * Reads, checks (finite numbers, sizes) and lays an adapter out in the given pages; steps go on meanwhile.
    * @returns a handle for StepBatch.adapterHandles. The pages belong to it until `releaseAdapter`.

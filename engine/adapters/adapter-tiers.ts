@@ -383,6 +383,7 @@ export class AdapterTiers {
       digest: file.digest,
       file,
       numPages: this.#options.loader.adapterPages(file.modules),
+      usedBytes: this.#options.loader.adapterBytes(file.modules),
       device: null,
       host: null,
       isPinned: false,

@@ -18,6 +18,7 @@ import type { AdapterFile } from './adapter-tiers.ts';
 
 export interface AdapterLoader {
   adapterPages(modules: AdapterModule[]): number;
+  adapterBytes(modules: AdapterModule[]): number;
   loadAdapter(path: string, modules: AdapterModule[], pages: Int32Array): Promise<number>;
   attachAdapter(modules: AdapterModule[], pages: Int32Array): number;
   releaseAdapter(handle: number): void;
@@ -30,8 +31,9 @@ export interface Resident {
   readonly file: AdapterFile;
   /** Empty: its last sequences end, and it stays where it is until then, since its files may be others by now. */
   readonly names: Set<string>;
-  /** In either arena. */
+  /** In either arena; and how many bytes of those pages are its own. */
   readonly numPages: number;
+  readonly usedBytes: number;
   device: { readonly pages: Int32Array; readonly handle: number } | null;
   /** Pages of the host arena with the same bytes, with or without those of the device. */
   host: Int32Array | null;

@@ -37,15 +37,18 @@ class PagePacker {
     }
     const size_t offset = used_bytes_;
     used_bytes_ += num_bytes;
+    placed_bytes_ += num_bytes;
     return pages_ ? arena_ + static_cast<size_t>((*pages_)[num_pages_ - 1]) * page_bytes_ + offset : nullptr;
   }
   int64_t num_pages() const { return num_pages_; }
+  // Of the pieces, each with what aligns the next one.
+  int64_t placed_bytes() const { return placed_bytes_; }
 
  private:
   size_t page_bytes_;
   const std::vector<int32_t>* pages_;
   uint8_t* arena_;
-  int64_t num_pages_ = 0;
+  int64_t num_pages_ = 0, placed_bytes_ = 0;
   size_t used_bytes_ = 0;
 };
 
@@ -353,11 +356,11 @@ std::shared_ptr<Adapter> lay_out(const Model& model, const std::vector<AdapterMo
 
 }  // namespace
 
-int64_t adapter_pages(const Model& model, const std::vector<AdapterModuleSpec>& specs) {
+AdapterSize adapter_size(const Model& model, const std::vector<AdapterModuleSpec>& specs) {
   PagePacker packer(model.page_bytes(), nullptr, nullptr);
   for (const auto& spec : specs) check_spec(model, spec);
   place_modules(packer, model, specs);
-  return packer.num_pages();
+  return {packer.num_pages(), packer.placed_bytes()};
 }
 
 std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& path, const std::vector<AdapterModuleSpec>& specs,

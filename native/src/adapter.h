@@ -40,8 +40,12 @@ struct Adapter {
   }
 };
 
-// Pages that these modules take in a model's arena. Throws AdapterError when one row or tile is larger than a page.
-int64_t adapter_pages(const Model& model, const std::vector<AdapterModuleSpec>& specs);
+// What these modules take in a model's arena: whole pages, and the bytes in them that are theirs. Throws AdapterError when one row
+// or tile is larger than a page.
+struct AdapterSize {
+  int64_t num_pages, num_bytes;
+};
+AdapterSize adapter_size(const Model& model, const std::vector<AdapterModuleSpec>& specs);
 
 // Reads the tensors from `path`, refuses numbers that are not finite (naming layer and module), computes DoRA's gains
 // over the base weights, and writes all of it to the pages of the model's arena. Touches nothing but those pages, and leaves

@@ -161,6 +161,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
   static Napi::Function define(Napi::Env env) {
     return DefineClass(env, "Runtime",
                        {InstanceMethod<&RuntimeObject::step>("step"), InstanceMethod<&RuntimeObject::pages>("adapterPages"),
+                        InstanceMethod<&RuntimeObject::bytes>("adapterBytes"),
                         InstanceMethod<&RuntimeObject::load>("loadAdapter"), InstanceMethod<&RuntimeObject::attach>("attachAdapter"),
                         InstanceMethod<&RuntimeObject::release>("releaseAdapter"), InstanceMethod<&RuntimeObject::copy_pages_of>("copyPages"),
                         InstanceMethod<&RuntimeObject::clear>("clearPages"), InstanceMethod<&RuntimeObject::read_host>("readHostPages"),
@@ -217,8 +218,14 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
 
   Napi::Value pages(const Napi::CallbackInfo& info) {
     require_open(info.Env());
-    const int64_t count = refusing_adapters(info.Env(), [&] { return adapter_pages(*model_, to_adapter_modules(info[0])); });
-    return Napi::Number::New(info.Env(), static_cast<double>(count));
+    const auto size = refusing_adapters(info.Env(), [&] { return adapter_size(*model_, to_adapter_modules(info[0])); });
+    return Napi::Number::New(info.Env(), static_cast<double>(size.num_pages));
+  }
+
+  Napi::Value bytes(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const auto size = refusing_adapters(info.Env(), [&] { return adapter_size(*model_, to_adapter_modules(info[0])); });
+    return Napi::Number::New(info.Env(), static_cast<double>(size.num_bytes));
   }
 
   Napi::Value keep(Napi::Env env, std::shared_ptr<Adapter> adapter) {

@@ -162,7 +162,7 @@ void load(const Model& model, Voice& voice, int32_t& page) {
   }
   voice.bytes = bytes.size() / (model.has_int8_adapters() ? 2 : 1);
   const TemporaryFile file(bytes);
-  const int64_t num_pages = adapter_pages(model, specs);
+  const int64_t num_pages = adapter_size(model, specs).num_pages;
   for (int i = 0; i < std::min(voice.rows_with_adapter, kMaxBatch); ++i) {
     std::vector<int32_t> pages;
     for (int64_t n = 0; n < num_pages; ++n) pages.push_back(page++);

@@ -693,6 +693,14 @@ describe('metrics', () => {
     expect(text).toMatch(/motet_arena_bytes\{kind="free",.*\} 65536/);
   });
 
+  test('tell what taken pages waste: nothing when nobody runs, and what an adapter leaves of its last page', async () => {
+    const served = await serveFake();
+    await served.tiers.load('b', '/b-r3', false);
+    const text = await metricsOf(served);
+    expect(text).toMatch(/motet_arena_unused_bytes\{kind="kv",.*\} 0/);
+    expect(text).toMatch(/motet_arena_unused_bytes\{kind="adapter",.*\} 512/);
+  });
+
   test('show residency, and one live series of LoRA information', async () => {
     const served = await serveFake();
     await metricsOf(served);

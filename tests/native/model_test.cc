@@ -114,7 +114,7 @@ class SmallModel : public testing::Test {
     for (int i = 0; i < kNumAdapters; ++i) {
       const std::vector<AdapterModuleSpec> specs = specs_of(i == 1 ? 1 : 0);
       std::vector<int32_t> pages;
-      for (int64_t n = adapter_pages(model, specs); n > 0; --n) pages.push_back(page++);
+      for (int64_t n = adapter_size(model, specs).num_pages; n > 0; --n) pages.push_back(page++);
       adapters.push_back(load_adapter(model, file.path(), specs, pages));
     }
     return adapters;
@@ -387,9 +387,21 @@ TEST_F(SmallModel, Int8AdaptersTakeFewerPages) {
   std::vector<AdapterModuleSpec> specs;
   for (int l = 0; l < kLayers; ++l)
     for (int t = 0; t < kNumLayerTargets; ++t) specs.push_back({l, static_cast<Target>(t), 500, 1, ElementType::kBF16, 0, 0, -1, -1, ElementType::kF32, ElementType::kF32});
-  const int64_t pages = adapter_pages(*open(false, 1), specs), int8_pages = adapter_pages(*open(false, 1, KvType::kF16, true), specs);
+  const int64_t pages = adapter_size(*open(false, 1), specs).num_pages, int8_pages = adapter_size(*open(false, 1, KvType::kF16, true), specs).num_pages;
   EXPECT_LE(int8_pages, pages * 6 / 10);
   EXPECT_GE(int8_pages, pages / 2);
+}
+
+// What fragments is the end of a page where the next piece did not fit.
+TEST_F(SmallModel, AdaptersWasteLessThanAPieceOfEachPage) {
+  const auto model = open(false, 1);
+  std::vector<AdapterModuleSpec> specs;
+  for (int l = 0; l < kLayers; ++l) specs.push_back({l, Target::kQ, 200, 1, ElementType::kBF16, 0, 0, -1, -1, ElementType::kF32, ElementType::kF32});
+  const auto [num_pages, num_bytes] = adapter_size(*model, specs);
+  const int64_t page_bytes = model->page_bytes(), piece_bytes = int64_t{200} * 64 * 2;
+  EXPECT_GT(num_pages, 1);
+  EXPECT_LE(num_bytes, num_pages * page_bytes);
+  EXPECT_GT(num_bytes, (num_pages - 1) * (page_bytes - piece_bytes));
 }
 
 TEST_F(SmallModel, GivesTheSameBitsOnAnyNumberOfThreads) {
@@ -496,7 +508,7 @@ TEST_F(SmallModel, AnAdapterThatWasInTheHostArenaGivesTheSameBits) {
     const auto model = open(false, 2, KvType::kF16, int8_adapters, 8 << 20);
     EXPECT_EQ(model->num_host_pages(), static_cast<int64_t>((8u << 20) / model->page_bytes()));
     std::vector<int32_t> pages, host_pages, other_pages;
-    for (int32_t i = 0; i < static_cast<int32_t>(adapter_pages(*model, specs_of(0))); ++i) {
+    for (int32_t i = 0; i < static_cast<int32_t>(adapter_size(*model, specs_of(0)).num_pages); ++i) {
       pages.push_back(64 + i), host_pages.push_back(i * 5 % 16), other_pages.push_back(100 - 3 * i);
     }
     const std::vector<float> expected = run_with(*model, {load(*model, 0, pages)}, kCounts, {{}, {{0, 1.0f}}, {}, {{0, 2.0f}}, {}, {}}).logits;
@@ -597,7 +609,7 @@ TEST_F(SmallModel, RefusesHostPagesThatAreWrittenOrHaveNoStagingByName) {
 TEST_F(SmallModel, AnAdapterLeavesNothingOfWhatItsPagesHeld) {
   const auto model = open(false, 1);
   std::vector<int32_t> pages, other_pages;
-  for (int64_t n = adapter_pages(*model, specs_of(1)); n > 0; --n) pages.push_back(n), other_pages.push_back(20 + n);
+  for (int64_t n = adapter_size(*model, specs_of(1)).num_pages; n > 0; --n) pages.push_back(n), other_pages.push_back(20 + n);
   const size_t page_bytes = model->page_bytes();
   uint8_t* arena = model->device().arena();
   for (const int32_t page : pages) std::memset(arena + page * page_bytes, 0xAB, page_bytes);

@@ -231,6 +231,8 @@ describe('a runtime', () => {
   test('keeps an adapter until it is released, and refuses the handle after that', async () => {
     const file = await readAdapterFile(join(folder, 'adapter'), model.dims, { maxRank: 64 });
     const numPages = runtime.adapterPages(file.modules);
+    expect(runtime.adapterBytes(file.modules)).toBeGreaterThan((numPages - 1) * 0.9 * runtime.pageBytes);
+    expect(runtime.adapterBytes(file.modules)).toBeLessThanOrEqual(numPages * runtime.pageBytes);
     const handle = await runtime.loadAdapter(
       file.path,
       file.modules,
