@@ -396,9 +396,10 @@ TEST_F(SmallModel, Int8AdaptersTakeFewerPages) {
 TEST_F(SmallModel, AdaptersWasteLessThanAPieceOfEachPage) {
   const auto model = open(false, 1);
   std::vector<AdapterModuleSpec> specs;
-  for (int l = 0; l < kLayers; ++l) specs.push_back({l, Target::kQ, 200, 1, ElementType::kBF16, 0, 0, -1, -1, ElementType::kF32, ElementType::kF32});
+  for (int l = 0; l < kLayers; ++l)
+    for (int t = 0; t < kNumLayerTargets; ++t) specs.push_back({l, static_cast<Target>(t), 500, 1, ElementType::kBF16, 0, 0, -1, -1, ElementType::kF32, ElementType::kF32});
   const auto [num_pages, num_bytes] = adapter_size(*model, specs);
-  const int64_t page_bytes = model->page_bytes(), piece_bytes = int64_t{200} * 64 * 2;
+  const int64_t page_bytes = model->page_bytes(), piece_bytes = int64_t{500} * 64 * 2;
   EXPECT_GT(num_pages, 1);
   EXPECT_LE(num_bytes, num_pages * page_bytes);
   EXPECT_GT(num_bytes, (num_pages - 1) * (page_bytes - piece_bytes));
