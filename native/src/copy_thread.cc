@@ -16,32 +16,43 @@ CopyThread::~CopyThread() {
 
 uint64_t CopyThread::post(std::vector<Copy> copies) {
   if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
+  given_.push_back(std::make_shared<List>(std::move(copies)));
   {
     const std::lock_guard lock(mutex_);
-    lists_.push_back(std::move(copies));
+    new_.push_back(given_.back());
   }
   wake_.notify_one();
   return ++num_posted_;
 }
 
 void CopyThread::wait(uint64_t list) {
-  if (list == 0) return;
-  std::unique_lock lock(mutex_);
-  done_.wait(lock, [&] { return num_done_ >= list; });
+  while (num_posted_ - given_.size() < list) {
+    List& first = *given_.front();
+    help(first);
+    // What the thread has in hand is one copy, of some KiB.
+    while (!first.is_done()) std::this_thread::yield();
+    given_.pop_front();
+  }
+}
+
+void CopyThread::help(List& list) {
+  for (size_t i; (i = list.next.fetch_add(1, std::memory_order_relaxed)) < list.copies.size();) {
+    const Copy& copy = list.copies[i];
+    std::memcpy(copy.target, copy.source, copy.num_bytes);
+    list.num_done.fetch_add(1, std::memory_order_release);
+  }
 }
 
 void CopyThread::loop() {
   std::unique_lock lock(mutex_);
   while (true) {
-    wake_.wait(lock, [&] { return !lists_.empty() || stopping_; });
-    if (lists_.empty()) return;
-    const std::vector<Copy> copies = std::move(lists_.front());
-    lists_.pop_front();
+    wake_.wait(lock, [&] { return !new_.empty() || stopping_; });
+    if (new_.empty()) return;
+    const std::shared_ptr<List> list = std::move(new_.front());
+    new_.pop_front();
     lock.unlock();
-    for (const Copy& copy : copies) std::memcpy(copy.target, copy.source, copy.num_bytes);
+    help(*list);
     lock.lock();
-    ++num_done_;
-    done_.notify_all();
   }
 }
 

@@ -1,10 +1,13 @@
 // A thread that copies memory beside the operations of a step: lists of copies, one after another in the order in which they
-// were given. It begins with the first list and sleeps between them; whoever reads what a list wrote waits for it first.
+// were given. It begins with the first list and sleeps between them. Whoever reads what a list wrote waits for it first, and
+// copies along meanwhile: a thread that is not awake yet, or has no core, holds nobody up.
 #pragma once
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -32,15 +35,23 @@ class CopyThread {
   void wait_for_all() { wait(num_posted_); }
 
  private:
+  struct List {
+    std::vector<Copy> copies;
+    std::atomic<size_t> next{0};      // who raises it does that copy
+    std::atomic<size_t> num_done{0};
+    explicit List(std::vector<Copy> list) : copies(std::move(list)) {}
+    bool is_done() const { return num_done.load(std::memory_order_acquire) == copies.size(); }
+  };
+  static void help(List& list);
   void loop();
 
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
-  std::deque<std::vector<Copy>> lists_;  // under the lock, as are those below
-  uint64_t num_done_ = 0;
+  std::condition_variable wake_;
+  std::deque<std::shared_ptr<List>> new_;  // under the lock, as is the next: those that the thread has not begun
   bool stopping_ = false;
-  uint64_t num_posted_ = 0;              // the caller's
-  std::thread thread_;                   // last: it works with what is above
+  std::deque<std::shared_ptr<List>> given_;  // the caller's, as is the rest: those that nobody waited for yet
+  uint64_t num_posted_ = 0;
+  std::thread thread_;  // last: it works with what is above
 };
 
 }  // namespace motet
