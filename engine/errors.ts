@@ -35,6 +35,7 @@ export const errorTable = {
   adapter_rank_too_large: row(400, 'BadRequestError'),
   adapter_digest_mismatch: row(400, 'BadRequestError'),
   adapter_purged: row(410, 'NotFoundError'),
+  purge_incomplete: row(503, 'server_error', true),
   source_unavailable: row(503, 'server_error', true),
   too_many_loads: row(503, 'server_error', true),
   arena_full: row(503, 'server_error', true),

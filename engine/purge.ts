@@ -27,7 +27,7 @@ export interface PurgeParts {
 
 /**
  * @returns what was removed
- * @throws EngineError adapter_not_loaded, when there was nothing of it
+ * @throws EngineError adapter_not_loaded, when there was nothing of it; what a keeper throws, when all the rest is done
  */
 export async function purgeAdapter(parts: PurgeParts, digest: string): Promise<PurgeReport> {
   const { engine, tiers, arena, hostArena, sources, kvKeepers } = parts;
@@ -36,13 +36,19 @@ export async function purgeAdapter(parts: PurgeParts, digest: string): Promise<P
     engine.endSequences(adapter, ended),
   );
   const kvBytes = { device: 0, host: 0, disk: 0 };
+  const failures: unknown[] = [];
   for (const keeper of kvKeepers) {
-    const bytes = await keeper.purge(digest);
-    for (const tier of ['device', 'host', 'disk'] as const) kvBytes[tier] += bytes[tier];
+    try {
+      const bytes = await keeper.purge(digest);
+      for (const tier of ['device', 'host', 'disk'] as const) kvBytes[tier] += bytes[tier];
+    } catch (error) {
+      failures.push(error);
+    }
   }
   const diskBytes = await sources.adapters.purge(digest);
   await arena.clearFree();
   await hostArena?.clearFree();
+  if (failures.length > 0) throw failures[0];
   const report: PurgeReport = {
     digest,
     names,

@@ -64,10 +64,10 @@ function isAlive(pid: number): boolean {
   }
 }
 
-/** Removes what dead processes left; what other hosts left goes after a day. */
-export async function sweepTemporaries(folder: string): Promise<void> {
+/** Removes what dead processes left; what other hosts left goes after `maxIdleMs`, else a day. */
+export async function sweepTemporaries(folder: string, maxIdleMs = sweepAgeMs): Promise<void> {
   for (const { path, isDead, idleMs } of await listTemporaries(folder)) {
-    if (isDead || idleMs > sweepAgeMs) await rm(path, { recursive: true, force: true }).catch(() => {});
+    if (isDead || idleMs > maxIdleMs) await rm(path, { recursive: true, force: true }).catch(() => {});
   }
 }
 
