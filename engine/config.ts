@@ -183,6 +183,11 @@ const settings = {
     [0, 2 ** 46],
     0,
   ),
+  'kv-disk': bytes(
+    'KV that the host arena has no room for, on disk below --cache, in all; it survives a restart; 0: none',
+    [0, 2 ** 50],
+    0,
+  ),
   'prefix-cache': oneOf(
     ['on', 'off'],
     'keep the KV of prompts and answers while there is room, and share it with requests that begin alike',
@@ -298,6 +303,8 @@ export interface Config {
   hostMemoryBytes: number;
   /** 0: no bound. */
   weightMemoryBytes: number;
+  /** 0: no KV on disk. */
+  kvDiskBytes: number;
   prefixCache: boolean;
   evictionRule: EvictionRule;
   quantization: 'keep' | 'int4' | 'int8';
@@ -366,6 +373,12 @@ export function parseConfig(
       `--kv-cache-dtype: expected auto beside --activations f32, which keeps KV in f32 too, got ${kvCacheDtype}`,
     );
   }
+  if (one('kv-disk') > 0 && (one('host-memory') === 0 || one('prefix-cache') === 'off')) {
+    throw new ConfigError(
+      '--kv-disk: expected --prefix-cache on and --host-memory beside it, since what is kept goes through the host arena, ' +
+        `got ${one('prefix-cache')} and ${one('host-memory')}`,
+    );
+  }
   const maxBatchTokens = one('max-batch-tokens');
   const maxSequences = Math.min(one('max-sequences'), maxBatchTokens);
   if (given.has('max-sequences') && maxSequences < one('max-sequences')) {
@@ -412,6 +425,7 @@ export function parseConfig(
     deviceMemoryBytes: one('device-memory'),
     hostMemoryBytes: one('host-memory'),
     weightMemoryBytes: one('weight-memory'),
+    kvDiskBytes: one('kv-disk'),
     prefixCache: one('prefix-cache') === 'on',
     evictionRule: one('eviction'),
     quantization: one('quantization'),

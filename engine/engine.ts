@@ -14,7 +14,8 @@
  *
  * Full blocks of a prompt are in the prefix cache from when a step has them: steps run in order, so a sequence that shares
  * them in the same step or the next reads what was written. When the step fails, they and whoever has them are lost with it.
- * Blocks that the host arena has are copied beside the steps; a sequence runs up to them and waits for them alone.
+ * Blocks that the host arena has are copied beside the steps; a sequence runs up to them and waits for them alone. What only the
+ * disk has is read while it waits, before it is shown to the scheduler.
  *
  * Nothing is made for a token but its text: loops over a batch count, since an iterator makes an object a turn, and what
  * a sequence says is written over what it said before.
@@ -151,6 +152,8 @@ export class Engine {
   readonly #layout: BatchLayout;
   readonly #live = new Map<Sequence, Live>();
   readonly #waiting: Sequence[] = [];
+  /** Those of them whose blocks are being read from the disk. */
+  readonly #reading = new Set<Sequence>();
   readonly #running: Sequence[] = [];
   readonly #sampled: Sequence[] = [];
   /** Of the sequence that was added last. */
@@ -335,6 +338,7 @@ export class Engine {
       };
       this.#live.set(sequence, live);
       this.#waiting.push(sequence);
+      this.#readAhead(sequence);
       return {
         sequence,
         get meanLogprob() {
@@ -357,6 +361,20 @@ export class Engine {
     if (isSame) sequence.blockHashes = this.#lastPromptHashes.slice();
     else blocks.hash(sequence, sequence.numPromptTokens);
     this.#lastPromptHashes = sequence.blockHashes.slice();
+  }
+
+  /** Has its blocks brought from the disk, if there are any; until then it cannot start. */
+  #readAhead(sequence: Sequence): void {
+    const { blocks, metrics, now, onFatal } = this.#options;
+    const read = blocks.readAhead(sequence);
+    if (!read) return;
+    const beginMs = now();
+    this.#reading.add(sequence);
+    read.catch(onFatal).finally(() => {
+      this.#reading.delete(sequence);
+      metrics.kvDiskWaitSeconds.observe((now() - beginMs) / 1000);
+      this.wake();
+    });
   }
 
   /** Looks for work again: something changed. */
@@ -426,7 +444,8 @@ export class Engine {
   #rest(plan: SchedulePlan | null): void {
     this.#lastEndedMs = null;
     // Those end in a wake.
-    if (plan === null || this.#options.blocks.isFetching || this.#long.isCopying) return;
+    const { blocks } = this.#options;
+    if (plan === null || blocks.isFetching || this.#reading.size > 0 || this.#long.isCopying) return;
     const tiers = this.#tiers!;
     if (plan.preempted.length > 0 || this.#waiting.length > 0) {
       const [first] = this.#startable();
@@ -627,9 +646,10 @@ export class Engine {
     this.#tiers!.showQueue([...queue]);
   }
 
-  /** Waiting sequences whose adapter is there. */
+  /** Waiting sequences whose adapter is there, and whose blocks need not be waited for. */
   #startable(): readonly Sequence[] {
     return this.#waiting.filter((sequence) => {
+      if (this.#reading.has(sequence)) return false;
       const { adapter } = this.#live.get(sequence)!.request;
       return adapter === null || this.#tiers!.residency.isReady(adapter);
     });
@@ -721,7 +741,7 @@ export class Engine {
     const { sequence } = live;
     live.scheduledMs = now();
     if (!blocks.isCaching) return;
-    sequence.numCachedTokens = cached.device + cached.host;
+    sequence.numCachedTokens = cached.device + cached.host + cached.disk;
     blocks.count(sequence.adapterKey, sequence.numPromptTokens, sequence.numCachedTokens);
     metrics.prefixCacheQueries.inc(sequence.numPromptTokens);
     metrics.prefixCacheHits.inc(sequence.numCachedTokens);

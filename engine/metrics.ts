@@ -8,6 +8,7 @@ import type { FetchEvent } from './adapters/adapter-cache.ts';
 import type { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { type Arena, pageOwners } from './ladder/arena.ts';
 import type { BlockPool, CachedTokens } from './ladder/block-pool.ts';
+import type { KvDisk } from './ladder/kv-disk.ts';
 import type { Tier } from './protocol.ts';
 import type { FinishReason } from './stop.ts';
 
@@ -74,7 +75,7 @@ export class EngineMetrics {
   );
   readonly #cachedTokens = this.#labelled(
     'motet_kv_hit_tokens_total',
-    'Prompt tokens that the prefix cache had, by the tier in which they were.',
+    'Prompt tokens that the prefix cache had, by the tier in which they were when the sequence came.',
     ['tier'],
   );
   readonly #kvMoveSeconds = new Histogram({
@@ -92,6 +93,16 @@ export class EngineMetrics {
   readonly #kvWaitSeconds = this.#histogram(
     'motet_kv_wait_seconds',
     'From when KV blocks were asked of the host arena until they were on the device, in seconds.',
+    tierBounds,
+  );
+  readonly kvDiskWaitSeconds = this.#histogram(
+    'motet_kv_disk_wait_seconds',
+    'How long a sequence waited for KV blocks that only the disk had, in seconds.',
+    tierBounds,
+  );
+  readonly #kvDiskReadSeconds = this.#histogram(
+    'motet_kv_disk_read_seconds',
+    'Reading one KV block from the disk and checking it, in seconds.',
     tierBounds,
   );
   readonly rejected = this.#counter(
@@ -359,7 +370,7 @@ export class EngineMetrics {
     });
     new Gauge({
       name: 'motet_tier_bytes',
-      help: 'Bytes by tier (device, host, disk) and by what they hold (kv, adapter, free); disk: the files of registered adapters.',
+      help: 'Bytes by tier (device, host, disk) and by what they hold (kv, adapter, free); disk: the files of registered adapters, and those of KV blocks of all models that share the folder.',
       labelNames: ['tier', 'kind'],
       registers: [this.registry],
       collect() {
@@ -374,6 +385,7 @@ export class EngineMetrics {
         let fileBytes = 0;
         for (const { file } of tiers.adapters) fileBytes += file.sizeBytes;
         this.set({ tier: 'disk', kind: 'adapter' }, fileBytes);
+        this.set({ tier: 'disk', kind: 'kv' }, blocks.disk?.numBytes ?? 0);
       },
     });
     new Counter({
@@ -396,6 +408,7 @@ export class EngineMetrics {
         this.inc(blocks.host?.numRefused ?? 0);
       },
     });
+    if (blocks.disk) this.#watchDisk(blocks.disk);
     blocks.onFetched = (numBytes, seconds, waitSeconds) => {
       this.#observeKvMove({ from: 'host', to: 'device' }, numBytes, seconds);
       this.#kvWaitSeconds.observe(waitSeconds);
@@ -414,14 +427,82 @@ export class EngineMetrics {
     tiers.residency.onEviction = (tier) => this.#adapterEvictions.inc({ tier });
   }
 
+  /** Counters that the disk tier keeps by itself. */
+  #watchDisk(disk: KvDisk): void {
+    const { registry } = this;
+    const counts = <Label extends string>(
+      name: string,
+      help: string,
+      label: Label,
+      read: () => Record<string, number>,
+    ) =>
+      new Counter({
+        name,
+        help,
+        labelNames: [label],
+        registers: [registry],
+        collect() {
+          this.reset();
+          for (const [value, count] of Object.entries(read()))
+            this.inc({ [label]: value } as Record<Label, string>, count);
+        },
+      });
+    const gauge = (name: string, help: string, read: () => number) =>
+      new Gauge({
+        name,
+        help,
+        registers: [registry],
+        collect() {
+          this.set(read());
+        },
+      });
+    gauge('motet_kv_disk_blocks', "KV blocks of this engine's model on disk.", () => disk.numBlocks);
+    for (const what of ['reads', 'writes'] as const) {
+      gauge(
+        `motet_kv_disk_${what}_failing`,
+        `1 while ${what} of KV on disk fail, and are tried now and then only.`,
+        () => Number(disk.resting[what]),
+      );
+    }
+    new Counter({
+      name: 'motet_kv_disk_written_total',
+      help: 'KV blocks written to disk.',
+      registers: [registry],
+      collect() {
+        this.reset();
+        this.inc(disk.counts.written);
+      },
+    });
+    counts(
+      'motet_kv_disk_reads_total',
+      'KV blocks asked of the disk, by result: hit, damaged, gone (another engine removed it), late, busy (too many wait), failed.',
+      'result',
+      () => disk.counts.reads,
+    );
+    counts(
+      'motet_kv_disk_dropped_total',
+      'KV blocks that were not written to disk, by reason: line_full, resting, failed, worth_least.',
+      'reason',
+      () => disk.counts.dropped,
+    );
+    counts(
+      'motet_kv_disk_removed_total',
+      'Files of KV blocks that were removed, by reason: budget, damaged, purged.',
+      'reason',
+      () => disk.counts.removed,
+    );
+    disk.onRead = (seconds) => this.#kvDiskReadSeconds.observe(seconds);
+  }
+
   #observeKvMove(way: { from: Tier; to: Tier }, numBytes: number, seconds: number): void {
     this.#kvMoveSeconds.observe(way, seconds);
     this.#kvMoveBytes.inc(way, numBytes);
   }
 
-  observeCached({ device, host }: CachedTokens): void {
+  observeCached({ device, host, disk }: CachedTokens): void {
     this.#cachedTokens.inc({ tier: 'device' }, device);
     this.#cachedTokens.inc({ tier: 'host' }, host);
+    this.#cachedTokens.inc({ tier: 'disk' }, disk);
   }
 
   /** Adds what layers that stream cost: nothing where all weights are mapped. Once. */

@@ -4,9 +4,10 @@
  */
 import { once } from 'node:events';
 import type { AddressInfo } from 'node:net';
+import { join } from 'node:path';
 import { pino } from 'pino';
 import { collectDefaultMetrics } from 'prom-client';
-import { openRuntime, type WeightStream } from '../native/index.ts';
+import { addonPath, openRuntime, type WeightStream } from '../native/index.ts';
 import { readAdapterFile } from './adapters/adapter-file.ts';
 import { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { CallerIdentity } from './caller-identity.ts';
@@ -15,8 +16,10 @@ import { checkDevice } from './device.ts';
 import { Engine } from './engine.ts';
 import { InputError } from './input-error.ts';
 import { arenasOf } from './ladder/arena.ts';
+import { modelKeyOf } from './ladder/block-file.ts';
 import { BlockPool } from './ladder/block-pool.ts';
 import { MeasuredCosts } from './ladder/costs.ts';
+import { KvDisk } from './ladder/kv-disk.ts';
 import { maxLongTokens } from './ladder/long-context.ts';
 import { EngineMetrics } from './metrics.ts';
 import { readBaseModel } from './model/base-model.ts';
@@ -25,6 +28,7 @@ import { openTextModel } from './model/text-model.ts';
 import { createServer } from './server.ts';
 import { nameOf } from './source-uri.ts';
 import { Sources } from './sources.ts';
+import { hashFile } from './temporary-files.ts';
 
 /** Bounds that nobody needed to change yet. */
 const maxBodyBytes = 4 * 2 ** 20;
@@ -117,11 +121,37 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     process.exit(1);
   };
   const costs = new MeasuredCosts();
+  const wallClock = () => Date.now();
+  const { blockTokens, pageBytes } = runtime;
+  const kvDisk =
+    config.kvDiskBytes > 0
+      ? await KvDisk.open({
+          folder: join(config.cacheDir, 'kv'),
+          budgetBytes: config.kvDiskBytes,
+          blockBytes: pageBytes,
+          modelKey: modelKeyOf({
+            weightsSha256: prepared.dataSha256,
+            dims: prepared.dims,
+            activations: config.activations,
+            kvType: config.kvCacheDtype,
+            adapterQuantization: config.adapterQuantization,
+            pageBytes,
+            blockTokens,
+            kernelsSha256: (await hashFile(addonPath))!,
+          }),
+          rule: config.evictionRule,
+          restoreSeconds: (depth) => costs.prefillSeconds(blockTokens, depth * blockTokens),
+          log,
+          now,
+          wallClock,
+        })
+      : null;
   const blocks = new BlockPool({
     arena,
     hostArena,
     copier: runtime,
-    blockTokens: runtime.blockTokens,
+    disk: kvDisk,
+    blockTokens,
     isCaching: config.prefixCache,
     rule: config.evictionRule,
     costs,
@@ -129,7 +159,6 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     now,
     onFailed: onFatal,
   });
-  const wallClock = () => Date.now();
 
   const { maxBatchTokens, maxSequences, maxWaiting, maxLoraRank: maxRank } = config;
   const { eosTokenIds, createDetokenizer } = text;

@@ -7,6 +7,7 @@
  * (`gguf_invalid`, `weights_invalid`, `adapter_invalid`, `io_failed`) and a message that names the field.
  */
 import { createRequire } from 'node:module';
+import { fileURLToPath } from 'node:url';
 
 /** Tensor types of source files. The names are GGUF's, in lower case; safetensors' F32, F16, BF16 map to the first three. */
 export type SourceType =
@@ -329,7 +330,9 @@ interface Addon {
   openRuntime(options: RuntimeOptions): Promise<Runtime>;
 }
 
-const addon = createRequire(import.meta.url)('./build/motet.node') as Addon;
+/** The compiled file: who has the same one computes the same bits. */
+export const addonPath = fileURLToPath(new URL('build/motet.node', import.meta.url));
+const addon = createRequire(import.meta.url)(addonPath) as Addon;
 
 /** The instruction set in use, those this machine has, and how many CPUs this process may use (affinity and cgroup quota). */
 export const cpuInfo = addon.cpuInfo;

@@ -4,13 +4,15 @@
  * change: a sequence writes behind them only. The last, partial block is never shared.
  *
  * With a host arena every block that is computed is copied there beside the steps (host-blocks.ts). One that has left the device
- * comes back from it, to a page of its own, when a sequence wants it and computing it would take longer.
+ * comes back from it, to a page of its own, when a sequence wants it and computing it would take longer. What only the disk has
+ * (disk-blocks.ts) comes to the host arena first, while the sequence waits.
  *
  * Invariant: a kv page of the device is either of one sequence alone, or of one kept block, which counts its holders; a
  * kept block without holders stands in the queue of those that may leave. A kept block is in one arena at least.
  * Hashed blocks are vLLM's automatic prefix caching (Kwon et al., 2023, §4.4); conversations that come back are Pensieve's (Yu
  * et al., 2025).
  */
+import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { InvariantError } from '../errors.ts';
 import type { KvKeeper } from '../purge.ts';
@@ -19,8 +21,10 @@ import type { ReadyRange, Sequence } from '../sequence.ts';
 import type { Arena } from './arena.ts';
 import { type BlockHash, BlockHasher, voiceHash } from './block-hash.ts';
 import type { MeasuredCosts } from './costs.ts';
+import { DiskBlocks, type HostPages } from './disk-blocks.ts';
 import { HostBlocks, type PageCopier } from './host-blocks.ts';
 import { type Arrival, type KeptBlock, type Place, placeOf } from './kept-block.ts';
+import type { KvDisk } from './kv-disk.ts';
 import { LeavingQueue } from './leaving-queue.ts';
 import { type EvictionRule, rules, touch } from './policy.ts';
 import type { Candidate, Reclaimable } from './reclaim.ts';
@@ -29,7 +33,9 @@ export interface BlockPoolOptions {
   arena: Arena;
   /** null: there is no host tier. */
   hostArena: Arena | null;
-  copier: PageCopier;
+  copier: PageCopier & HostPages;
+  /** null: there is no disk tier; there is none without a host tier. */
+  disk: KvDisk | null;
   blockTokens: number;
   /** false: blocks are no one's but their sequence's, and nothing is kept. */
   isCaching: boolean;
@@ -58,6 +64,7 @@ export interface CacheCounts {
 export interface CachedTokens {
   device: number;
   host: number;
+  disk: number;
 }
 
 /** Copies to the device that are under way at most; with more, what the host has is computed anew. */
@@ -84,6 +91,12 @@ export class BlockPool implements Reclaimable, KvKeeper {
   #fetched: KeptBlock[] = [];
   #arrival: Arrival = { waits: [] };
   readonly #fetches = new Set<Promise<void>>();
+  /** null: nothing is kept below the host arena. */
+  readonly #below: DiskBlocks | null;
+  /** Blocks that the disk is asked for. */
+  readonly #reads = new Map<BlockHash, Promise<void>>();
+  /** Counts what may have made a block that is being read unwanted. */
+  #numPurges = 0;
   /** By voice, the least recently asked first. */
   readonly #counts = new Map<string, CacheCounts>();
   /** Used again by `release`. */
@@ -100,7 +113,8 @@ export class BlockPool implements Reclaimable, KvKeeper {
     this.#hasher = new BlockHasher(options.blockTokens);
     this.#byPage = new Array<KeptBlock | null>(options.arena.numPages).fill(null);
     this.#pages = new Int32Array(options.arena.numPages);
-    const { hostArena, copier, blockTokens, rule, costs, log } = options;
+    const { hostArena, copier, blockTokens, rule, costs, log, now } = options;
+    const disk = options.isCaching ? options.disk : null;
     this.host =
       hostArena && options.isCaching
         ? new HostBlocks({
@@ -109,11 +123,18 @@ export class BlockPool implements Reclaimable, KvKeeper {
             blockTokens,
             rule,
             costs,
+            disk,
             log,
             onLost: (block) => this.#lose(block),
             onWritten: (block) => this.#rank(block),
           })
         : null;
+    const { host } = this;
+    this.#below =
+      host && disk
+        ? new DiskBlocks({ disk, host, hostArena: hostArena!, pages: copier, blockTokens, costs, now })
+        : null;
+    if (host && this.#below) host.onFilled = () => this.#below!.writeAhead();
   }
 
   get isCaching(): boolean {
@@ -151,6 +172,55 @@ export class BlockPool implements Reclaimable, KvKeeper {
     if (block.arrival) return 'arriving';
     if (block.device) return block.numHolders > 0 ? 'held' : 'unheld';
     return this.#isWorthFetching(block) ? 'host' : null;
+  }
+
+  /** null: there is no disk tier. */
+  get disk(): KvDisk | null {
+    return this.#below?.disk ?? null;
+  }
+
+  /**
+   * Begins to bring what only the disk has of a waiting sequence's prompt to the host arena, where reading is cheaper than computing.
+   * @returns when it may go on: they are there, or waiting took as long as computing them would; null: there is nothing to read
+   */
+  readAhead(sequence: Sequence): Promise<void> | null {
+    const below = this.#below;
+    if (!below) return null;
+    const { blockTokens, costs } = this.#options;
+    const most = Math.floor((sequence.numTokens - 1) / blockTokens);
+    const wanted: number[] = [];
+    let computeMs = 0;
+    for (let depth = 0; depth < Math.min(most, sequence.blockHashes.length); depth++) {
+      const hash = sequence.blockHashes[depth]!;
+      if (this.#byHash.has(hash) || !below.disk.has(hash) || !below.isWorthReading(depth)) continue;
+      wanted.push(depth);
+      computeMs += 1000 * costs.prefillSeconds(blockTokens, depth * blockTokens);
+    }
+    if (wanted.length === 0) return null;
+    const reads = wanted.map((depth) => this.#read(sequence, depth, computeMs));
+    return Promise.race([Promise.all(reads), delay(computeMs, null, { ref: false })]).then(() => {});
+  }
+
+  /** Once, however many sequences wait for it. */
+  #read(sequence: Sequence, depth: number, withinMs: number): Promise<void> {
+    const hash = sequence.blockHashes[depth]!;
+    const underWay = this.#reads.get(hash);
+    if (underWay) return underWay;
+    const numPurges = this.#numPurges;
+    const read = this.#below!.read(hash, withinMs).then((bytes) => {
+      this.#reads.delete(hash);
+      // Meanwhile somebody may have computed it.
+      if (!bytes || this.#numPurges !== numPurges || this.#byHash.has(hash)) return;
+      const block = this.#newBlock(hash, sequence.adapterKey, depth);
+      block.isComputed = true;
+      block.isFromDisk = true;
+      block.uses = 1;
+      const { copier } = this.#options;
+      const isIn = this.host!.admit(block, (page) => copier.writeHostPages(Int32Array.of(page), bytes));
+      if (isIn) this.#byHash.set(hash, block);
+    });
+    this.#reads.set(hash, read);
+    return read;
   }
 
   /** Pure: what is measured in, what is cheaper out. */
@@ -205,6 +275,14 @@ export class BlockPool implements Reclaimable, KvKeeper {
     this.#byPage[page] = block;
     this.host!.pin(block);
     this.#fetched.push(block);
+  }
+
+  /** Where a block was that is fetched now: once it was the disk, for who waited for it. */
+  #tierOf(hash: BlockHash): 'host' | 'disk' {
+    const block = this.#byHash.get(hash);
+    if (!block?.isFromDisk) return 'host';
+    block.isFromDisk = false;
+    return 'disk';
   }
 
   /** One copy for all that was fetched since the last one. */
@@ -264,7 +342,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
     sequence.roomForBlocks(ways.length);
     sequence.numBlocks = ways.length;
     const numPromptBlocks = Math.floor(sequence.numPromptTokens / blockTokens);
-    const cached: CachedTokens = { device: 0, host: 0 };
+    const cached: CachedTokens = { device: 0, host: 0, disk: 0 };
     let range: ReadyRange | null = null;
     for (let at = 0; at < ways.length; at++) {
       if (ways[at] === 'compute') {
@@ -272,8 +350,9 @@ export class BlockPool implements Reclaimable, KvKeeper {
         range = null;
         continue;
       }
+      const tier = ways[at] === 'fetch' ? this.#tierOf(sequence.blockHashes[at]!) : 'device';
       if (ways[at] === 'fetch') this.#fetch(sequence, at);
-      if (at < numPromptBlocks) cached[ways[at] === 'fetch' ? 'host' : 'device'] += blockTokens;
+      if (at < numPromptBlocks) cached[tier] += blockTokens;
       if (range === null) {
         range = { begin: at * blockTokens, end: 0, numArriving: 0 };
         sequence.ready.push(range);
@@ -328,6 +407,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
       device: null,
       host: null,
       numHolders: 0,
+      isFromDisk: false,
       isComputed: false,
       isWriting: false,
       arrival: null,
@@ -404,6 +484,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
   /**
    * Forgets every block that was made with an adapter, alone or in a composition. What sequences still hold goes with them.
    * @returns the bytes of those that were kept, when no copy of them is under way any more
+   * @throws EngineError purge_incomplete, when the disk may still have some
    */
   async purge(digest: string): Promise<{ device: number; host: number; disk: number }> {
     const blocks = [...this.#byHash.values()].filter(({ voice }) => voice.includes(digest));
@@ -412,14 +493,20 @@ export class BlockPool implements Reclaimable, KvKeeper {
     const bytes = { device: bytesOf('device'), host: bytesOf('host'), disk: 0 };
     for (const block of blocks) this.forget(block);
     this.#counts.delete(digest);
-    await this.settled();
-    return bytes;
+    this.#numPurges++;
+    // In this turn: from now on nobody finds it there.
+    const onDisk = this.disk?.purge(digest);
+    const [removed] = await Promise.allSettled([onDisk, this.settled()]);
+    if (removed.status === 'rejected') throw removed.reason;
+    return { ...bytes, disk: removed.value?.disk ?? 0 };
   }
 
   /** Forgets everything, when nobody holds anything any more; resolves when no copy is under way. */
   async close(): Promise<void> {
+    this.#numPurges++;
     await this.host?.close();
     await this.settled();
+    await this.#below?.close();
     for (const block of [...this.#byHash.values()]) this.forget(block);
   }
 

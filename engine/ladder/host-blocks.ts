@@ -1,13 +1,15 @@
 /**
  * KV blocks in the host arena. What a step has computed is written through to it beside the steps, so a block that leaves the device
  * is not lost, and leaving is giving the page back. When the arena is full a block gets in only when something in it, a block or an
- * adapter, is worth less. A block that sequences hold on the device is worth little there: it leaves the device last.
+ * adapter, is worth less. A block that sequences hold on the device is worth little there: it leaves the device last. One that the
+ * disk has too is worth what reading it costs.
  */
 import type { Logger } from 'pino';
 import type { AdapterLoader } from '../adapters/residency.ts';
 import type { Arena } from './arena.ts';
 import type { MeasuredCosts } from './costs.ts';
 import { type KeptBlock, type Place, placeOf } from './kept-block.ts';
+import type { KvDisk } from './kv-disk.ts';
 import { LeavingQueue } from './leaving-queue.ts';
 import { copyShare, type EvictionRule, rules } from './policy.ts';
 import { type Reclaimable, reclaim } from './reclaim.ts';
@@ -20,6 +22,8 @@ export interface HostBlocksOptions {
   blockTokens: number;
   rule: EvictionRule;
   costs: MeasuredCosts;
+  /** null: there is no tier below. */
+  disk: KvDisk | null;
   log: Logger;
   /** The block is in no arena any more. */
   onLost: (block: KeptBlock) => void;
@@ -28,7 +32,7 @@ export interface HostBlocksOptions {
 }
 
 /** Pages of one copy to the host: a copy to the device, which somebody waits for, waits for no more than these. */
-const maxPagesOfCopy = 32;
+export const maxPagesOfCopy = 32;
 
 export class HostBlocks implements Reclaimable {
   readonly kind = 'kv';
@@ -43,6 +47,8 @@ export class HostBlocks implements Reclaimable {
   /** Blocks that left because their pages were wanted, and those for which there was no page. */
   numEvicted = 0;
   numRefused = 0;
+  /** Called when blocks have come. */
+  onFilled: () => void = () => {};
   /** Called with the bytes of each copy, and the seconds it took. */
   onCopied: (numBytes: number, seconds: number) => void = () => {};
 
@@ -73,10 +79,34 @@ export class HostBlocks implements Reclaimable {
 
   /** A block that is computed and on the device shall be here too. */
   write(block: KeptBlock): void {
+    if (block.wasFound) this.#options.disk?.touch(block.hash);
     if (block.host || block.isWriting || block.isForgotten || !block.isComputed || this.#isClosed) return;
     block.isWriting = true;
     this.#line.push(block);
     this.#writeOn();
+  }
+
+  /**
+   * Takes a page for a block that comes from below, if something that is worth less can leave for it.
+   * @param fill  writes the page
+   */
+  admit(block: KeptBlock, fill: (page: number) => void): boolean {
+    const { arena } = this.#options;
+    const page = new Int32Array(1);
+    const rank = this.#rankOf(block);
+    if (this.#isClosed || !reclaim(arena, 1, [this, ...this.#others], rank)) return false;
+    arena.take('kv', 1, page);
+    fill(page[0]!);
+    block.host = placeOf(block, page[0]!);
+    block.host.rank = rank;
+    this.#queue.add(block.host);
+    this.onFilled();
+    return true;
+  }
+
+  /** What would leave next, in order. */
+  leavingFirst(count: number): Place[] {
+    return this.#queue.firstOnes(count);
   }
 
   /** Its worth has changed. */
@@ -122,10 +152,14 @@ export class HostBlocks implements Reclaimable {
   }
 
   #rankOf(block: KeptBlock): number {
-    const { arena, blockTokens, costs, rule } = this.#options;
+    const { arena, blockTokens, costs, rule, disk } = this.#options;
     const share = block.numHolders > 0 ? copyShare : 1;
+    const prefillSeconds = costs.prefillSeconds(blockTokens, block.depth * blockTokens);
+    // What came from there for somebody who waits for it must not go before that one has it.
+    const isSpare = disk?.has(block.hash) && !block.isFromDisk;
+    const restoreSeconds = isSpare ? Math.min(prefillSeconds, disk!.secondsPerBlock) : prefillSeconds;
     return rules[rule]({
-      restoreSeconds: share * costs.prefillSeconds(blockTokens, block.depth * blockTokens),
+      restoreSeconds: share * restoreSeconds,
       numBytes: arena.pageBytes,
       uses: block.uses,
       lastUsedMs: block.lastUsedMs,
@@ -178,6 +212,7 @@ export class HostBlocks implements Reclaimable {
       log.error({ err }, 'KV blocks were not copied to the host arena');
     }
     for (const place of places) this.#finishWriting(place, isCopied);
+    this.onFilled();
   }
 
   #finishWriting(place: Place, isCopied: boolean): void {

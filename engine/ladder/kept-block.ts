@@ -14,6 +14,8 @@ export interface KeptBlock {
   host: Place | null;
   /** Sequences that have it in their table. */
   numHolders: number;
+  /** It came from the disk, and no sequence has had it since. */
+  isFromDisk: boolean;
   /** The step that computes it is over. */
   isComputed: boolean;
   /** It stands in line to be copied to the host arena, or is being copied. */

@@ -49,7 +49,7 @@ export interface KvDiskLimits {
   maxLineBytes: number;
   /** Reads that wait for others. */
   maxWaitingReads: number;
-  /** A read that takes longer finds nothing. */
+  /** A read that takes longer is taken for a stalled disk. */
   readMs: number;
   /** A change that takes longer is taken for a stalled disk; a look or a purge has ten times as long. */
   changeMs: number;
@@ -63,7 +63,7 @@ export interface KvDiskLimits {
 
 const usualLimits: KvDiskLimits = {
   maxLineBytes: 64 * 2 ** 20,
-  maxWaitingReads: 256,
+  maxWaitingReads: 1024,
   readMs: 1000,
   changeMs: 5000,
   purgeMs: 10_000,
@@ -84,18 +84,20 @@ const unitBytes = 4096;
 const guessedSecondsPerByte = 1 / 200e6;
 /** Of what came before, at each new measure. */
 const fading = 0.9;
+/** Of a file that was found: how often it was used is not written down. */
+const foundUses = 1 / 4;
 /** A measure is believed less the older it is, so that a disk that was slow is tried again. */
 const measureHalfLifeMs = 60_000;
 
 /** A block that is offered. */
 export interface OfferedBlock {
-  hash: BlockHash;
-  voice: string;
+  readonly hash: BlockHash;
+  readonly voice: string;
   /** Its index in a block table. */
-  depth: number;
-  uses: number;
+  readonly depth: number;
+  readonly uses: number;
   /** On the clock of `now`. */
-  lastUsedMs: number;
+  readonly lastUsedMs: number;
 }
 
 /** Blocks that were not written, by reason. */
@@ -135,8 +137,6 @@ interface Read {
   entry: Entry;
   end: (result: ReadResult, bytes: Buffer<ArrayBuffer> | null) => void;
   isOver: boolean;
-  /** When the disk was asked; null: it waits. */
-  beganMs: number | null;
 }
 
 interface Purge {
@@ -162,6 +162,8 @@ export class KvDisk implements KvKeeper {
   readonly #touched = new Set<Entry>();
   /** First come, first written; the first one may be under way. */
   readonly #line = new Map<BlockHash, Write>();
+  /** Who waits for room in it. */
+  #onRoom: (() => void)[] = [];
   readonly #purges: Purge[] = [];
   #isLookDue = true;
   #isWoken = false;
@@ -250,6 +252,11 @@ export class KvDisk implements KvKeeper {
     return guessed + belief * (this.#readSeconds - guessed);
   }
 
+  /** Whether it is there, or about to be written. */
+  keeps(hash: BlockHash): boolean {
+    return this.#line.has(hash) || this.#byHash.get(hash)?.unwanted === null;
+  }
+
   /** Whether a read may find it now. */
   has(hash: BlockHash): boolean {
     if (this.#line.has(hash)) return true;
@@ -272,24 +279,41 @@ export class KvDisk implements KvKeeper {
       return true;
     }
     if (!this.#takes()) return false;
-    this.#line.set(block.hash, { ...block, bytes, isForgotten: false });
+    const { hash, voice, depth, uses, lastUsedMs } = block;
+    this.#line.set(hash, { hash, voice, depth, uses, lastUsedMs, bytes, isForgotten: false });
     void this.#wake();
     return true;
   }
 
   #takes(): boolean {
     const { dropped } = this.counts;
-    const lineBytes = this.#line.size * this.#options.blockBytes;
     if (this.#isClosed) return false;
     if (this.#writes.isResting) dropped.resting++;
-    else if (lineBytes > 0 && lineBytes + this.#options.blockBytes > this.#limits.maxLineBytes)
-      dropped.line_full++;
+    else if (this.#isLineFull) dropped.line_full++;
     else return true;
     return false;
   }
 
+  get #isLineFull(): boolean {
+    const { blockBytes } = this.#options;
+    return this.#line.size > 0 && (this.#line.size + 1) * blockBytes > this.#limits.maxLineBytes;
+  }
+
+  /** Waits until the line takes one more. @returns false: not within that time, or the disk rests, or it is closed */
+  async roomInLine(withinMs: number): Promise<boolean> {
+    const endMs = this.#options.now() + withinMs;
+    while (!this.#isClosed && !this.#writes.isResting) {
+      if (!this.#isLineFull) return true;
+      const leftMs = endMs - this.#options.now();
+      if (leftMs <= 0) return false;
+      const room = new Promise<void>((resolve) => this.#onRoom.push(resolve));
+      await Promise.race([room, delay(leftMs, null, { ref: false })]);
+    }
+    return false;
+  }
+
   /**
-   * @param withinMs  later than that it finds nothing
+   * @param withinMs  what the caller waits: later than that it finds nothing
    * @returns the block's bytes, not to be changed; null: not there, damaged, late, or an error
    */
   async read(hash: BlockHash, withinMs = this.#limits.readMs): Promise<Buffer<ArrayBuffer> | null> {
@@ -307,11 +331,7 @@ export class KvDisk implements KvKeeper {
     this.touch(hash);
     const entry = this.#byHash.get(hash)!;
     return new Promise((resolve) => {
-      const timer = setTimeout(() => {
-        // One that only stood in line says nothing about the disk.
-        if (read.beganMs !== null) this.#reads.failed(`no answer within ${withinMs} ms`);
-        read.end('late', null);
-      }, withinMs);
+      const timer = setTimeout(() => read.end('late', null), withinMs);
       const end = (result: ReadResult, bytes: Buffer<ArrayBuffer> | null) => {
         if (read.isOver) return;
         read.isOver = true;
@@ -319,7 +339,7 @@ export class KvDisk implements KvKeeper {
         reads[result]++;
         resolve(bytes);
       };
-      const read: Read = { entry, end, isOver: false, beganMs: null };
+      const read: Read = { entry, end, isOver: false };
       this.#waitingReads.push(read);
       this.#readOn();
     });
@@ -423,8 +443,9 @@ export class KvDisk implements KvKeeper {
   async #read(read: Read): Promise<void> {
     const { modelKey, blockBytes, now } = this.#options;
     const { entry } = read;
+    const { readMs } = this.#limits;
     const beganMs = now();
-    read.beganMs = beganMs;
+    const stall = setTimeout(() => this.#reads.failed(`no answer within ${readMs} ms`), readMs);
     try {
       const file = await this.#files.read(this.#pathOf(entry), headerBytes + blockBytes);
       const bytes = file && (await blockIn(file, modelKey, entry.hash));
@@ -442,6 +463,8 @@ export class KvDisk implements KvKeeper {
         if ((error as NodeJS.ErrnoException).code === 'EIO') this.#discard(entry, 'damaged');
       }
       read.end(isGone ? 'gone' : 'failed', null);
+    } finally {
+      clearTimeout(stall);
     }
   }
 
@@ -524,6 +547,7 @@ export class KvDisk implements KvKeeper {
   #takeOut(write: Write): void {
     // When it was forgotten another one may have come for its hash.
     if (this.#line.get(write.hash) === write) this.#line.delete(write.hash);
+    for (const resolve of this.#onRoom.splice(0)) resolve();
   }
 
   // Changes
@@ -614,7 +638,7 @@ export class KvDisk implements KvKeeper {
       return;
     }
     const lastUsedMs = wallClock() - Math.max(0, now() - write.lastUsedMs);
-    const kept = { depth, uses: Math.max(1, write.uses), lastUsedMs };
+    const kept = { depth, uses: write.uses, lastUsedMs };
     const place = join(this.#modelFolder, placeOf(write.voice));
     if (!(await this.#makeRoom(this.#rankOf(kept)))) {
       this.#forgetWrite(write);
@@ -716,7 +740,7 @@ export class KvDisk implements KvKeeper {
     const hash = Buffer.from(named[1]!, 'hex').toString('latin1');
     const entry: Entry = {
       ...{ hash, place, depth: Number(named[2]), sizeBytes: footprint(file.sizeBytes) },
-      ...{ uses: 1, lastUsedMs: file.changedMs, unwanted: null, rank: 0, queueIndex: -1 },
+      ...{ uses: foundUses, lastUsedMs: file.changedMs, unwanted: null, rank: 0, queueIndex: -1 },
     };
     const isOurs = this.#isOurs(entry);
     const known = isOurs ? this.#byHash.get(hash) : this.#others.get(keyOf(entry));

@@ -20,6 +20,23 @@ export class LeavingQueue<T extends Leaving> {
     return this.#heap[0] ?? null;
   }
 
+  /** The first `count`, in the order in which they would leave. */
+  firstOnes(count: number): T[] {
+    if (count >= this.#heap.length) return [...this.#heap].sort((a, b) => (leavesBefore(a, b) ? -1 : 1));
+    const ones: T[] = [];
+    // Below what was found: the next one is among them.
+    const open = this.#heap.slice(0, 1);
+    while (ones.length < count && open.length > 0) {
+      let least = 0;
+      for (let i = 1; i < open.length; i++) if (leavesBefore(open[i]!, open[least]!)) least = i;
+      const one = open[least]!;
+      ones.push(one);
+      const at = one.queueIndex;
+      open.splice(least, 1, ...this.#heap.slice(2 * at + 1, 2 * at + 3));
+    }
+    return ones;
+  }
+
   add(item: T): void {
     item.queueIndex = this.#heap.length;
     this.#heap.push(item);

@@ -10,6 +10,10 @@ import { defaultSampling } from '../../../engine/sampling.ts';
 import { Sequence } from '../../../engine/sequence.ts';
 import { seededRandom } from '../../fixtures/seeded-random.ts';
 
+function noHostArena(): never {
+  throw new Error('there is no host arena');
+}
+
 function pool(numPages = 16, below: { host: unknown[]; copier: PageCopier } | null = null) {
   let nowMs = 0;
   const arena = new Arena(numPages, 1024);
@@ -17,11 +21,12 @@ function pool(numPages = 16, below: { host: unknown[]; copier: PageCopier } | nu
   const blocks = new BlockPool({
     arena,
     hostArena,
-    copier: below?.copier ?? {
-      copyPages() {
-        throw new Error('there is no host arena');
-      },
+    copier: {
+      copyPages: below?.copier.copyPages ?? noHostArena,
+      readHostPages: noHostArena,
+      writeHostPages: noHostArena,
     },
+    disk: null,
     blockTokens: 16,
     isCaching: true,
     rule: 'cost',

@@ -28,7 +28,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { describe, expect, onTestFinished, test, vi } from 'vitest';
 import { modelKeyOf } from '../../../engine/ladder/block-file.ts';
 import type { BlockHash } from '../../../engine/ladder/block-hash.ts';
-import { type DiskFiles, diskFiles } from '../../../engine/ladder/disk-files.ts';
+import type { DiskFiles } from '../../../engine/ladder/disk-files.ts';
 import { KvDisk, type KvDiskOptions } from '../../../engine/ladder/kv-disk.ts';
 import {
   bigBlockBytes,
@@ -41,6 +41,7 @@ import {
   modelKey,
 } from '../../fixtures/kv-blocks.ts';
 import { seededRandom } from '../../fixtures/seeded-random.ts';
+import { ioError, sickFiles } from '../../fixtures/sick-files.ts';
 
 const voiceA = `sha256:${'a'.repeat(64)}`;
 const voiceB = `sha256:${'b'.repeat(64)}`;
@@ -101,28 +102,6 @@ function logLines() {
   } as unknown as KvDiskOptions['log'];
   return { lines, log };
 }
-
-/** Real files, of which some operations may be stopped or fail. */
-function sickFiles() {
-  const sick = { gate: null as Promise<void> | null, failure: null as Error | null, numAsked: 0 };
-  const affected = new Set<keyof DiskFiles>();
-  const files = Object.fromEntries(
-    Object.entries(diskFiles).map(([name, operation]) => [
-      name,
-      async (...args: never[]) => {
-        if (affected.has(name as keyof DiskFiles)) {
-          sick.numAsked++;
-          await sick.gate;
-          if (sick.failure) throw sick.failure;
-        }
-        return (operation as (...args: never[]) => unknown)(...args);
-      },
-    ]),
-  ) as unknown as DiskFiles;
-  return { sick, affected, files };
-}
-
-const ioError = (code = 'EIO') => Object.assign(new Error(`${code}: it is broken`), { code });
 
 describe('blocks', () => {
   test('are read back as they were written, also by who opens the folder later', async () => {
@@ -569,13 +548,18 @@ describe('a disk that is slow or sick', () => {
     const { lines, log } = logLines();
     const { sick, affected, files } = sickFiles();
     let nowMs = 0;
-    const disk = await openDisk(await newFolder(), 100, { files, log, now: () => nowMs });
+    const disk = await openDisk(await newFolder(), 100, {
+      files,
+      log,
+      now: () => nowMs,
+      limits: { readMs: 20 },
+    });
     for (let i = 0; i < 10; i++) write(disk, blockHash(i));
     await disk.settle();
     const gate = Promise.withResolvers<void>();
     sick.gate = gate.promise;
     affected.add('read');
-    const reads = [0, 1, 2, 3].map((i) => disk.read(blockHash(i), 20));
+    const reads = [0, 1, 2, 3].map((i) => disk.read(blockHash(i)));
     expect(await Promise.all(reads)).toEqual([null, null, null, null]);
     expect([disk.counts.reads.late, disk.has(blockHash(0))]).toEqual([4, false]);
     // It rests; and then it is tried again, but not while it still owes an answer.
