@@ -74,6 +74,8 @@ const maxFetches = 64;
  * that are never alike must not push out what is used, adapters or KV.
  */
 const usesOfMade = 1 / 16;
+/** Of a sequence for the disk, however long computing would take. */
+const longestWaitMs = 30_000;
 /** Voices whose counts are remembered; the least recently asked is forgotten. */
 const maxVoices = 4096;
 
@@ -197,8 +199,9 @@ export class BlockPool implements Reclaimable, KvKeeper {
       computeMs += 1000 * costs.prefillSeconds(blockTokens, depth * blockTokens);
     }
     if (wanted.length === 0) return null;
-    const reads = wanted.map((depth) => this.#read(sequence, depth, computeMs));
-    return Promise.race([Promise.all(reads), delay(computeMs, null, { ref: false })]).then(() => {});
+    const waitMs = Math.min(computeMs, longestWaitMs);
+    const reads = wanted.map((depth) => this.#read(sequence, depth, waitMs));
+    return Promise.race([Promise.all(reads), delay(waitMs, null, { ref: false })]).then(() => {});
   }
 
   /** Once, however many sequences wait for it. */

@@ -84,8 +84,8 @@ const unitBytes = 4096;
 const guessedSecondsPerByte = 1 / 200e6;
 /** Of what came before, at each new measure. */
 const fading = 0.9;
-/** Of a file that was found: how often it was used is not written down. */
-const foundUses = 1 / 4;
+/** Of a file that was found: how often it was used is not written down. As block-pool.ts counts what was only made. */
+const foundUses = 1 / 16;
 /** A measure is believed less the older it is, so that a disk that was slow is tried again. */
 const measureHalfLifeMs = 60_000;
 

@@ -55,6 +55,18 @@ describe('engine settings', () => {
     expect(() => parse(['--weight-memory', 'half'])).toThrow(/--weight-memory: expected bytes from 0/);
   });
 
+  test('put KV on disk only where there is a way to it', () => {
+    expect(parse(['--kv-disk', '5GB']).kvDiskBytes).toBe(5e9);
+    expect(parse([]).kvDiskBytes).toBe(0);
+    for (const [flag, value] of [
+      ['--host-memory', '0'],
+      ['--prefix-cache', 'off'],
+    ])
+      expect(() => parse(['--kv-disk', '5GB', flag!, value!])).toThrow(
+        /--kv-disk: expected --prefix-cache on and --host-memory beside it/,
+      );
+  });
+
   test('collect adapters', () => {
     const { adapters } = parse(['--adapter', 'a=/x', '--adapter=b=/y=z']);
     expect(adapters).toEqual([

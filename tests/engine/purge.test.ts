@@ -5,6 +5,8 @@ import { join } from 'node:path';
 import { pino } from 'pino';
 import { describe, expect, onTestFinished, test, vi } from 'vitest';
 import { digestOfFolder } from '../../engine/adapters/adapter-file.ts';
+import { headerBytes } from '../../engine/ladder/block-file.ts';
+import { KvDisk } from '../../engine/ladder/kv-disk.ts';
 import { enginePaths } from '../../engine/protocol.ts';
 import { purgeAdapter } from '../../engine/purge.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
@@ -12,6 +14,7 @@ import { Sources } from '../../engine/sources.ts';
 import type { Runtime } from '../../native/index.ts';
 import { readFakeAdapter, start, startEngine } from '../fixtures/fake-engine-parts.ts';
 import { goldensFolder } from '../fixtures/golden.ts';
+import { diskOptions, modelKey } from '../fixtures/kv-blocks.ts';
 import { open, prepare } from '../fixtures/models.ts';
 import { generate, startRealEngine } from '../fixtures/real-engine.ts';
 import { serveFake } from '../fixtures/serve-fake.ts';
@@ -46,7 +49,10 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   onTestFinished(() => rm(cacheFolder, { recursive: true }));
   const model = await prepare(join(goldensFolder, 'tiny/llama3'));
   const runtime = await open(model, { deviceMemoryBytes: 32 << 20, hostMemoryBytes: 32 << 20 });
-  const parts = startRealEngine(runtime, model);
+  const kvFolder = join(cacheFolder, 'kv');
+  const blockBytes = runtime.pageBytes;
+  const disk = await KvDisk.open(diskOptions(kvFolder, 0, { blockBytes, budgetBytes: 2 ** 30 }));
+  const parts = startRealEngine(runtime, model, {}, runtime.numPages, disk);
   const { engine, tiers, arena, hostArena, blocks } = parts;
   const sources = new Sources({ cacheFolder, maxAdapterBytes: 2 ** 30, adapterRoot: null, log });
   onTestFinished(async () => {
@@ -78,6 +84,23 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
     expect(arena.numFree + blocks.numReclaimablePages).toBeGreaterThanOrEqual(pages);
     await generate(parts, { promptTokens: prompt(11 + i), maxTokens: 30 });
   }
+  // What is in the host arena goes on to the disk, as it would when that is full.
+  await blocks.settled();
+  for (const { block, page } of blocks.host!.leavingFirst(1000))
+    disk.write(block, runtime.readHostPages(Int32Array.of(page)) as Buffer<ArrayBuffer>);
+  await disk.settle();
+  const voicesFolder = join(kvFolder, modelKey.slice(0, 32));
+  const voices = await readdir(voicesFolder);
+  const blocksOnDisk = async (folder: string) =>
+    (await filesBelow(folder)).map((file) => file.subarray(headerBytes));
+  const secrets = new Set<string>();
+  for (const voice of voices.filter((name) => name !== 'base')) {
+    for (const block of await blocksOnDisk(join(voicesFolder, voice)))
+      for (const chunk of chunksOf(block)) secrets.add(chunk);
+  }
+  expect(voices.length).toBe(2);
+  expect(secrets.size).toBeGreaterThan(500);
+
   const ended = Promise.withResolvers<unknown>();
   const isWell = Promise.withResolvers<void>();
   const [handle] = engine.add([
@@ -93,7 +116,6 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   ]);
   const other = generate(parts, { promptTokens: prompt(5), maxTokens: 200 });
   await isWell.promise;
-  const secrets = new Set<string>();
   // Its first blocks are full and do not change any more.
   for (const page of [...handle!.sequence.blocks.slice(0, 5), ...adapter.device!.pages]) {
     for (const chunk of chunksOf(await readDevicePage(runtime, page, spare))) secrets.add(chunk);
@@ -110,6 +132,8 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   const numBytes = adapter.numPages * runtime.pageBytes;
   expect(report.adapterBytes).toMatchObject({ device: numBytes, host: numBytes });
   expect(report.adapterBytes.disk).toBeGreaterThan(1000);
+  expect(report.kvBytes.disk).toBeGreaterThan(blockBytes);
+  expect(await readdir(voicesFolder)).toEqual(['base']);
   expect(tiers.statuses()).toEqual([]);
 
   const isSecret = (page: Buffer) => [...chunksOf(page)].some((chunk) => secrets.has(chunk));
@@ -123,6 +147,9 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   const weights = await readFile(join(original, 'adapter_model.safetensors'));
   const window = weights.subarray(weights.length - 256);
   for (const file of await filesBelow(cacheFolder)) expect(file.indexOf(window)).toBe(-1);
+  const left = await blocksOnDisk(kvFolder);
+  expect(left.length).toBeGreaterThan(0);
+  expect(left.some(isSecret)).toBe(false);
 });
 
 describe('a purge', () => {
