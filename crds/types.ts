@@ -158,6 +158,12 @@ export interface BaseModelSpec {
      */
     host: number | string;
     /**
+     * KV that the host arena has no room for, on disk in the cache folder, of all engines that share the
+     * folder together. It outlives an engine as long as the folder does. Needs memory.host and
+     * kv.prefixCache. A Kubernetes quantity in bytes. Default 0.
+     */
+    disk: number | string;
+    /**
      * Most memory for the model's weights. Layers beyond it are read from the prepared file for each step,
      * so that a model larger than memory runs, slower; with 0 all stay mapped, and engines on a node share
      * them. A Kubernetes quantity in bytes. Default 0.

@@ -259,6 +259,7 @@ function engineEnv(baseModel: BaseModel): Record<string, string> {
     MOTET_DEVICE: accelerator.type,
     MOTET_DEVICE_MEMORY: String(bytesOf(memory.device)),
     MOTET_HOST_MEMORY: String(bytesOf(memory.host)),
+    MOTET_KV_DISK: String(bytesOf(memory.disk)),
     MOTET_WEIGHT_MEMORY: String(bytesOf(memory.weights)),
     MOTET_QUANTIZATION: quantization,
     MOTET_KV_CACHE_DTYPE: kv.dtype,
@@ -358,7 +359,7 @@ function locate(uri: string): Place {
 }
 
 function storage(baseModel: BaseModel): { volumes: V1Volume[]; mounts: V1VolumeMount[] } {
-  const { source, cache = {}, adapterClaims = [] } = baseModel.spec;
+  const { source, cache = {}, memory, adapterClaims = [] } = baseModel.spec;
   const { volume: sourceVolume, mountPath } = locate(source.uri);
   const cacheVolume: V1Volume =
     cache.claimName !== undefined
@@ -367,7 +368,8 @@ function storage(baseModel: BaseModel): { volumes: V1Volume[]; mounts: V1VolumeM
         ? { name: 'cache', hostPath: { path: cache.hostPath, type: 'Directory' } }
         : {
             name: 'cache',
-            emptyDir: cache.sizeLimit === undefined ? {} : { sizeLimit: String(cache.sizeLimit) },
+            emptyDir:
+              cache.sizeLimit === undefined ? {} : { sizeLimit: cacheLimit(cache.sizeLimit, memory.disk) },
           };
   const all = [
     { volume: { name: 'tmp', emptyDir: {} }, mountPath: '/tmp' },
@@ -387,6 +389,11 @@ function storage(baseModel: BaseModel): { volumes: V1Volume[]; mounts: V1VolumeM
   };
 }
 
+/** The limit is for weights and fetched files; KV is beside them in the same folder, and has its own. */
+function cacheLimit(sizeLimit: number | string, disk: number | string): string {
+  return bytesOf(disk) === 0 ? String(sizeLimit) : String(bytesOf(sizeLimit) + bytesOf(disk));
+}
+
 function claimVolume(claimName: string): V1Volume {
   // Names of volumes are shorter than those of claims, and have no dots.
   const isName = /^[-a-z0-9]{1,50}$/.test(claimName);
@@ -395,12 +402,18 @@ function claimVolume(claimName: string): V1Volume {
 }
 
 function resources(baseModel: BaseModel): V1ResourceRequirements {
-  const { accelerator, memory, podTemplate: more = {} } = baseModel.spec;
+  const { accelerator, memory, cache = {}, podTemplate: more = {} } = baseModel.spec;
   const theirs = more.resources ?? {};
   const gpus = accelerator.type === 'nvidia' ? { 'nvidia.com/gpu': accelerator.count } : {};
   // Weights that are mapped are the node's to keep; those with a bound are the engine's own memory.
   const ownBytes = bytesOf(memory.device) + bytesOf(memory.host) + bytesOf(memory.weights);
-  const needed = { cpu: 1, memory: ownBytes + overheadBytes };
+  const isOnNode = cache.claimName === undefined && cache.hostPath === undefined;
+  const diskBytes = isOnNode ? bytesOf(memory.disk) : 0;
+  const needed = {
+    cpu: 1,
+    memory: ownBytes + overheadBytes,
+    ...(diskBytes > 0 && { 'ephemeral-storage': diskBytes }),
+  };
   // Where only a limit is given, it is also the request; ours might be above it.
   const defaults = Object.entries(needed).filter(([name]) => theirs.limits?.[name] === undefined);
   const requests = { ...Object.fromEntries(defaults), ...theirs.requests, ...gpus };

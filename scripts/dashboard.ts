@@ -278,12 +278,18 @@ const ladder: Panel[] = [
       [perSecond('motet_kv_refused_total', ofBase), 'not taken by host'],
     ],
   ),
-  graph('KV that moved', 'Bps', 'Bytes of KV that were copied between tiers.', [
+  graph(
+    'KV that moved',
+    'Bps',
+    'Bytes of KV that were copied between tiers, and that steps read from the host arena for contexts longer than the device holds.',
     [
-      orNone('from', perSecond('motet_kv_move_bytes_total', ofBase, 'from, to'), anyTokens),
-      '{{from}} to {{to}}',
+      [
+        orNone('from', perSecond('motet_kv_move_bytes_total', ofBase, 'from, to'), anyTokens),
+        '{{from}} to {{to}}',
+      ],
+      [perSecond('motet_kv_streamed_bytes_total', ofBase), 'read by steps'],
     ],
-  ]),
+  ),
   graph(
     'Time of KV copies',
     'percentunit',
@@ -299,26 +305,39 @@ const ladder: Panel[] = [
     'Waiting for KV',
     'short',
     'Requests for KV of lower tiers that are under way at a time, on average. Normally well below 1.',
-    [[perSecond('motet_kv_wait_seconds_sum', ofBase, 'base_model'), '{{base_model}}']],
+    [
+      [perSecond('motet_kv_wait_seconds_sum', ofBase, 'base_model'), '{{base_model}} host'],
+      [perSecond('motet_kv_disk_wait_seconds_sum', ofBase, 'base_model'), '{{base_model}} disk'],
+    ],
   ),
-  {
-    ...graph(
-      'Weights read',
-      'Bps',
-      'Weights that are not in memory and are read for each step; 0 without memory.weights.',
-      [[perSecond('motet_weight_read_bytes_total', ofBase, 'base_model'), '{{base_model}}']],
-    ),
-    width: 12,
-  },
-  {
-    ...graph(
-      'Steps that wait for weights',
-      'percentunit',
-      'Part of the time that an engine computes nothing since the next layer is still being read.',
-      [[perSecond('motet_weight_wait_seconds_total', ofBase, 'pod'), '{{pod}}']],
-    ),
-    width: 12,
-  },
+  graph(
+    'KV on disk',
+    'ops',
+    'Blocks read from disk, by result; written; and those that were not written, by reason. damaged, late and failed: a disk that is ill.',
+    [
+      [
+        orNone('result', perSecond('motet_kv_disk_reads_total', ofBase, 'result'), anyTokens),
+        'read: {{result}}',
+      ],
+      [orZero(perSecond('motet_kv_disk_written_total', ofBase), anyTokens), 'written'],
+      [
+        orNone('reason', perSecond('motet_kv_disk_dropped_total', ofBase, 'reason'), anyTokens),
+        'not written: {{reason}}',
+      ],
+    ],
+  ),
+  graph(
+    'Weights read',
+    'Bps',
+    'Weights that are not in memory and are read for each step; 0 without memory.weights.',
+    [[perSecond('motet_weight_read_bytes_total', ofBase, 'base_model'), '{{base_model}}']],
+  ),
+  graph(
+    'Steps that wait for weights',
+    'percentunit',
+    'Part of the time that an engine computes nothing since the next layer is still being read.',
+    [[perSecond('motet_weight_wait_seconds_total', ofBase, 'pod'), '{{pod}}']],
+  ),
 ];
 
 const adapters: Panel[] = [

@@ -35,10 +35,10 @@ const full: Record<Kind, object> = {
     servedName: 'HuggingFaceTB/SmolLM2-135M-Instruct',
     replicas: 2,
     quantization: 'int8',
-    kv: { dtype: 'int8', prefixCache: 'off', eviction: 'lru' },
+    kv: { dtype: 'int8', prefixCache: 'on', eviction: 'lru' },
     adapterQuantization: 'int8',
     accelerator: { type: 'nvidia', count: 1, runtimeClassName: 'nvidia' },
-    memory: { device: '1.5Gi', host: '2Gi', weights: '3G' },
+    memory: { device: '1.5Gi', host: '2Gi', disk: '10G', weights: '3G' },
     limits: { maxModelLen: 2048, maxBatchTokens: 128, maxSequences: 32, maxWaiting: 10, maxLoraRank: 64 },
     cache: { sizeLimit: '20Gi' },
     sourceAccess: {
@@ -228,7 +228,7 @@ const cases: Record<Kind, Case[]> = {
     ),
     ['spec.memory.device', long(21), /Too long/],
     ...['host', 'weights'].flatMap((field): Case[] => [
-      ...[0, '0', '1Mi', '64Ti', '500M'].map((size): Case => [`spec.memory.${field}`, size, null]),
+      ...['1Mi', '64Ti', '500M'].map((size): Case => [`spec.memory.${field}`, size, null]),
       ...['4GB', '1Ki', '65Ti', '-1Gi', '', 4].map(
         (size): Case => [
           `spec.memory.${field}`,
@@ -238,6 +238,20 @@ const cases: Record<Kind, Case[]> = {
       ),
       [`spec.memory.${field}`, long(21), /Too long/],
     ]),
+    ...[0, '0', '1Mi', '1024Ti', '500M'].map((size): Case => ['spec.memory.disk', size, null]),
+    ...['4GB', '1Ki', '1025Ti', '-1Gi', '', 4].map(
+      (size): Case => [
+        'spec.memory.disk',
+        size,
+        /expected 0 or a quantity of bytes from 1Mi to 1024Ti, such as 100Gi/,
+      ],
+    ),
+    ['spec.memory.disk', long(21), /Too long/],
+    ['spec.memory', { host: 0, disk: '1Gi' }, /memory.disk needs memory.host above 0 and kv.prefixCache on/],
+    ['spec.memory', { host: '0Gi', disk: '1Gi' }, /memory.disk needs memory.host above 0/],
+    ['spec.memory', { disk: '1Gi' }, /memory.disk needs memory.host above 0/],
+    ...[0, '0', '0Gi'].map((none): Case => ['spec.memory', { host: none, disk: none, weights: none }, null]),
+    ['spec.kv.prefixCache', 'off', /memory.disk needs memory.host above 0 and kv.prefixCache on/],
     ['spec.limits.maxModelLen', undefined, null],
     ['spec.limits.maxModelLen', 15, /greater than or equal to 16/],
     ['spec.limits.maxModelLen', 16777217, /less than or equal to 16777216/],
@@ -502,7 +516,7 @@ test('fills in every default', async () => {
     kv: { dtype: 'auto', prefixCache: 'on', eviction: 'cost' },
     adapterQuantization: 'keep',
     accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
-    memory: { device: '1Gi', host: 0, weights: 0 },
+    memory: { device: '1Gi', host: 0, disk: 0, weights: 0 },
     limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 },
     drainSeconds: 30,
     rollout: { maxSurge: 1, maxUnavailable: 0 },

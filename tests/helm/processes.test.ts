@@ -112,7 +112,7 @@ spec:
   kv: { dtype: auto, prefixCache: 'on', eviction: cost }
   adapterQuantization: keep
   accelerator: { type: cpu, count: 1, runtimeClassName: nvidia }
-  memory: { device: 1Gi, host: 0, weights: 0 }
+  memory: { device: 1Gi, host: 0, disk: 0, weights: 0 }
   limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 }
   drainSeconds: 30
   rollout: { maxSurge: 1, maxUnavailable: 0 }

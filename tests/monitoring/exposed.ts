@@ -3,6 +3,7 @@ import { join } from 'node:path';
 import { onTestFinished } from 'vitest';
 import { createNamespace, sharedControlPlane } from '../fixtures/control-plane.ts';
 import { type RunningProcess, startGatewayOver, startProcess } from '../fixtures/processes.ts';
+import { temporaryFolder } from '../fixtures/source-files.ts';
 import {
   applyCrds,
   baseModelOf,
@@ -18,13 +19,15 @@ export interface EngineAndGateway {
   gateway: RunningProcess;
 }
 
-/** An engine with the native core and the adapter `a` on the tiny model `base`, a gateway before it. They end with the test. */
+/** An engine with all tiers and the adapter `a` on the tiny model `base`, a gateway before it. They end with the test. */
 export async function startEngineAndGateway(): Promise<EngineAndGateway> {
+  const cache = await temporaryFolder();
   const engine = await startProcess('engine', [
     ...['--model', tiny, '--served-name', 'base', '--adapter', `a=${join(tiny, 'adapter')}`],
-    ...['--device-memory', '32MiB', '--port', '0'],
+    ...['--device-memory', '32MiB', '--host-memory', '32MiB', '--kv-disk', '64MiB', '--cache', cache],
+    ...['--port', '0'],
   ]);
-  onTestFinished(() => void engine.stop());
+  onTestFinished(async () => void (await engine.stop()));
   const gateway = await startGatewayOver([engine.url]);
   onTestFinished(() => void gateway.stop());
   return { engine, gateway };

@@ -1,5 +1,5 @@
 import type { V1Container, V1PodSpec } from '@kubernetes/client-node';
-import { expect, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import type { BaseModel } from '../../crds/types.ts';
 import { desiredObjects, serviceName } from '../../operator/desired.ts';
 import { baseModel } from './builders.ts';
@@ -75,7 +75,7 @@ test('settings reach the engine as its variables', () => {
       quantization: 'int4',
       kv: { dtype: 'int8', prefixCache: 'off', eviction: 'lru' },
       adapterQuantization: 'int8',
-      memory: { device: '1.5Gi', host: '2Gi', weights: '3G' },
+      memory: { device: '1.5Gi', host: '2Gi', disk: '10G', weights: '3G' },
       drainSeconds: 7,
     }),
   ).toEqual({
@@ -88,6 +88,7 @@ test('settings reach the engine as its variables', () => {
     MOTET_DEVICE: 'cpu',
     MOTET_DEVICE_MEMORY: String(1.5 * 2 ** 30),
     MOTET_HOST_MEMORY: String(2 * 2 ** 30),
+    MOTET_KV_DISK: String(10e9),
     MOTET_WEIGHT_MEMORY: String(3e9),
     MOTET_QUANTIZATION: 'int4',
     MOTET_KV_CACHE_DTYPE: 'int8',
@@ -281,7 +282,7 @@ test('a CPU pod has nothing of a GPU', () => {
 
 test('a pod requests a CPU, its arenas and half a GiB, unless told otherwise', () => {
   expect(engine().resources).toEqual({ requests: { cpu: '1', memory: String(1.5 * 2 ** 30) } });
-  expect(engine({ memory: { device: '1Gi', host: '3Gi', weights: '2Gi' } }).resources).toEqual({
+  expect(engine({ memory: { device: '1Gi', host: '3Gi', disk: 0, weights: '2Gi' } }).resources).toEqual({
     requests: { cpu: '1', memory: String(6.5 * 2 ** 30) },
   });
   const resources = { requests: { cpu: '250m' }, limits: { memory: '1Gi' } };
@@ -289,6 +290,27 @@ test('a pod requests a CPU, its arenas and half a GiB, unless told otherwise', (
   expect(engine({ podTemplate: { resources } }).resources).toEqual({
     requests: { cpu: '250m' },
     limits: { memory: '1Gi' },
+  });
+});
+
+describe('KV on disk', () => {
+  const memory = { device: '1Gi', host: '1Gi', disk: '20Gi', weights: 0 };
+  const storageOf = (cache: BaseModel['spec']['cache']) =>
+    engine({ memory, ...(cache && { cache }) }).resources!.requests!['ephemeral-storage'];
+
+  test('is requested of the node where the cache is an emptyDir, and of nobody where it is not', () => {
+    expect(storageOf(undefined)).toBe(String(20 * 2 ** 30));
+    expect(storageOf({ sizeLimit: '5Gi' })).toBe(String(20 * 2 ** 30));
+    expect(storageOf({ claimName: 'cache' })).toBeUndefined();
+    expect(storageOf({ hostPath: '/var/lib/motet' })).toBeUndefined();
+    expect(engine().resources!.requests).not.toHaveProperty('ephemeral-storage');
+  });
+
+  test('has room beside what the cache is limited to', () => {
+    const limitOf = (disk: string | number) =>
+      mountOf({ memory: { ...memory, disk }, cache: { sizeLimit: '5Gi' } }, '/motet/cache').volume!.emptyDir;
+    expect(limitOf('20Gi')).toEqual({ sizeLimit: String(25 * 2 ** 30) });
+    expect(limitOf(0)).toEqual({ sizeLimit: '5Gi' });
   });
 });
 
