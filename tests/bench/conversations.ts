@@ -6,8 +6,9 @@
  *   off     no prefix cache: every turn computes its whole history
  *   device  what fits the device arena stays there
  *   host    what leaves the device comes back from the host arena, which holds everything
+ *   disk    the host arena is as small as the device arena; what leaves it comes back from files, which hold everything
  *
- *   node tests/bench/conversations.ts                                                            about 12 minutes
+ *   node tests/bench/conversations.ts                                                            about 14 minutes
  *   node tests/bench/conversations.ts --users 16 --prompt 60 --follow-up 20 --output 12 --rounds 1    about a minute
  *   … --variants off,host                          ratios are to the first
  *   … --svg FILE       draws the latencies by turn
@@ -18,14 +19,18 @@
  * Users begin at times drawn like think times, which are exponentially distributed, as in Pensieve (Yu et al., 2025, §6.1).
  */
 import { createHash } from 'node:crypto';
-import { writeFile } from 'node:fs/promises';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
+import { pino } from 'pino';
+import { KvDisk } from '../../engine/ladder/kv-disk.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { cpuInfo } from '../../native/index.ts';
 import { open, prepare, smollm2Path } from '../fixtures/models.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
-import { wireEngine } from '../fixtures/wire-engine.ts';
+import { type WiredEngine, wireEngine } from '../fixtures/wire-engine.ts';
 import { percentile, ratios, shortNumber, showSpread, spread } from './peers/spread.ts';
 import { renderSvg } from './plot.ts';
 
@@ -39,7 +44,7 @@ const { values: options } = parseArgs({
     output: { type: 'string', default: '48' },
     'times-device': { type: 'string', default: '4' },
     rounds: { type: 'string', default: '3' },
-    variants: { type: 'string', default: 'off,device,host' },
+    variants: { type: 'string', default: 'off,device,host,disk' },
     svg: { type: 'string' },
   },
 });
@@ -61,7 +66,7 @@ const outputTokens = numberOf('output', 2);
 const timesDevice = numberOf('times-device', 1);
 const numRounds = numberOf('rounds', 1);
 
-const known = ['off', 'device', 'host'] as const;
+const known = ['off', 'device', 'host', 'disk'] as const;
 type Variant = (typeof known)[number];
 /** Ratios are to the first. */
 const variants = options.variants.split(',').map((given) => {
@@ -101,19 +106,38 @@ if (devicePages < Math.ceil(longest / blockTokens)) {
 }
 
 async function run(variant: Variant): Promise<Run> {
-  const hostPages = { off: 0, device: 0, host: kvPages }[variant];
+  const hostPages = { off: 0, device: 0, host: kvPages, disk: devicePages }[variant];
   const runtime = await open(model, {
     deviceMemoryBytes: devicePages * pageBytes,
     hostMemoryBytes: hostPages * pageBytes,
   });
-  const { engine, tiers, metrics, fatal } = wireEngine({
+  const folder = await mkdtemp(join(tmpdir(), 'motet-conversations-'));
+  let wired: WiredEngine | null = null;
+  const disk =
+    variant === 'disk'
+      ? await KvDisk.open({
+          folder,
+          // A file takes whole 4 KiB and a head.
+          budgetBytes: kvPages * (pageBytes + 8192),
+          blockBytes: pageBytes,
+          modelKey: createHash('sha256').update(smollm2Path).digest('hex'),
+          rule: 'cost',
+          restoreSeconds: (depth) => wired!.costs.prefillSeconds(blockTokens, depth * blockTokens),
+          log: pino({ level: 'silent' }),
+          now: () => performance.now(),
+          wallClock: () => Date.now(),
+        })
+      : null;
+  wired = wireEngine({
     runtime,
     limits: { maxModelLen: longest, maxBatchTokens: 256, maxSequences: 64, maxWaiting: numUsers },
     eosTokenIds: new Set(),
     createDetokenizer: () => ({ push: () => '', flush: () => '' }),
     tiers: { readFile: () => Promise.reject(new Error('no adapters here')), pageWaitMs: 10_000 },
     isCaching: variant !== 'off',
+    disk,
   });
+  const { engine, tiers, metrics, fatal } = wired;
 
   /** @returns what it took, and the answer's tokens */
   async function ask(tokens: readonly number[]): Promise<Omit<Turn, 'number'> & { answer: number[] }> {
@@ -166,7 +190,9 @@ async function run(variant: Variant): Promise<Run> {
   if (fatal.length > 0) throw fatal[0];
   const { values } = await metrics.preemptions.get();
   await Promise.all([engine.close(), tiers.close()]);
+  await disk?.close();
   runtime.close();
+  await rm(folder, { recursive: true });
   const digest = createHash('sha256').update(Int32Array.from(all.flat())).digest('hex');
   return { turns, seconds, numPreempted: values.reduce((sum, { value }) => sum + value, 0), digest };
 }
@@ -181,7 +207,7 @@ console.log(
     `${cpuInfo().isa}; ${numRounds} rounds, variants in turn\n`,
 );
 
-const runs: Record<Variant, Run[]> = { off: [], device: [], host: [] };
+const runs: Record<Variant, Run[]> = { off: [], device: [], host: [], disk: [] };
 for (let round = 0; round < numRounds; round++) {
   for (const variant of variants) {
     const done = await run(variant);
