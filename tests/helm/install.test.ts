@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { afterAll, beforeAll, expect, onTestFinished, test, vi } from 'vitest';
-import { parseAllDocuments, stringify } from 'yaml';
+import { parseAllDocuments } from 'yaml';
 import type { BaseModel } from '../../crds/types.ts';
 import { desiredObjects } from '../../operator/desired.ts';
 import {
@@ -41,7 +41,7 @@ test('every object passes a strict dry run, by default and with every optional p
     const objects = parseAllDocuments(text).map((document) => document.toJS() as Manifest);
     // The API server knows no ServiceAccount from a dry run, so the pod of `helm test` has no account here.
     for (const { kind, spec } of objects) if (kind === 'Pod') delete spec.serviceAccountName;
-    const report = await applyStrictly(namespace, objects.map((object) => stringify(object)).join('---\n'));
+    const report = await applyStrictly(namespace, asYaml(objects));
     expect(report.stderr).toBe('');
     expect(report.stdout.trim().split('\n')).toHaveLength(objects.length);
   }
@@ -129,7 +129,7 @@ test('engine pods of every kind are accepted where pod security is restricted', 
     const { metadata, spec: podSpec } = deployment.spec!.template;
     const pod = { apiVersion: 'v1', kind: 'Pod', metadata: { ...metadata, name: 'engine' }, spec: podSpec };
     const objects = [deployment, service, podDisruptionBudget, pod];
-    const text = objects.map((object) => stringify(object)).join('---\n');
+    const text = asYaml(objects);
     expect(await applyStrictly(namespace, text)).toMatchObject({ stderr: '' });
   }
 });
@@ -314,3 +314,8 @@ kind: Tenant
 metadata: { name: acme }
 spec: { keys: [{ secretRef: { name: acme-key } }] }
 `;
+
+/** Documents that kubectl reads as they are meant: its YAML takes a bare `on` for true, and JSON is YAML too. */
+function asYaml(objects: object[]): string {
+  return objects.map((object) => `${JSON.stringify(object)}\n`).join('---\n');
+}
