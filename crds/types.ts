@@ -121,10 +121,10 @@ export interface BaseModelSpec {
      */
     dtype: 'auto' | 'f16' | 'int8';
     /**
-     * `on` keeps the KV of prompts and answers while there is room, and shares it with requests of the same
-     * adapter that begin alike. Default on.
+     * Keeps the KV of prompts and answers while there is room, and shares it with requests of the same
+     * adapter that begin alike. Default true.
      */
-    prefixCache: 'on' | 'off';
+    prefixCache: boolean;
     /**
      * What leaves a full arena, KV and adapters weighed alike: by `cost`, what is worth least by the time
      * to bring it back, use and size; by `lru`, what was not used for longest. Default cost.

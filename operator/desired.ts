@@ -263,7 +263,7 @@ function engineEnv(baseModel: BaseModel): Record<string, string> {
     MOTET_WEIGHT_MEMORY: String(bytesOf(memory.weights)),
     MOTET_QUANTIZATION: quantization,
     MOTET_KV_CACHE_DTYPE: kv.dtype,
-    MOTET_PREFIX_CACHE: kv.prefixCache,
+    MOTET_PREFIX_CACHE: kv.prefixCache ? 'on' : 'off',
     MOTET_EVICTION: kv.eviction,
     MOTET_ADAPTER_QUANTIZATION: adapterQuantization,
     ...(limits.maxModelLen !== undefined && { MOTET_MAX_MODEL_LEN: String(limits.maxModelLen) }),

@@ -109,7 +109,7 @@ spec:
   source: { uri: 'file:///models/small.gguf' }
   replicas: 1
   quantization: keep
-  kv: { dtype: auto, prefixCache: 'on', eviction: cost }
+  kv: { dtype: auto, prefixCache: true, eviction: cost }
   adapterQuantization: keep
   accelerator: { type: cpu, count: 1, runtimeClassName: nvidia }
   memory: { device: 1Gi, host: 0, disk: 0, weights: 0 }

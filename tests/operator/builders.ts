@@ -24,7 +24,7 @@ export function baseModel(spec: Partial<BaseModel['spec']> = {}, metadata: Metad
       source: { uri: 'file:///models/tiny.gguf' },
       replicas: 1,
       quantization: 'keep',
-      kv: { dtype: 'auto', prefixCache: 'on', eviction: 'cost' },
+      kv: { dtype: 'auto', prefixCache: true, eviction: 'cost' },
       adapterQuantization: 'keep',
       accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
       memory: { device: '1Gi', host: 0, disk: 0, weights: 0 },

@@ -73,7 +73,7 @@ test('settings reach the engine as its variables', () => {
       limits,
       servedName: 'org/tiny',
       quantization: 'int4',
-      kv: { dtype: 'int8', prefixCache: 'off', eviction: 'lru' },
+      kv: { dtype: 'int8', prefixCache: false, eviction: 'lru' },
       adapterQuantization: 'int8',
       memory: { device: '1.5Gi', host: '2Gi', disk: '10G', weights: '3G' },
       drainSeconds: 7,
