@@ -74,8 +74,6 @@ export interface EngineOptions {
   onSpan?: (name: 'plan' | 'emit', beginMs: number, endMs: number) => void;
 }
 
-const isInFlight = (sequence: Sequence) => sequence.isInFlight;
-
 /** One drawn token with its alternatives, when logprobs were asked for. */
 export interface TokenLogprobs {
   tokenId: number;
@@ -431,8 +429,8 @@ export class Engine {
       this.#reap();
       const plan = this.#plan();
       if (plan.chunks.length === 0 && plan.admitted.length === 0) return plan;
-      if (plan.preempted.length > 0 && (this.#steps.length > 0 || plan.preempted.some(isInFlight)))
-        return plan;
+      const isHeld = this.#steps.length > 0 || plan.preempted.some((sequence) => sequence.isInFlight);
+      if (plan.preempted.length > 0 && isHeld) return plan;
       const made = this.#carryOut(plan);
       if (plan.chunks.length > 0) this.#handIn(plan.chunks, made);
       onSpan?.('plan', beginMs, now());
@@ -445,7 +443,7 @@ export class Engine {
     this.#lastEndedMs = null;
     // Those end in a wake.
     const { blocks } = this.#options;
-    if (plan === null || blocks.isFetching || this.#reading.size > 0 || this.#long.isCopying) return;
+    if (plan === null || blocks.isFetching || this.#long.isCopying) return;
     const tiers = this.#tiers!;
     if (plan.preempted.length > 0 || this.#waiting.length > 0) {
       const [first] = this.#startable();
@@ -459,7 +457,7 @@ export class Engine {
       const kept = next ? this.#live.get(next)!.request.adapter : null;
       // Whatever else ends in a wake: pages that come back, an adapter that arrives.
       if (isShort && tiers.residency.evictWaiting(kept)) this.wake();
-      else if (isShort ? tiers.residency.isCopying : tiers.isBringing) return;
+      else if (isShort ? tiers.residency.isCopying : tiers.isBringing || this.#reading.size > 0) return;
       else if (plan.preempted.length > 0) this.#endAtArenaLimit(plan.preempted);
       else throw new InvariantError('a sequence waits that does not fit into the arena alone');
     }

@@ -499,7 +499,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
     this.#numPurges++;
     // In this turn: from now on nobody finds it there.
     const onDisk = this.disk?.purge(digest);
-    const [removed] = await Promise.allSettled([onDisk, this.settled()]);
+    const [removed] = await Promise.allSettled([onDisk, this.host?.copied(), ...this.#fetches]);
     if (removed.status === 'rejected') throw removed.reason;
     return { ...bytes, disk: removed.value?.disk ?? 0 };
   }
@@ -513,7 +513,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
     for (const block of [...this.#byHash.values()]) this.forget(block);
   }
 
-  /** Every copy that was begun is over. */
+  /** No copy is under way, and none in line. */
   async settled(): Promise<void> {
     await this.host?.settled();
     await Promise.all(this.#fetches);

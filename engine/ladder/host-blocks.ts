@@ -12,7 +12,7 @@ import { type KeptBlock, type Place, placeOf } from './kept-block.ts';
 import type { KvDisk } from './kv-disk.ts';
 import { LeavingQueue } from './leaving-queue.ts';
 import { copyShare, type EvictionRule, rules } from './policy.ts';
-import { type Reclaimable, reclaim } from './reclaim.ts';
+import { type Candidate, type Reclaimable, reclaim } from './reclaim.ts';
 
 export type PageCopier = Pick<AdapterLoader, 'copyPages'>;
 
@@ -64,17 +64,14 @@ export class HostBlocks implements Reclaimable {
     return this.#queue.size;
   }
 
-  next() {
+  next(): Candidate | null {
     const place = this.#queue.first();
-    return (
-      place && {
-        rank: place.rank,
-        evict: () => {
-          this.numEvicted++;
-          this.remove(place.block);
-        },
-      }
-    );
+    return place && { rank: place.rank, evict: () => this.#evict(place.block) };
+  }
+
+  #evict(block: KeptBlock): void {
+    this.numEvicted++;
+    this.remove(block);
   }
 
   /** A block that is computed and on the device shall be here too. */
@@ -138,7 +135,12 @@ export class HostBlocks implements Reclaimable {
     if (!block.device) this.#options.onLost(block);
   }
 
-  /** Every copy that was begun is over. */
+  /** The copy that is under way is over. What stands in line has not begun, and is looked at again when it does. */
+  async copied(): Promise<void> {
+    await this.#writing;
+  }
+
+  /** Nothing stands in line any more, which is soon only when nothing computes. */
   async settled(): Promise<void> {
     while (this.#writing) await this.#writing;
   }

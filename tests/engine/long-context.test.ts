@@ -1,14 +1,11 @@
 /** Sequences with more KV than the device arena has room for, on the fake runtime: a wrong block would give other tokens. */
 import { describe, expect, test, vi } from 'vitest';
 import { longShape, maxLongTokens } from '../../engine/ladder/long-context.ts';
-import { defaultSampling } from '../../engine/sampling.ts';
 import { type EngineParts, start, startEngine } from '../fixtures/fake-engine-parts.ts';
-import { generateAlone } from '../fixtures/generate-alone.ts';
+import { greedyAlone } from '../fixtures/generate-alone.ts';
 
 const prompt = (numTokens: number, first = 0) =>
   Uint8Array.from({ length: numTokens }, (_, i) => (first + 7 * i) % 251);
-const alone = (promptTokens: Uint8Array, numOutput: number, adapter: string | null = null) =>
-  generateAlone(promptTokens, { ...defaultSampling(), temperature: 0 }, adapter, numOutput);
 /** 160 tokens on the device; 1,000 with the host. */
 const small = (options: Parameters<typeof startEngine>[0] = {}) =>
   startEngine({
@@ -33,7 +30,7 @@ describe('a long sequence', () => {
         const parts = small({ maxStepsInFlight: ahead, isCaching });
         const { done } = start(parts, { promptTokens: prompt(800), params: { maxTokens: 60 } });
         const { tokens, last } = await done;
-        expect(tokens).toEqual(await alone(prompt(800), 60));
+        expect(tokens).toEqual(await greedyAlone(prompt(800), 60));
         expect(last.finishReason).toBe('length');
         expect(Math.max(...parts.runtime.steps.map(({ numHostBlocks }) => numHostBlocks))).toBeGreaterThan(
           45,
@@ -49,7 +46,7 @@ describe('a long sequence', () => {
     const parts = small();
     const adapter = await parts.tiers.load('a', '/adapters/a-r2', false);
     const { done } = start(parts, { promptTokens: prompt(500), params: { maxTokens: 20 }, adapter });
-    expect((await done).tokens).toEqual(await alone(prompt(500), 20, '/adapters/a-r2'));
+    expect((await done).tokens).toEqual(await greedyAlone(prompt(500), 20, '/adapters/a-r2'));
     parts.tiers.unload('a');
     await stop(parts);
   });
@@ -66,8 +63,9 @@ describe('a long sequence', () => {
     });
     const outcomes = await Promise.all(shorts.map(({ done }) => done));
     expect(order).not.toContain('long');
-    for (const [i, { tokens }] of outcomes.entries()) expect(tokens).toEqual(await alone(prompt(20, i), 20));
-    expect((await long.done).tokens).toEqual(await alone(prompt(700), 100));
+    for (const [i, { tokens }] of outcomes.entries())
+      expect(tokens).toEqual(await greedyAlone(prompt(20, i), 20));
+    expect((await long.done).tokens).toEqual(await greedyAlone(prompt(700), 100));
     await stop(parts);
   });
 
@@ -75,8 +73,8 @@ describe('a long sequence', () => {
     const parts = small({ limits: { maxBatchTokens: 64 } });
     const old = start(parts, { promptTokens: prompt(10), params: { maxTokens: 140 } });
     const long = start(parts, { promptTokens: prompt(400), params: { maxTokens: 30 } });
-    expect((await old.done).tokens).toEqual(await alone(prompt(10), 140));
-    expect((await long.done).tokens).toEqual(await alone(prompt(400), 30));
+    expect((await old.done).tokens).toEqual(await greedyAlone(prompt(10), 140));
+    expect((await long.done).tokens).toEqual(await greedyAlone(prompt(400), 30));
     expect(long.handle.sequence.wasPreempted).toBe(true);
     await stop(parts);
   });
@@ -107,7 +105,7 @@ describe('a long sequence', () => {
     expect((await first.done).last.error?.code).toBe('step_failed');
     parts.runtime.failNextStep = null;
     const next = start(parts, { promptTokens: prompt(400, 3), params });
-    expect((await next.done).tokens).toEqual(await alone(prompt(400, 3), 4));
+    expect((await next.done).tokens).toEqual(await greedyAlone(prompt(400, 3), 4));
     await stop(parts);
   });
 
@@ -118,7 +116,7 @@ describe('a long sequence', () => {
       .done;
     expect(last.finishReason).toBe('length');
     expect(300 + tokens.length).toBe(most);
-    expect(tokens).toEqual(await alone(prompt(300), most - 300));
+    expect(tokens).toEqual(await greedyAlone(prompt(300), most - 300));
     await stop(parts);
   });
 
@@ -135,7 +133,7 @@ describe('a long sequence', () => {
     expect(last.error).toMatchObject({ code: 'arena_full', message: expect.stringMatching(/10 can be had/) });
     parts.hostArena!.giveBack('adapter', pages);
     const { tokens } = await start(parts, { promptTokens: prompt(300), params: { maxTokens: 10 } }).done;
-    expect(tokens).toEqual(await alone(prompt(300), 10));
+    expect(tokens).toEqual(await greedyAlone(prompt(300), 10));
     await stop(parts);
   });
 
@@ -145,7 +143,7 @@ describe('a long sequence', () => {
     await parts.blocks.settled();
     expect(parts.hostArena!.numFree).toBeLessThan(8);
     const { tokens } = await start(parts, { promptTokens: prompt(190), params: { maxTokens: 10 } }).done;
-    expect(tokens).toEqual(await alone(prompt(190), 10));
+    expect(tokens).toEqual(await greedyAlone(prompt(190), 10));
     await stop(parts);
   });
 });
@@ -153,7 +151,7 @@ describe('a long sequence', () => {
 test('a sequence that fits the device reads nothing from the host', async () => {
   const parts = small();
   const { tokens } = await start(parts, { promptTokens: prompt(150), params: { maxTokens: 10 } }).done;
-  expect(tokens).toEqual(await alone(prompt(150), 10));
+  expect(tokens).toEqual(await greedyAlone(prompt(150), 10));
   expect(parts.runtime.steps.every(({ numHostBlocks }) => numHostBlocks === 0)).toBe(true);
   await stop(parts);
 });

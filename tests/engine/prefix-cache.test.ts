@@ -1,16 +1,9 @@
 /** What sequences share, seen from outside the engine: how many tokens are computed, and that none of them changes. */
 import { describe, expect, test, vi } from 'vitest';
-import { defaultSampling } from '../../engine/sampling.ts';
-import { type EngineParts, start, startEngine } from '../fixtures/fake-engine-parts.ts';
-import { generateAlone } from '../fixtures/generate-alone.ts';
+import { type EngineParts, numComputed, prompt, start, startEngine } from '../fixtures/fake-engine-parts.ts';
+import { greedyAlone } from '../fixtures/generate-alone.ts';
 
-const prompt = (numTokens: number, first = 0) =>
-  Uint8Array.from({ length: numTokens }, (_, i) => (first + i) % 251);
 const limits = { maxBatchTokens: 512 };
-const numComputed = ({ runtime }: EngineParts) =>
-  runtime.steps.reduce((sum, { numTokens }) => sum + numTokens, 0);
-const alone = (promptTokens: Uint8Array, numOutput: number, adapter: string | null = null) =>
-  generateAlone(promptTokens, { ...defaultSampling(), temperature: 0 }, adapter, numOutput);
 /** The step that runs for nothing when a sequence ends is over. */
 const idle = ({ blocks, engine }: EngineParts) =>
   vi.waitFor(() => expect([engine.numRunning, blocks.numHeldPages]).toEqual([0, 0]), { interval: 1 });
@@ -23,7 +16,7 @@ describe('a prompt', () => {
     await idle(parts);
     const before = numComputed(parts);
     const { handle, done } = start(parts, { promptTokens: prompt(100), params });
-    expect((await done).tokens).toEqual(await alone(prompt(100), 1));
+    expect((await done).tokens).toEqual(await greedyAlone(prompt(100), 1));
     expect(numComputed(parts) - before).toBe(4);
     expect(handle.sequence.numCachedTokens).toBe(96);
   });
@@ -32,7 +25,7 @@ describe('a prompt', () => {
     const parts = startEngine({ limits });
     for (const numCached of [0, 80]) {
       const { handle, done } = start(parts, { promptTokens: prompt(96), params: { maxTokens: 3 } });
-      expect((await done).tokens).toEqual(await alone(prompt(96), 3));
+      expect((await done).tokens).toEqual(await greedyAlone(prompt(96), 3));
       expect(handle.sequence.numCachedTokens).toBe(numCached);
       await idle(parts);
     }
@@ -44,7 +37,7 @@ describe('a prompt', () => {
       start(parts, { promptTokens: [...prompt(160), i, i], params: { maxTokens: 1 } }),
     );
     for (const [i, { done }] of runs.entries()) {
-      expect((await done).tokens).toEqual(await alone(Uint8Array.from([...prompt(160), i, i]), 1));
+      expect((await done).tokens).toEqual(await greedyAlone(Uint8Array.from([...prompt(160), i, i]), 1));
     }
     expect(numComputed(parts)).toBe(160 + 32 * 2);
   });
@@ -55,7 +48,7 @@ describe('a prompt', () => {
     await idle(parts);
     const next = Uint8Array.from([...prompt(50), ...tokens, 1, 2, 3]);
     const { handle, done } = start(parts, { promptTokens: next });
-    expect((await done).tokens).toEqual(await alone(next, 8));
+    expect((await done).tokens).toEqual(await greedyAlone(next, 8));
     // 99 positions were computed: the last drawn token never ran.
     expect(handle.sequence.numCachedTokens).toBe(96);
   });
@@ -78,7 +71,7 @@ describe('an adapter', () => {
     const ask = async (expected: string | null, numCached: number) => {
       const adapter = expected ? parts.tiers.get('a')! : null;
       const { handle, done } = start(parts, { promptTokens: prompt(64), adapter });
-      expect((await done).tokens).toEqual(await alone(prompt(64), 8, expected));
+      expect((await done).tokens).toEqual(await greedyAlone(prompt(64), 8, expected));
       expect(handle.sequence.numCachedTokens).toBe(numCached);
       await idle(parts);
     };
@@ -119,7 +112,7 @@ describe('a step that fails', () => {
     for (const { done } of [first, second]) expect((await done).last.error?.code).toBe('step_failed');
     await idle(parts);
     const { handle, done } = start(parts, { promptTokens: prompt(64) });
-    expect((await done).tokens).toEqual(await alone(prompt(64), 8));
+    expect((await done).tokens).toEqual(await greedyAlone(prompt(64), 8));
     expect(handle.sequence.numCachedTokens).toBe(0);
   });
 });
@@ -131,7 +124,7 @@ test('sequences that are preempted find their own blocks again, if nobody took t
       start(parts, { promptTokens: prompt(60, first), params: { maxTokens: 60 } }),
     );
     for (const [i, { done }] of runs.entries()) {
-      expect((await done).tokens).toEqual(await alone(prompt(60, i * 100), 60));
+      expect((await done).tokens).toEqual(await greedyAlone(prompt(60, i * 100), 60));
     }
     const { values } = await parts.metrics.registry.getSingleMetric('vllm:num_preemptions_total')!.get();
     expect(values[0]!.value).toBeGreaterThan(0);

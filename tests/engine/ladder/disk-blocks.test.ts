@@ -7,20 +7,13 @@ import { describe, expect, onTestFinished, test, vi } from 'vitest';
 import { type DiskFiles, diskFiles } from '../../../engine/ladder/disk-files.ts';
 import { KvDisk, type KvDiskOptions } from '../../../engine/ladder/kv-disk.ts';
 import { purgeAdapter } from '../../../engine/purge.ts';
-import { defaultSampling } from '../../../engine/sampling.ts';
-import { type EngineParts, start, startEngine } from '../../fixtures/fake-engine-parts.ts';
-import { generateAlone } from '../../fixtures/generate-alone.ts';
+import { numComputed, prompt, start, startEngine } from '../../fixtures/fake-engine-parts.ts';
+import { greedyAlone } from '../../fixtures/generate-alone.ts';
 import { diskOptions } from '../../fixtures/kv-blocks.ts';
 import { seededRandom } from '../../fixtures/seeded-random.ts';
 import { ioError, sickFiles } from '../../fixtures/sick-files.ts';
 
 const pageBytes = 1024;
-const prompt = (numTokens: number, first = 0) =>
-  Uint8Array.from({ length: numTokens }, (_, i) => (first + i) % 251);
-const alone = (promptTokens: Uint8Array, numOutput: number, adapter: string | null = null) =>
-  generateAlone(promptTokens, { ...defaultSampling(), temperature: 0 }, adapter, numOutput);
-const numComputed = ({ runtime }: EngineParts) =>
-  runtime.steps.reduce((sum, { numTokens }) => sum + numTokens, 0);
 
 async function newFolder(): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'motet-disk-blocks-'));
@@ -79,7 +72,7 @@ async function ask(parts: Parts, promptTokens: Uint8Array, adapter: string | nul
   const request = { promptTokens, params: { maxTokens }, adapter: adapter ? parts.tiers.get('a')! : null };
   const { handle, done } = start(parts, request);
   const { tokens } = await done;
-  expect(tokens).toEqual(await alone(promptTokens, maxTokens, adapter));
+  expect(tokens).toEqual(await greedyAlone(promptTokens, maxTokens, adapter));
   await idle(parts);
   return handle.sequence;
 }
@@ -160,7 +153,7 @@ describe('a conversation', () => {
       start(second, { promptTokens: [...prompt(100), last], params: { maxTokens: 2 } }),
     );
     for (const [i, { done }] of runs.entries())
-      expect((await done).tokens).toEqual(await alone(Uint8Array.from([...prompt(100), i + 1]), 2));
+      expect((await done).tokens).toEqual(await greedyAlone(Uint8Array.from([...prompt(100), i + 1]), 2));
     await idle(second);
     expect(second.disk.counts.reads.hit).toBe(6);
     expect(await hitTokens(second, 'disk')).toBe(96);
@@ -188,7 +181,7 @@ describe('a sequence that waits for the disk', () => {
     for (const { done } of others) await done;
     expect(waits.handle.sequence.status).toBe('waiting');
     gate.resolve();
-    expect((await waits.done).tokens).toEqual(await alone(prompt(120), 1));
+    expect((await waits.done).tokens).toEqual(await greedyAlone(prompt(120), 1));
     expect(waits.handle.sequence.numCachedTokens).toBe(96);
     await idle(parts);
   });
@@ -345,7 +338,7 @@ test.each([1, 2, 3, 4])(
         return { promptTokens, maxTokens, ...start(parts, { promptTokens, params: { maxTokens } }) };
       });
       for (const { promptTokens, maxTokens, done } of asked)
-        expect((await done).tokens, `turn ${turn}`).toEqual(await alone(promptTokens, maxTokens));
+        expect((await done).tokens, `turn ${turn}`).toEqual(await greedyAlone(promptTokens, maxTokens));
       await idle(parts);
       if (random.below(8) > 0) continue;
       numFromDisk += await hitTokens(parts, 'disk');

@@ -1,15 +1,14 @@
 /** KV blocks that leave the device and come back, seen from outside the engine: what is computed, what is copied, and the tokens. */
 import { describe, expect, test, vi } from 'vitest';
-import { defaultSampling } from '../../../engine/sampling.ts';
-import { type EngineParts, start, startEngine } from '../../fixtures/fake-engine-parts.ts';
-import { generateAlone } from '../../fixtures/generate-alone.ts';
+import {
+  type EngineParts,
+  numComputed,
+  prompt,
+  start,
+  startEngine,
+} from '../../fixtures/fake-engine-parts.ts';
+import { greedyAlone } from '../../fixtures/generate-alone.ts';
 
-const prompt = (numTokens: number, first = 0) =>
-  Uint8Array.from({ length: numTokens }, (_, i) => (first + i) % 251);
-const alone = (promptTokens: Uint8Array, numOutput: number, adapter: string | null = null) =>
-  generateAlone(promptTokens, { ...defaultSampling(), temperature: 0 }, adapter, numOutput);
-const numComputed = ({ runtime }: EngineParts) =>
-  runtime.steps.reduce((sum, { numTokens }) => sum + numTokens, 0);
 const numCopied = ({ runtime }: EngineParts, direction: 'toHost' | 'toDevice') =>
   runtime.copies.reduce((sum, copy) => sum + (copy.direction === direction ? copy.numPages : 0), 0);
 
@@ -38,7 +37,7 @@ function engineWith(options: { numPages: number; numHostPages: number; secondsPe
 async function ask(parts: EngineParts, promptTokens: Uint8Array, maxTokens = 1) {
   const { handle, done } = start(parts, { promptTokens, params: { maxTokens } });
   const { tokens } = await done;
-  expect(tokens).toEqual(await alone(promptTokens, maxTokens));
+  expect(tokens).toEqual(await greedyAlone(promptTokens, maxTokens));
   await idle(parts);
   return { sequence: handle.sequence, tokens };
 }
@@ -105,10 +104,10 @@ describe('a sequence that waits for its blocks', () => {
   test('holds up nobody else', async () => {
     const { parts, first, open } = await waiting();
     const other = start(parts, { promptTokens: prompt(20, 200), params: { maxTokens: 3 } });
-    expect((await other.done).tokens).toEqual(await alone(prompt(20, 200), 3));
+    expect((await other.done).tokens).toEqual(await greedyAlone(prompt(20, 200), 3));
     expect(first.handle.sequence.numOutputTokens).toBe(0);
     open();
-    expect((await first.done).tokens).toEqual(await alone(prompt(100), 1));
+    expect((await first.done).tokens).toEqual(await greedyAlone(prompt(100), 1));
     await idle(parts);
   });
 
@@ -117,8 +116,8 @@ describe('a sequence that waits for its blocks', () => {
     const second = start(parts, { promptTokens: prompt(100), params: { maxTokens: 2 } });
     await vi.waitFor(() => expect(parts.engine.numRunning).toBe(2), { interval: 1 });
     open();
-    expect((await first.done).tokens).toEqual(await alone(prompt(100), 1));
-    expect((await second.done).tokens).toEqual(await alone(prompt(100), 2));
+    expect((await first.done).tokens).toEqual(await greedyAlone(prompt(100), 1));
+    expect((await second.done).tokens).toEqual(await greedyAlone(prompt(100), 2));
     expect(numCopied(parts, 'toDevice')).toBe(6);
     await idle(parts);
   });
@@ -161,7 +160,7 @@ test('sequences that are preempted swap: what was computed is copied back, but f
     start(parts, { promptTokens: prompt(60, first), params: { maxTokens: 100 } }),
   );
   for (const [i, { done }] of runs.entries())
-    expect((await done).tokens).toEqual(await alone(prompt(60, i * 100), 100));
+    expect((await done).tokens).toEqual(await greedyAlone(prompt(60, i * 100), 100));
   await idle(parts);
   const { values } = await parts.metrics.registry.getSingleMetric('vllm:num_preemptions_total')!.get();
   const numPreempted = values[0]!.value;
@@ -190,7 +189,7 @@ describe('a full host arena', () => {
         adapter: parts.tiers.get(name)!,
         params: { maxTokens: 2 },
       });
-      expect((await done).tokens).toEqual(await alone(promptTokens, 2, `/${name}-r3`));
+      expect((await done).tokens).toEqual(await greedyAlone(promptTokens, 2, `/${name}-r3`));
       await idle(parts);
     }
     const { hostArena } = parts;

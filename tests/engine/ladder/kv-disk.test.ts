@@ -870,7 +870,7 @@ test.each([1, 2, 3])(
   60_000,
 );
 
-const numKills = Number(process.env.MOTET_KV_KILLS ?? 20);
+const numKills = Number(process.env.MOTET_KV_KILLS ?? 8);
 
 test(
   `a kill at any moment leaves blocks that are right, and nothing else (${numKills} kills)`,
