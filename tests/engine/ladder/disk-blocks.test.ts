@@ -186,6 +186,28 @@ describe('a sequence that waits for the disk', () => {
     await idle(parts);
   });
 
+  test('keeps no page from others: the adapter that it waits on leaves for who needs all of them', async () => {
+    const folder = await newFolder();
+    const first = await engineOn(folder, { numPages: 12 });
+    await first.tiers.load('a', '/a-r4', false);
+    await ask(first, prompt(100), '/a-r4');
+    await first.engine.close();
+    const { sick, affected, files } = sickFiles();
+    const gate = Promise.withResolvers<void>();
+    sick.gate = gate.promise;
+    affected.add('read');
+    const parts = await engineOn(folder, { numPages: 12, files });
+    await parts.tiers.load('a', '/a-r4', false);
+    const adapter = parts.tiers.get('a')!;
+    const waits = start(parts, { promptTokens: prompt(100), adapter, params: { maxTokens: 1 } });
+    const large = start(parts, { promptTokens: prompt(140, 7), params: { maxTokens: 40 } });
+    expect((await large.done).tokens).toEqual(await greedyAlone(prompt(140, 7), 40));
+    expect(waits.handle.sequence.status).toBe('waiting');
+    gate.resolve();
+    expect((await waits.done).tokens).toEqual(await greedyAlone(prompt(100), 1, '/a-r4'));
+    await idle(parts);
+  });
+
   test('begins to compute when it has waited as long as that takes', async () => {
     const { gate, parts } = await stalled({ secondsPerToken: 1e-4 });
     const sequence = await ask(parts, prompt(120));
