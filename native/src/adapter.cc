@@ -380,7 +380,8 @@ std::shared_ptr<Adapter> load_adapter(const Model& model, const std::string& pat
     const auto b = read_elements(file, spec, "lora_B", spec.b_offset, static_cast<size_t>(n) * spec.rank, spec.type);
     std::vector<float> gains, bias;
     if (spec.magnitude_offset >= 0)
-      gains = dora_gains(model.hold_matrix(spec.layer, spec.target).matrix, spec, a, b, read_floats(file, spec, "lora_magnitude_vector", spec.magnitude_offset, n, spec.magnitude_type));
+      gains = dora_gains(model.hold_matrix(spec.layer, spec.target).matrix, spec, a, b,
+                         read_floats(file, spec, "lora_magnitude_vector", spec.magnitude_offset, n, spec.magnitude_type));
     if (spec.bias_offset >= 0) bias = read_floats(file, spec, "lora_B.bias", spec.bias_offset, n, spec.bias_type);
     gains.resize(gains.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
     bias.resize(bias.empty() ? 0 : tiles * kLoraTileColumns, 0.0f);
