@@ -8,7 +8,7 @@
  *   host    what leaves the device comes back from the host arena, which holds everything
  *   disk    the host arena is as small as the device arena; what leaves it comes back from files, which hold everything
  *
- *   node tests/bench/conversations.ts                                                            about 14 minutes
+ *   node tests/bench/conversations.ts                                                            about 18 minutes
  *   node tests/bench/conversations.ts --users 16 --prompt 60 --follow-up 20 --output 12 --rounds 1    about a minute
  *   … --variants off,host                          ratios are to the first
  *   … --svg FILE       draws the latencies by turn
