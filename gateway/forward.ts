@@ -78,11 +78,47 @@ const headersNotPassedOn = new Set([
  * @throws GatewayError when no byte of an answer was sent; afterwards a failure is told inside the stream, and the
  *   error is returned.
  */
-export async function forward(
+export function forward(
   parts: Forward,
   req: ForwardRequest,
   res: Response,
   outcome: Outcome,
+): Promise<GatewayError | null> {
+  return tryEngines(parts, req, outcome, async (answer, attempt) => {
+    res.setHeader(modelHeader, req.target.name);
+    const failure = await relay(answer, res, attempt, outcome);
+    // What the client has not read yet is held for it, and not for ever.
+    res.setTimeout(parts.limits.idleTimeoutMs);
+    return failure;
+  });
+}
+
+/** An answer that nobody waits for on a connection. */
+export type WholeAnswer = { status: number; headers: IncomingHttpHeaders; body: Buffer };
+
+/**
+ * The same for a request without a client: returns the engine's answer, whole.
+ *
+ * @throws GatewayError when there is none, or when it is a stream
+ */
+export async function askWhole(parts: Forward, req: ForwardRequest, outcome: Outcome): Promise<WholeAnswer> {
+  const { promise, resolve } = Promise.withResolvers<WholeAnswer>();
+  await tryEngines(parts, req, outcome, async (answer) => {
+    if (answer.kind === 'stream')
+      throw new GatewayError('engine_failed', 'expected a whole answer, got a stream');
+    outcome.responseBytes = answer.body.length;
+    resolve(answer);
+    return null;
+  });
+  return promise;
+}
+
+/** Asks one engine after another until `deliver` has what can be given to who asked. */
+async function tryEngines(
+  parts: Forward,
+  req: ForwardRequest,
+  outcome: Outcome,
+  deliver: (answer: Answer, attempt: Attempt) => Promise<GatewayError | null>,
 ): Promise<GatewayError | null> {
   const { admission, limits } = parts;
   const tried = new Set<Endpoint>();
@@ -105,11 +141,7 @@ export async function forward(
       if (statusesOfLeaving.has(answer.status) && mayAppear(req.target) && tried.size < maxEnginesTried)
         continue;
       assertPassable(answer, req.target);
-      res.setHeader(modelHeader, req.target.name);
-      const failure = await relay(answer, res, attempt, outcome);
-      // What the client has not read yet is held for it, and not for ever.
-      res.setTimeout(limits.idleTimeoutMs);
-      return report(failure);
+      return report(await deliver(answer, attempt));
     } catch (error) {
       const failure = asEngineError(error);
       report(failure);
