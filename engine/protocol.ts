@@ -135,6 +135,36 @@ export interface UnloadReport {
  */
 export const modelHeader = 'x-motet-model';
 
+/**
+ * What an answer cost, as `prompt=12, cached=5, completion=34` in tokens; cached ones are among the prompt's. Sent when the
+ * request says `te: trailers`: of a whole answer among its headers, of a stream among its trailers, since it is known at
+ * the end. A stream that is broken off has none.
+ */
+export const usageHeader = 'x-motet-usage';
+
+export interface TokenUsage {
+  promptTokens: number;
+  /** Of the prompt's: those that the prefix cache had. */
+  cachedTokens: number;
+  completionTokens: number;
+}
+
+export function formatUsage({ promptTokens, cachedTokens, completionTokens }: TokenUsage): string {
+  return `prompt=${promptTokens}, cached=${cachedTokens}, completion=${completionTokens}`;
+}
+
+/** Null for anything else than what `formatUsage` writes; further parts at its end are left out. */
+export function parseUsage(value: unknown): TokenUsage | null {
+  const found = /^prompt=(\d{1,12}), cached=(\d{1,12}), completion=(\d{1,12})(?:,|$)/.exec(String(value));
+  if (found === null) return null;
+  const [promptTokens, cachedTokens, completionTokens] = found.slice(1).map(Number) as [
+    number,
+    number,
+    number,
+  ];
+  return { promptTokens, cachedTokens, completionTokens };
+}
+
 export const enginePaths = {
   chat: '/v1/chat/completions',
   completions: '/v1/completions',

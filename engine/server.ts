@@ -38,16 +38,25 @@ import {
   parseTokenize,
   parseUnloadAdapter,
 } from './openai.ts';
-import { chatFormat, completionFormat, doneEvent, eventOf, type ReplyFormat } from './openai-reply.ts';
+import {
+  chatFormat,
+  completionFormat,
+  doneEvent,
+  eventOf,
+  type ReplyFormat,
+  type Usage,
+} from './openai-reply.ts';
 import {
   type AdapterList,
   type ArenaUse,
   enginePaths,
+  formatUsage,
   type ModelCard,
   type ModelList,
   modelHeader,
   type PurgeReport,
   type UnloadReport,
+  usageHeader,
 } from './protocol.ts';
 import { type KvKeeper, notHere, purgeAdapter } from './purge.ts';
 import { shownUri } from './source-uri.ts';
@@ -107,12 +116,12 @@ export function createServer(options: ServerOptions): Server {
   route(app, 'post', enginePaths.chat, body, async (request, response) => {
     const body = parseChat(request.body);
     const job = await chatJob(options, body, parseServedModel(request.get(modelHeader), body.model));
-    await reply(options, job, chatFormat, response);
+    await reply(options, job, chatFormat, request, response);
   });
   route(app, 'post', enginePaths.completions, body, async (request, response) => {
     const body = parseCompletion(request.body);
     const job = await completionJob(options, body, parseServedModel(request.get(modelHeader), body.model));
-    await reply(options, job, completionFormat, response);
+    await reply(options, job, completionFormat, request, response);
   });
   route(app, 'get', enginePaths.models, (_request, response) => {
     response.json(modelList(options, startSeconds));
@@ -251,18 +260,27 @@ async function reply(
   options: ServerOptions,
   job: Job,
   format: ReplyFormat,
+  request: Request,
   response: Response,
 ): Promise<void> {
   if (response.destroyed) return;
-  if (job.request.stream) return stream(options, job, format, response);
+  const tellsUsage = /(?:^|,)\s*trailers\s*(?:,|$)/i.test(request.get('te') ?? '');
+  if (job.request.stream) return stream(options, job, format, tellsUsage, response);
   const { choices, cancel } = collect(options, job);
   response.on('close', cancel);
   const { choices: ended, usage } = await choices;
   if (response.destroyed) return;
+  if (tellsUsage) response.set(usageHeader, usageText(usage));
   response.json(format.whole(replyHead(options, job, format), ended, usage, options.text));
 }
 
-function stream(options: ServerOptions, job: Job, format: ReplyFormat, response: Response): void {
+function stream(
+  options: ServerOptions,
+  job: Job,
+  format: ReplyFormat,
+  tellsUsage: boolean,
+  response: Response,
+): void {
   const { text, log, maxBufferedBytes } = options;
   const events = format.stream(replyHead(options, job, format), text, job.request.includeUsage);
   let handles: readonly SequenceHandle[] = [];
@@ -279,6 +297,10 @@ function stream(options: ServerOptions, job: Job, format: ReplyFormat, response:
     response.destroy();
     cancel();
   };
+  const end = () => {
+    if (tellsUsage) response.addTrailers({ [usageHeader]: usageText(jobUsage(job, handles)) });
+    response.end();
+  };
 
   handles = addJob(options, job, (index, output) => {
     if (output.text !== '' || output.logprobs || (output.finishReason && !output.error)) {
@@ -289,12 +311,12 @@ function stream(options: ServerOptions, job: Job, format: ReplyFormat, response:
     if (output.error && !response.writableEnded) {
       // The status is sent: all that is left is an event with the error, then the end.
       write(eventOf(JSON.stringify(errorBody(output.error))));
-      response.end();
+      end();
       cancel();
     } else if (numOpen === 0) {
       if (job.request.includeUsage) write(events.usage(jobUsage(job, handles)));
       write(doneEvent);
-      response.end();
+      end();
     }
   });
   numOpen = handles.length;
@@ -303,9 +325,18 @@ function stream(options: ServerOptions, job: Job, format: ReplyFormat, response:
     'content-type': 'text/event-stream; charset=utf-8',
     'cache-control': 'no-cache',
     'x-accel-buffering': 'no',
+    ...(tellsUsage && { trailer: usageHeader }),
   });
   response.flushHeaders();
   for (let index = 0; index < handles.length; index++) write(events.begin(index));
+}
+
+function usageText({ prompt_tokens, completion_tokens, prompt_tokens_details }: Usage): string {
+  return formatUsage({
+    promptTokens: prompt_tokens,
+    cachedTokens: prompt_tokens_details.cached_tokens,
+    completionTokens: completion_tokens,
+  });
 }
 
 function replyHead({ baseName, wallClock }: ServerOptions, { request }: Job, format: ReplyFormat) {

@@ -8,7 +8,7 @@ import { chooseTarget, type WeightedTarget } from './choose-target.ts';
 import type { Directory } from './directory.ts';
 import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } from './errors.ts';
 import { type Forward, forward, type Outcome } from './forward.ts';
-import type { Metrics } from './metrics.ts';
+import { countTokens, type Metrics } from './metrics.ts';
 import { modelNotFound, parseContentType, parseModelName } from './openai.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 import { endRequestSpan, startRequestSpan } from './tracing.ts';
@@ -121,12 +121,14 @@ function observe({ metrics, log }: AppParts) {
       const labels = { route: facts.route, model: facts.model ?? '' };
       const { tenant = '', target = '' } = facts;
       metrics.requests.inc({ ...labels, target, tenant, status });
+      const usage = facts.usage?.();
+      if (usage !== undefined) countTokens(metrics, { tenant, model: labels.model }, usage);
       metrics.durationSeconds.observe(labels, durationMs / 1000);
       if (ttfbMs !== undefined) metrics.firstByteSeconds.observe(labels, ttfbMs / 1000);
 
       const { firstByteMs: _, ...rest } = facts;
       const requestBytes = Buffer.isBuffer(req.body) ? req.body.length : 0;
-      const line = { ...rest, status, requestBytes, durationMs: Math.round(durationMs) };
+      const line = { ...rest, usage, status, requestBytes, durationMs: Math.round(durationMs) };
       const level = unimportantRoutes.has(facts.route) ? 'debug' : 'info';
       log[level](ttfbMs === undefined ? line : { ...line, ttfbMs: Math.round(ttfbMs) }, 'request');
     });

@@ -8,11 +8,12 @@ import { once } from 'node:events';
 import type { IncomingHttpHeaders } from 'node:http';
 import type { Response } from 'express';
 import { type Dispatcher, request } from 'undici';
-import { modelHeader } from '../engine/protocol.ts';
+import { modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
+import { StreamUsage, type Usage, usageOfAnswer } from './quota/usage.ts';
 import { mayAppear, type Target } from './resolve-model.ts';
 import { errorEvent, WholeEvents } from './sse.ts';
 
@@ -45,12 +46,20 @@ export type Outcome = {
   responseBytes: number;
   /** When the first byte of the answer was sent to the client. */
   firstByteMs?: number;
+  /** Of the answer that is being sent, as of now: never of one that was left for another engine's. */
+  usage?: () => Usage;
 };
 
 /** An engine's answer: whole, or a stream of events of which the first bytes have come. */
 type Answer = { status: number; headers: IncomingHttpHeaders } & (
-  | { kind: 'whole'; body: Buffer }
-  | { kind: 'stream'; chunks: AsyncIterator<Buffer>; first: Buffer }
+  | { kind: 'whole'; body: Buffer; usage: Usage | null }
+  | {
+      kind: 'stream';
+      chunks: AsyncIterator<Buffer>;
+      first: Buffer;
+      usage: StreamUsage;
+      trailers: Record<string, string>;
+    }
 );
 
 /** A whole answer is held until its end, so that an engine that breaks off can be replaced by another. */
@@ -69,7 +78,7 @@ const maxEnginesTried = 4;
 
 const headersNotPassedOn = new Set([
   ...['connection', 'keep-alive', 'proxy-authenticate', 'te', 'trailer', 'transfer-encoding', 'upgrade'],
-  ...['content-length', 'date', 'x-request-id', modelHeader],
+  ...['content-length', 'date', 'x-request-id', modelHeader, usageHeader],
 ]);
 
 /**
@@ -141,6 +150,7 @@ async function tryEngines(
       if (statusesOfLeaving.has(answer.status) && mayAppear(req.target) && tried.size < maxEnginesTried)
         continue;
       assertPassable(answer, req.target);
+      noteUsage(answer, outcome);
       return report(await deliver(answer, attempt));
     } catch (error) {
       const failure = asEngineError(error);
@@ -168,7 +178,7 @@ async function ask(
     const send = () =>
       request(endpoint.url + path, {
         method: 'POST',
-        headers: { ...headers, ...engineHeaders() },
+        headers: { ...headers, te: 'trailers', ...engineHeaders() },
         body,
         dispatcher,
         signal: attempt.signal,
@@ -185,11 +195,21 @@ async function ask(
   const head = { status: response.statusCode, headers: response.headers };
   const chunks = response.body[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
   const isStream = String(response.headers['content-type'] ?? '').startsWith('text/event-stream');
-  if (!isStream) return { ...head, kind: 'whole', body: await readAll(chunks) };
+  if (!isStream) {
+    const answer = await readAll(chunks);
+    return { ...head, kind: 'whole', body: answer, usage: usageOfAnswer(head.headers[usageHeader], answer) };
+  }
 
   const first = await chunks.next();
   if (first.done) throw new Error('the stream ended before its first event');
-  return { ...head, kind: 'stream', chunks, first: first.value };
+  return {
+    ...head,
+    kind: 'stream',
+    chunks,
+    first: first.value,
+    usage: new StreamUsage(body.length),
+    trailers: response.trailers,
+  };
 }
 
 /** An answer that is about engines and not about the request is not the client's. */
@@ -203,6 +223,11 @@ function assertPassable({ status }: Answer, { baseModel }: Target): void {
       param: 'model',
     });
   }
+}
+
+function noteUsage(answer: Answer, outcome: Outcome): void {
+  if (answer.kind === 'stream') outcome.usage = () => answer.usage.usage(answer.trailers[usageHeader]);
+  else if (answer.usage !== null) outcome.usage = () => answer.usage!;
 }
 
 async function readAll(chunks: AsyncIterator<Buffer>): Promise<Buffer> {
@@ -234,12 +259,11 @@ async function relay(
     res.end(answer.body);
     return null;
   }
-  return relayStream(answer.chunks, answer.first, res, attempt, outcome);
+  return relayStream(answer, res, attempt, outcome);
 }
 
 async function relayStream(
-  chunks: AsyncIterator<Buffer>,
-  first: Buffer,
+  { chunks, first, usage }: Extract<Answer, { kind: 'stream' }>,
   res: Response,
   attempt: Attempt,
   outcome: Outcome,
@@ -248,6 +272,7 @@ async function relayStream(
   const send = async (bytes: Buffer) => {
     if (bytes.length === 0) return;
     outcome.responseBytes += bytes.length;
+    usage.push(bytes);
     // A client that does not read holds the engine back, and for no longer than a silent engine may hold us.
     if (res.write(bytes)) return;
     attempt.allowClient();

@@ -3,6 +3,7 @@
 // README.md has them as a table, and a test holds the two together.
 
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
+import type { TokenUsage } from '../engine/protocol.ts';
 import type { Directory } from './directory.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { engineFailures } from './forward.ts';
@@ -33,6 +34,12 @@ export function createMetrics() {
       labelNames: ['route', 'model', 'target', 'tenant', 'status'],
       registers,
     }),
+    tokens: new Counter({
+      name: 'motet_gateway_tokens_total',
+      help: "Tokens of answers that were sent, whole or in part. kind: prompt; cached, those of the prompt that a prefix cache had; completion. Of a stream that was broken off, and of engines that do not say, they are counted by events and by the prompt's length.",
+      labelNames: ['tenant', 'model', 'kind'],
+      registers,
+    }),
     durationSeconds: new Histogram({
       name: 'motet_gateway_request_duration_seconds',
       help: "From a request's arrival to the last byte of its answer.",
@@ -59,6 +66,16 @@ export function createMetrics() {
       registers,
     }),
   };
+}
+
+export function countTokens(
+  { tokens }: Metrics,
+  labels: { tenant: string; model: string },
+  { promptTokens, cachedTokens, completionTokens }: TokenUsage,
+): void {
+  tokens.inc({ ...labels, kind: 'prompt' }, promptTokens);
+  tokens.inc({ ...labels, kind: 'cached' }, cachedTokens);
+  tokens.inc({ ...labels, kind: 'completion' }, completionTokens);
 }
 
 type State = { endpoints: Endpoints; directory: Directory; numQueued: () => number };

@@ -1,9 +1,10 @@
 import { connect } from 'node:net';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import OpenAI from 'openai';
+import { request } from 'undici';
 import { describe, expect, test, vi } from 'vitest';
 import { EngineError } from '../../engine/errors.ts';
-import { type AdapterList, enginePaths, modelHeader } from '../../engine/protocol.ts';
+import { type AdapterList, enginePaths, modelHeader, usageHeader } from '../../engine/protocol.ts';
 import { readFakeAdapter } from '../fixtures/fake-engine-parts.ts';
 import { eventsOf, type Served, serveFake } from '../fixtures/serve-fake.ts';
 
@@ -209,6 +210,50 @@ describe('completions', () => {
       await served.post(enginePaths.completions, body)
     ).json()) as OpenAI.Completion;
     expect(choices[0]?.text).toBe('xxxx');
+  });
+});
+
+describe('x-motet-usage', () => {
+  const usage = (numCached: number) => `prompt=${chatPromptLength}, cached=${numCached}, completion=3`;
+  async function ask(served: Served, fields: object, headers: Record<string, string>) {
+    spell(served, chatPromptLength, 'ok');
+    const body = JSON.stringify({ ...chat, ...fields });
+    const answer = await request(served.url + enginePaths.chat, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json', ...headers },
+      body,
+    });
+    await answer.body.dump();
+    return answer;
+  }
+
+  test('heads a whole answer and trails a stream', async () => {
+    const served = await serveFake();
+    expect((await ask(served, {}, { te: 'trailers' })).headers[usageHeader]).toBe(usage(0));
+    const stream = await ask(served, { stream: true }, { te: 'gzip, trailers' });
+    expect(stream.headers.trailer).toBe(usageHeader);
+    // Of the same prompt one block was kept.
+    expect(stream.trailers[usageHeader]).toBe(usage(16));
+  });
+
+  test('trails a stream that failed, with what was generated', async () => {
+    const served = await serveFake();
+    const release = holdSteps(served);
+    const answer = ask(served, { stream: true }, { te: 'trailers' });
+    await vi.waitFor(() => expect(served.blocks.numHeldPages).toBeGreaterThan(0), { interval: 1 });
+    served.runtime.failNextStep = new Error('boom');
+    release();
+    expect((await answer).trailers[usageHeader]).toMatch(
+      new RegExp(`^prompt=${chatPromptLength}, cached=0, completion=[01]$`),
+    );
+  });
+
+  test('is told to nobody who did not ask', async () => {
+    const served = await serveFake();
+    for (const stream of [false, true]) {
+      const { headers, trailers } = await ask(served, { stream }, {});
+      expect({ ...headers, ...trailers }).not.toHaveProperty(usageHeader);
+    }
   });
 });
 
