@@ -4,6 +4,7 @@ import { randomUUID } from 'node:crypto';
 import express, { type Express, type NextFunction, type Request, type Response } from 'express';
 import type { Logger } from 'pino';
 import { enginePaths, modelHeader } from '../engine/protocol.ts';
+import { addBatchRoutes, type BatchRoutes, batchRouteOf } from './batches/routes.ts';
 import { chooseTarget, type WeightedTarget } from './choose-target.ts';
 import { consoleDataPath, consolePaths, serveConsole } from './console/console.ts';
 import { consoleData } from './console/console-data.ts';
@@ -19,6 +20,8 @@ import { endRequestSpan, startRequestSpan } from './tracing.ts';
 export type AppParts = {
   directory: Directory;
   forward: Forward;
+  /** Null: there is nowhere to keep files. */
+  batches: BatchRoutes | null;
   maxBodyBytes: number;
   /** Serves the console page and its data. */
   hasConsole: boolean;
@@ -116,6 +119,7 @@ export function createApp(parts: AppParts): Express {
     app.all(path, onlyMethod('POST'));
   }
 
+  if (parts.batches !== null) addBatchRoutes(app, parts.batches, callerOf, onlyMethod);
   app.use((req) => {
     throw new GatewayError('route_not_found', `there is no ${req.method} ${req.path}`);
   });
@@ -206,7 +210,11 @@ function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
  * saying so. `facts` get names that a resource or an engine said, never what a client typed, so they may become labels of
  * metrics.
  */
-async function findTarget(model: string, facts: Facts, { directory, forward }: AppParts): Promise<Target> {
+export async function findTarget(
+  model: string,
+  facts: Pick<Facts, 'tenant' | 'model' | 'target'>,
+  { directory, forward }: Pick<AppParts, 'directory' | 'forward'>,
+): Promise<Target> {
   const targets = directory.targetsOf(model, facts.tenant ?? null);
   if (targets === null) throw modelNotFound(model);
   const [first] = targets;
@@ -251,7 +259,7 @@ function hangUpSignal(res: Response): AbortSignal {
   return hangUp.signal;
 }
 
-function onlyMethod(method: 'GET' | 'POST') {
+function onlyMethod(method: string) {
   return function refuseOtherMethods(req: Request, res: Response): void {
     res.set('Allow', method);
     throw new GatewayError('method_not_allowed', `${req.path}: expected ${method}, got ${req.method}`);
@@ -294,6 +302,8 @@ function shownCause(cause: unknown): object | undefined {
 function routeOf(path: string): string {
   if (knownRoutes.has(path)) return path;
   if (path.startsWith('/console/')) return '/console';
+  const batchRoute = batchRouteOf(path);
+  if (batchRoute !== null) return batchRoute;
   return path.startsWith('/v1/models/') ? '/v1/models/:id' : 'other';
 }
 

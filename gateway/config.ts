@@ -6,6 +6,7 @@ import { existsSync, readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { parseArgs } from 'node:util';
 import { z } from 'zod';
+import type { BatchSettings } from './batches/start.ts';
 
 const milliseconds = (defaultMs: number) => z.coerce.number().int().min(1).max(86_400_000).default(defaultMs);
 const count = (defaultCount: number) => z.coerce.number().int().min(1).max(1_000_000).default(defaultCount);
@@ -70,6 +71,35 @@ export const settings = {
     .stringbool()
     .default(true)
     .describe('serve the console page at /console; --console false does not'),
+  'batch-store': z
+    .string()
+    .min(1)
+    .optional()
+    .describe(
+      'where /v1/files and /v1/batches keep what they have: a folder, or s3://BUCKET/PREFIX, with keys and endpoint from the variables of AWS; default, nowhere: there are no such routes',
+    ),
+  'batch-jobs': count(4).describe('batches that this gateway runs at a time'),
+  'batch-lines-per-engine': count(64).describe(
+    'requests that an engine is sent at a time when lines of batches fill what online traffic leaves',
+  ),
+  'batch-max-file-bytes': z.coerce
+    .number()
+    .int()
+    .min(1)
+    .max(2 ** 40)
+    .default(200 << 20)
+    .describe('largest file of /v1/files, in bytes'),
+  'batch-max-tenant-bytes': z.coerce
+    .number()
+    .int()
+    .min(1)
+    .max(2 ** 50)
+    .default(2 ** 32)
+    .describe('all that one tenant may keep, in bytes; also the most that the answers of one batch may be'),
+  'batch-keep-hours': count(720).describe('how long files and ended batches are kept, in hours'),
+  'batch-lease-ms': milliseconds(10_000).describe(
+    'time without a sign of life after which another gateway takes over a batch',
+  ),
   'log-level': z
     .enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'])
     .default('info')
@@ -102,6 +132,8 @@ export type Config = {
   drainTimeoutMs: number;
   /** The page at /console is there. */
   hasConsole: boolean;
+  /** Null: no files and batches. */
+  batches: BatchSettings | null;
   logLevel: string;
 };
 
@@ -157,6 +189,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     pollIntervalMs: values['poll-interval-ms'],
     drainTimeoutMs: values['drain-timeout-ms'],
     hasConsole: values.console,
+    batches: parseBatches(values),
     logLevel: values['log-level'],
   };
 }
@@ -183,6 +216,23 @@ function parseCluster(values: Values): Config['cluster'] {
     );
   }
   return { namespace, kubeconfig };
+}
+
+function parseBatches(values: Values): BatchSettings | null {
+  const store = values['batch-store'];
+  if (store === undefined) return null;
+  if (/^[a-z0-9]+:\/\//i.test(store) && !/^s3:\/\/[^/?#@]+(\/[\w.-]+)*\/?$/.test(store)) {
+    throw new ConfigError('--batch-store (MOTET_BATCH_STORE): expected a folder or s3://BUCKET/PREFIX');
+  }
+  return {
+    store,
+    maxJobs: values['batch-jobs'],
+    linesPerEngine: values['batch-lines-per-engine'],
+    maxFileBytes: values['batch-max-file-bytes'],
+    maxTenantBytes: values['batch-max-tenant-bytes'],
+    keepSeconds: values['batch-keep-hours'] * 3600,
+    leaseMs: values['batch-lease-ms'],
+  };
 }
 
 /** In one form, so that an engine given twice counts once. */

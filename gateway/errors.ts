@@ -29,6 +29,17 @@ export const errorTable = {
   model_not_found: { status: 404, type: invalid },
   route_not_found: { status: 404, type: invalid },
   method_not_allowed: { status: 405, type: invalid },
+  // Of files and batches.
+  invalid_multipart: { status: 400, type: invalid },
+  invalid_value: { status: 400, type: invalid },
+  file_too_large: { status: 413, type: invalid },
+  tenant_storage_full: { status: 413, type: invalid },
+  file_not_found: { status: 404, type: invalid },
+  file_in_use: { status: 409, type: invalid },
+  batch_not_found: { status: 404, type: invalid },
+  batch_not_cancellable: { status: 409, type: invalid },
+  too_many_batches: { status: 429, type: 'rate_limit_error', retryAfterS: 60 },
+  too_many_uploads: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
   // The world's: they pass.
   queue_full: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
   queue_timeout: { status: 503, type: 'server_error', retryAfterS: 1 },

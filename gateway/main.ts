@@ -5,12 +5,14 @@ import { type Logger, pino } from 'pino';
 import { Agent } from 'undici';
 import { Admission } from './admission.ts';
 import { createApp } from './app.ts';
+import { startBatches } from './batches/start.ts';
 import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
 import { listedDirectory } from './directory.ts';
 import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
+import type { Forward } from './forward.ts';
 import { createMetrics, watchState } from './metrics.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
@@ -50,16 +52,27 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   });
   watchState(metrics, { endpoints, directory, numQueued: () => admission.numQueued });
 
+  const forward: Forward = {
+    admission,
+    endpoints,
+    dispatcher,
+    engineHeaders,
+    limits: config,
+    onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
+  };
+  const batches =
+    config.batches &&
+    (await startBatches(config.batches, {
+      directory,
+      forward,
+      metrics,
+      log,
+      maxLineBytes: config.maxBodyBytes,
+    }));
   const app = createApp({
     directory,
-    forward: {
-      admission,
-      endpoints,
-      dispatcher,
-      engineHeaders,
-      limits: config,
-      onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
-    },
+    forward,
+    batches: batches?.routes ?? null,
     maxBodyBytes: config.maxBodyBytes,
     hasConsole: config.hasConsole,
     metrics,
@@ -74,10 +87,12 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     port: serving.port,
     async drain() {
       draining.abort();
+      const batchesClosed = batches?.close(config.drainTimeoutMs);
       await serving.drain(config.drainTimeoutMs, () => {
         log.warn({ timeoutMs: config.drainTimeoutMs }, 'requests in flight are cut off');
         cutOff.abort(new GatewayError('shutting_down', 'the gateway is shutting down'));
       });
+      await batchesClosed;
       await directory.close();
       await endpoints.close();
       await dispatcher.destroy();

@@ -4,6 +4,8 @@
 
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
 import type { TokenUsage } from '../engine/protocol.ts';
+import type { Gate as BatchGate } from './batches/gate.ts';
+import type { BatchRunner } from './batches/runner.ts';
 import type { Directory } from './directory.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { engineFailures } from './forward.ts';
@@ -59,6 +61,12 @@ export function createMetrics() {
       help: 'Requests that arrived and have not ended, those that wait for an engine among them.',
       registers,
     }),
+    batchLines: new Counter({
+      name: 'motet_gateway_batch_lines_total',
+      help: 'Lines of batches, by result: completed; failed (a line of the error file); tried_again, since there was no room or an engine failed it.',
+      labelNames: ['result'],
+      registers,
+    }),
     engineErrors: new Counter({
       name: 'motet_gateway_engine_errors_total',
       help: 'Requests that an engine failed, by reason: a code of the error table. One that another engine then answered is counted too.',
@@ -76,6 +84,36 @@ export function countTokens(
   tokens.inc({ ...labels, kind: 'prompt' }, promptTokens);
   tokens.inc({ ...labels, kind: 'cached' }, cachedTokens);
   tokens.inc({ ...labels, kind: 'completion' }, completionTokens);
+}
+
+/** Adds the gauges of batches. Where they are off there are none. */
+export function watchBatches(
+  { registry }: Metrics,
+  { runner, gate }: { runner: BatchRunner; gate: BatchGate },
+): void {
+  const gauge = (name: string, help: string, read: () => number) =>
+    new Gauge({
+      ...{ name, help, registers: [registry] },
+      collect() {
+        this.set(read());
+      },
+    });
+  gauge(
+    'motet_gateway_batches_unfinished',
+    'Batches in the store that have not ended, whoever runs them.',
+    () => runner.numActive,
+  );
+  gauge('motet_gateway_batches_running', 'Batches that this gateway runs.', () => runner.numRunning);
+  gauge(
+    'motet_gateway_batch_oldest_seconds',
+    'Age of the oldest batch that has not ended; 0: there is none.',
+    () => runner.oldestSeconds(Date.now()),
+  );
+  gauge(
+    'motet_gateway_batch_lines_in_flight',
+    'Lines of batches that an engine was sent or that are about to be.',
+    () => gate.numInFlight,
+  );
 }
 
 type State = { endpoints: Endpoints; directory: Directory; numQueued: () => number };

@@ -18,10 +18,7 @@ export function parseContentType(value: string | undefined): void {
 
 /** The `model` of a request body. Everything else is the engine's to judge. */
 export function parseModelName(body: Uint8Array): string {
-  const value = parseJson(body);
-  if (value === null || typeof value !== 'object' || Array.isArray(value)) {
-    throw new GatewayError('invalid_type', `request body: expected a JSON object, got ${typeName(value)}`);
-  }
+  const value = parseJsonObject(body);
   if (!('model' in value)) {
     throw new GatewayError('missing_required_parameter', 'model: expected the name of a model, got nothing', {
       param: 'model',
@@ -39,6 +36,14 @@ export function parseModelName(body: Uint8Array): string {
     });
   }
   return model;
+}
+
+export function parseJsonObject(body: Uint8Array): Record<string, unknown> {
+  const value = parseJson(body);
+  if (value === null || typeof value !== 'object' || Array.isArray(value)) {
+    throw new GatewayError('invalid_type', `request body: expected a JSON object, got ${typeName(value)}`);
+  }
+  return value as Record<string, unknown>;
 }
 
 export function modelNotFound(model: string): GatewayError {

@@ -5,7 +5,7 @@ import { asGatewayError, errorBody, errorTable, GatewayError } from '../../gatew
 
 const folder = import.meta.dirname;
 const readme = readFileSync(join(folder, '../../gateway/README.md'), 'utf8');
-const otherTests = readdirSync(folder)
+const otherTests = readdirSync(folder, { recursive: true, encoding: 'utf8' })
   .filter((name) => name.endsWith('.test.ts') && name !== 'errors.test.ts')
   .map((name) => readFileSync(join(folder, name), 'utf8'))
   .join('\n');

@@ -2,12 +2,13 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { startFakeEngine } from '../fixtures/fake-engine.ts';
+import { batchSettings } from './batches/batches-setup.ts';
 import { chatBody, gatewayFor } from './start-gateway.ts';
 
 const readme = readFileSync(join(import.meta.dirname, '../../gateway/README.md'), 'utf8');
 
 test('every metric is documented with its type, and nothing else is', async () => {
-  const gateway = await gatewayFor([await startFakeEngine()]);
+  const gateway = await gatewayFor([await startFakeEngine()], { batches: batchSettings() });
   const text = await (await fetch(`${gateway.url}/metrics`)).text();
   const exposed = [...text.matchAll(/^# TYPE (motet_\S+) (\S+)$/gm)].map(
     ([, name, type]) => `${name} ${type}`,

@@ -96,5 +96,6 @@ const defaults: Config = {
   // Short, since the pool of `fetch` keeps connections open; tests of draining set their own.
   drainTimeoutMs: 20,
   hasConsole: true,
+  batches: null,
   logLevel: 'debug',
 };

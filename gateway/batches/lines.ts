@@ -1,0 +1,94 @@
+// The lines of an input file: where each is, and whether it is a request that can be sent. Nothing of a line is kept but
+// where it is and what it is ordered by, so that a file of any size is read in little memory.
+
+import type { LineError } from './objects.ts';
+
+/** A line of the file as it is found: `bytes` is null when it is longer than allowed. */
+export type RawLine = { number: number; offset: number; length: number; bytes: Buffer | null };
+
+/** A request of the file. */
+export type ParsedLine = { customId: string; model: string; body: Record<string, unknown> };
+
+export type LineProblem = Pick<LineError, 'code' | 'message' | 'param'>;
+
+/** As OpenAI has it. */
+export const maxLines = 50_000;
+const maxCustomIdLength = 512;
+
+/** Splits at line feeds; lines of white space alone are left out. `number` counts from 1. */
+export async function* splitLines(
+  content: AsyncIterable<Buffer>,
+  maxLineBytes: number,
+): AsyncGenerator<RawLine> {
+  let number = 0;
+  let offset = 0;
+  let parts: Buffer[] = [];
+  let length = 0;
+  const take = (): RawLine | null => {
+    number += 1;
+    const line: RawLine = { number, offset, length, bytes: null };
+    if (length <= maxLineBytes) line.bytes = Buffer.concat(parts);
+    parts = [];
+    offset += length + 1;
+    length = 0;
+    return line.bytes?.every((byte) => byte <= 0x20) ? null : line;
+  };
+  for await (const chunk of content) {
+    let begin = 0;
+    for (let end = chunk.indexOf(10); end !== -1; end = chunk.indexOf(10, begin)) {
+      length += end - begin;
+      if (length <= maxLineBytes) parts.push(chunk.subarray(begin, end));
+      begin = end + 1;
+      const line = take();
+      if (line !== null) yield line;
+    }
+    length += chunk.length - begin;
+    // What is too long already is only counted.
+    if (length <= maxLineBytes) parts.push(chunk.subarray(begin));
+    else parts = [];
+  }
+  if (length === 0) return;
+  const line = take();
+  if (line !== null) yield line;
+}
+
+/** The request of a line, or what is wrong with it. */
+export function parseLine(bytes: Buffer, endpoint: string): ParsedLine | LineProblem {
+  let value: unknown;
+  try {
+    value = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes));
+  } catch {
+    // V8's message would quote the line.
+    return problem('invalid_json_line', 'expected a line of JSON in UTF-8, got something else', null);
+  }
+  if (!isObject(value)) return problem('invalid_json_line', 'expected a JSON object', null);
+  const { custom_id, method, url, body } = value;
+  if (typeof custom_id !== 'string' || custom_id === '' || custom_id.length > maxCustomIdLength) {
+    const expected = `custom_id: expected a string of 1 to ${maxCustomIdLength} characters`;
+    return problem('invalid_custom_id', expected, 'custom_id');
+  }
+  if (method !== 'POST') return problem('invalid_method', 'method: expected POST', 'method');
+  if (url !== endpoint) {
+    return problem('mismatched_url', `url: expected ${endpoint}, the endpoint of the batch`, 'url');
+  }
+  if (!isObject(body)) return problem('invalid_body', 'body: expected a JSON object', 'body');
+  if (typeof body.model !== 'string' || body.model === '') {
+    return problem('missing_model', 'body.model: expected the name of a model', 'body.model');
+  }
+  if (body.stream !== undefined && body.stream !== null && body.stream !== false) {
+    return problem('stream_not_supported', 'body.stream: expected false in a batch', 'body.stream');
+  }
+  return { customId: custom_id, model: body.model, body };
+}
+
+export function isProblem(line: ParsedLine | LineProblem): line is LineProblem {
+  return 'code' in line;
+}
+
+function problem(code: string, message: string, param: string | null): LineProblem {
+  return { code, message, param };
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return value !== null && typeof value === 'object' && !Array.isArray(value);
+}

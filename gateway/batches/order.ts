@@ -1,0 +1,83 @@
+// In which order the lines of a job run. Lines of one model (an adapter, mostly) stand together in a lane, and in a lane
+// those whose prompts begin alike stand together: sorted by prefix, a lane is the prefix tree of its prompts walked depth
+// first. Whatever the cache of an engine holds, no other order finds more of it again. Idea: global prefixes first, then
+// request by request below each, as in BatchLLM (Zheng et al., 2024).
+
+/** A line that is to be run: where it is in the file, and what it is ordered by. */
+export type PlannedLine = {
+  /** Of the lines that are not empty, from 0: by this a result knows its line. */
+  index: number;
+  offset: number;
+  length: number;
+  model: string;
+  /** By prefixKey. */
+  prefix: string;
+  /** Tries that an engine failed. */
+  numFailed: number;
+};
+
+export type Lane = {
+  model: string;
+  /** Still to be run; the next is the last. */
+  lines: PlannedLine[];
+  numInFlight: number;
+  /** No line is taken before: an engine had no room for the last one, or nobody holds the model. */
+  pausedUntilMs: number;
+  pauseMs: number;
+};
+
+/** About a block of an engine's KV cache, so that what an engine can share is what the order sees. */
+const charsPerBlock = 64;
+
+/**
+ * What a prompt begins with, as a text that is a prefix of another's exactly when all blocks of the one prompt are the other's first:
+ * two UTF-16 units a block, of a hash of all up to there. 32 bits: a collision costs a hit, nothing else.
+ */
+export function prefixKey({ tools, messages, prompt, input }: Record<string, unknown>): string {
+  // A chat template puts tools before the first message.
+  const text = `${tools === undefined ? '' : JSON.stringify(tools)}${JSON.stringify(messages ?? prompt ?? input ?? '')}`;
+  const units = new Uint16Array(2 * Math.floor(text.length / charsPerBlock));
+  let hash = 0x811c9dc5;
+  for (let i = 0; i < units.length / 2; i++) {
+    const end = (i + 1) * charsPerBlock;
+    // FNV-1a over UTF-16 units.
+    for (let j = end - charsPerBlock; j < end; j++) hash = Math.imul(hash ^ text.charCodeAt(j), 0x01000193);
+    units[2 * i] = hash >>> 16;
+    units[2 * i + 1] = hash;
+  }
+  return Buffer.from(units.buffer).toString('utf16le');
+}
+
+/** The lanes of a job, the one with the most bytes first: with several engines the short ones fill the end. */
+export function planLanes(lines: readonly PlannedLine[]): Lane[] {
+  const byModel = Map.groupBy(lines, ({ model }) => model);
+  const numBytes = (lane: Lane) => lane.lines.reduce((sum, { length }) => sum + length, 0);
+  return [...byModel]
+    .map(([model, ofModel]): Lane => {
+      // The next is taken from the end.
+      const sorted = ofModel.toSorted((a, b) =>
+        a.prefix === b.prefix ? b.index - a.index : a.prefix < b.prefix ? 1 : -1,
+      );
+      return { model, lines: sorted, numInFlight: 0, pausedUntilMs: 0, pauseMs: 0 };
+    })
+    .map((lane) => ({ lane, bytes: numBytes(lane) }))
+    .sort((a, b) => b.bytes - a.bytes)
+    .map(({ lane }) => lane);
+}
+
+/**
+ * The lane that gives the next line: the first that has one and is within its share of what may be in flight. The share is
+ * an engine's worth, so that as many lanes run at a time as there are engines; when fewer are left they share all.
+ *
+ * @param maxInFlight  of all lanes
+ */
+export function nextLane(
+  lanes: readonly Lane[],
+  maxInFlight: number,
+  numEngines: number,
+  nowMs: number,
+): Lane | null {
+  const left = lanes.filter(({ lines, pausedUntilMs }) => lines.length > 0 && pausedUntilMs <= nowMs);
+  const share = Math.ceil(maxInFlight / Math.max(1, Math.min(numEngines, left.length)));
+  return left.find(({ numInFlight }) => numInFlight < share) ?? left[0] ?? null;
+}

@@ -1,0 +1,101 @@
+// Puts the parts of batches together. Wiring only.
+
+import type { Logger } from 'pino';
+import { enginePaths, modelHeader } from '../../engine/protocol.ts';
+import { sourceAccess } from '../../engine/sources/access.ts';
+import { type AppParts, findTarget } from '../app.ts';
+import { askWhole, type Outcome } from '../forward.ts';
+import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
+import { Files } from './files.ts';
+import { Gate, roomFor } from './gate.ts';
+import { Jobs } from './jobs.ts';
+import type { BatchRoutes } from './routes.ts';
+import type { AnswerLine } from './run-job.ts';
+import { BatchRunner } from './runner.ts';
+import { openStore } from './store.ts';
+
+export type BatchSettings = {
+  /** A folder, or `s3://BUCKET/PREFIX`. */
+  store: string;
+  maxJobs: number;
+  linesPerEngine: number;
+  maxFileBytes: number;
+  maxTenantBytes: number;
+  keepSeconds: number;
+  leaseMs: number;
+};
+
+export type Batches = {
+  routes: BatchRoutes;
+  /** Leaves jobs to other gateways, after lines in flight had this time. */
+  close(timeoutMs: number): Promise<void>;
+};
+
+type Around = Pick<AppParts, 'directory' | 'forward'> & {
+  /** A line's request is one as clients send it: it may be as long. */
+  maxLineBytes: number;
+  metrics: Metrics;
+  log: Logger;
+};
+
+const endpointsOfLines = [enginePaths.chat, enginePaths.completions];
+
+export async function startBatches(settings: BatchSettings, around: Around): Promise<Batches> {
+  const { maxFileBytes, maxTenantBytes, keepSeconds, leaseMs, maxJobs } = settings;
+  const { forward, maxLineBytes, metrics, log } = around;
+  const store = await openStore(settings.store, { access: sourceAccess(process.env) });
+  const isFolder = !settings.store.startsWith('s3://');
+  const files = new Files(store, { maxFileBytes, maxTenantBytes });
+  const jobs = new Jobs(store);
+  const gate = new Gate((numLines, sinceGrantMs) => {
+    const ready = forward.endpoints.all.filter(({ isReady }) => isReady);
+    const numSent = ready.reduce((sum, { inFlight }) => sum + inFlight, 0);
+    return roomFor({
+      linesPerEngine: settings.linesPerEngine,
+      numEngines: ready.length,
+      numOnline: Math.max(0, numSent - numLines),
+      isOnlineWaiting: forward.admission.numQueued > 0,
+      sinceGrantMs,
+    });
+  });
+  const runner = new BatchRunner(
+    {
+      ...{ store, files, jobs, gate, maxLineBytes, nowMs: Date.now },
+      answer: answerLine(around),
+      onLine: (result) => metrics.batchLines.inc({ result }),
+      maxResultBytes: maxTenantBytes,
+      // A flush of a disk takes milliseconds; an object costs money.
+      recordGapMs: isFolder ? 20 : 500,
+      lookMs: Math.min(1_000, leaseMs / 4),
+    },
+    { maxJobs, leaseMs, scanMs: Math.min(isFolder ? 1_000 : 5_000, leaseMs / 2), keepSeconds },
+    log,
+  );
+  watchBatches(metrics, { runner, gate });
+  return {
+    routes: {
+      ...{ files, jobs, maxFileBytes, keepSeconds },
+      endpoints: endpointsOfLines,
+      onChange: () => runner.poke(),
+    },
+    async close(timeoutMs) {
+      await runner.close(timeoutMs);
+      await store.close();
+    },
+  };
+}
+
+/** Sends a line as an online request of its tenant is sent. */
+function answerLine({ directory, forward, metrics }: Around): AnswerLine {
+  return async ({ tenant, path, model, body, requestId, signal }) => {
+    const facts: Parameters<typeof findTarget>[1] = { ...(tenant !== null && { tenant }) };
+    const target = await findTarget(model, facts, { directory, forward });
+    const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
+    if (target.name !== model) headers[modelHeader] = target.name;
+    const outcome: Outcome = { attempts: 0, responseBytes: 0 };
+    const answer = await askWhole(forward, { path, target, headers, body, signal }, outcome);
+    const usage = outcome.usage?.();
+    if (usage !== undefined) countTokens(metrics, { tenant: tenant ?? '', model: facts.model ?? '' }, usage);
+    return answer;
+  };
+}
