@@ -516,6 +516,22 @@ export interface TenantSpec {
       key: string;
     };
   }[];
+  /**
+   * How much the tenant may use, by all its keys together. Default, without limits. What is over a limit is
+   * refused with 429 and told when to come back. A limit a minute may be used at once and comes back
+   * evenly.
+   */
+  limits?: {
+    /** Requests a minute. */
+    requestsPerMinute?: number;
+    /**
+     * Tokens a minute, of prompts and of answers; estimated when a request comes, counted when it has
+     * ended.
+     */
+    tokensPerMinute?: number;
+    /** Requests at a time, those that wait for an engine among them. */
+    concurrency?: number;
+  };
   /** What the tenant sees, lists and calls. Default, nothing. */
   access: {
     /** Selects LoraAdapters by their labels. `{}` selects all. Default, none. */

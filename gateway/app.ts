@@ -3,7 +3,7 @@
 import { randomUUID } from 'node:crypto';
 import express, { type Express, type NextFunction, type Request, type Response } from 'express';
 import type { Logger } from 'pino';
-import { enginePaths, modelHeader } from '../engine/protocol.ts';
+import { enginePaths, modelHeader, type TokenUsage } from '../engine/protocol.ts';
 import { addBatchRoutes, type BatchRoutes, batchRouteOf } from './batches/routes.ts';
 import { chooseTarget, type WeightedTarget } from './choose-target.ts';
 import { consoleDataPath, consolePaths, serveConsole } from './console/console.ts';
@@ -14,6 +14,8 @@ import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } f
 import { type Forward, forward, type Outcome } from './forward.ts';
 import { countTokens, type Metrics } from './metrics.ts';
 import { modelNotFound, parseContentType, parseModelName } from './openai.ts';
+import { noTokens, type Quota } from './quota/quota.ts';
+import { estimatePromptTokens } from './quota/usage.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 import { endRequestSpan, startRequestSpan } from './tracing.ts';
 
@@ -22,6 +24,7 @@ export type AppParts = {
   forward: Forward;
   /** Null: there is nowhere to keep files. */
   batches: BatchRoutes | null;
+  quota: Quota;
   maxBodyBytes: number;
   /** Serves the console page and its data. */
   hasConsole: boolean;
@@ -188,21 +191,47 @@ function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
     parseContentType(req.get('content-type'));
     const body: Buffer = Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0);
     const model = parseModelName(body);
-    const target = await findTarget(model, facts, parts);
-
-    const headers: Record<string, string> = { 'x-request-id': facts.requestId };
-    for (const name of headersPassedOn) {
-      const value = req.get(name);
-      if (value !== undefined) headers[name] = value;
+    const scopes = parts.directory.scopesOf(facts.tenant ?? null);
+    const entry = await parts.quota.enter(facts.tenant ?? null, scopes, estimatePromptTokens(body.length));
+    for (const [name, value] of entry.headers) res.setHeader(name, value);
+    if (entry.refusal !== null) throw entry.refusal;
+    try {
+      await answer(path, model, body, req, res, parts);
+    } finally {
+      entry.settle(costOf(facts));
     }
-    if (target.name !== model) headers[modelHeader] = target.name;
-    const span = startRequestSpan(path, model, headers);
-    res.once('close', () => endRequestSpan(span, res.statusCode, facts.errorCode));
-
-    const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
-    const failure = await forward(parts.forward, { path, target, headers, body, signal }, res, facts);
-    if (failure !== null) noteError(parts.log, facts, failure);
   };
+}
+
+/** What a request that has ended costs its caller; null when it cannot be told, since the caller did not wait for it. */
+function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
+  if (usage !== undefined) return usage();
+  return attempts > 0 && errorCode === 'client_closed_request' ? null : noTokens;
+}
+
+async function answer(
+  path: (typeof forwardedPaths)[number],
+  model: string,
+  body: Buffer,
+  req: Request,
+  res: Response,
+  parts: AppParts,
+): Promise<void> {
+  const facts = factsOf(res);
+  const target = await findTarget(model, facts, parts);
+
+  const headers: Record<string, string> = { 'x-request-id': facts.requestId };
+  for (const name of headersPassedOn) {
+    const value = req.get(name);
+    if (value !== undefined) headers[name] = value;
+  }
+  if (target.name !== model) headers[modelHeader] = target.name;
+  const span = startRequestSpan(path, model, headers);
+  res.once('close', () => endRequestSpan(span, res.statusCode, facts.errorCode));
+
+  const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
+  const failure = await forward(parts.forward, { path, target, headers, body, signal }, res, facts);
+  if (failure !== null) noteError(parts.log, facts, failure);
 }
 
 /**

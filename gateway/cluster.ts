@@ -16,6 +16,7 @@ import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import { buildModels, type Model, mayUse } from './models.ts';
+import type { Scope } from './quota/limits.ts';
 import { resolveModel } from './resolve-model.ts';
 import { SecretKeys } from './secret-keys.ts';
 import { applyTenantStatus, TenantStatusWriter } from './tenant-status.ts';
@@ -119,6 +120,11 @@ export class Cluster implements Directory {
 
   models(caller: string | null): Model[] {
     return [...this.#modelsByName.values()].filter((model) => this.#mayUse(caller, model));
+  }
+
+  scopesOf(caller: string | null): Scope[] {
+    const limits = caller === null ? undefined : this.#tenancy?.watch.get(caller)?.spec.limits;
+    return limits === undefined ? [] : [{ of: 'tenant', id: caller!, limits }];
   }
 
   notReady(): GatewayError | null {

@@ -5,8 +5,10 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { parseArgs } from 'node:util';
+import { parse } from 'yaml';
 import { z } from 'zod';
 import type { BatchSettings } from './batches/start.ts';
+import type { Limits } from './quota/limits.ts';
 
 const milliseconds = (defaultMs: number) => z.coerce.number().int().min(1).max(86_400_000).default(defaultMs);
 const count = (defaultCount: number) => z.coerce.number().int().min(1).max(1_000_000).default(defaultCount);
@@ -43,6 +45,10 @@ export const settings = {
     .optional()
     .describe('the same for a token that is replaced in its file, as the kubelet does'),
   'api-keys-file': z.string().optional().describe('file of bearer keys, one `NAME KEY` a line'),
+  'limits-file': z
+    .string()
+    .optional()
+    .describe('file of limits by name of a key, `*` for all others: YAML or JSON, as in the README'),
   insecure: z
     .stringbool()
     .default(false)
@@ -118,6 +124,8 @@ export type Config = {
   port: number;
   /** Name of a key -> the key. Null: no keys are configured, everybody may enter. */
   apiKeys: Map<string, string> | null;
+  /** Name of a key -> its limits; `*` is for those that are not named. Empty: none has any. */
+  limits: ReadonlyMap<string, Limits>;
   /** Everybody may enter, and that is meant. */
   isInsecure: boolean;
   maxBodyBytes: number;
@@ -159,6 +167,9 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
       throw new ConfigError('expected --engine-key-file or --engine-token-file, got both');
     readSetting('engine-token-file', engineTokenFile);
   }
+  const limitsFile = values['limits-file'];
+  if (limitsFile !== undefined && apiKeys === null)
+    throw new ConfigError('--limits-file: expected --api-keys-file beside it, whose names it has');
   const cluster = values.kubernetes ? parseCluster(values) : null;
   if (cluster === null && values.engine.length === 0) {
     throw new ConfigError('--engine (MOTET_ENGINES): expected at least one URL, or --kubernetes');
@@ -177,6 +188,10 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     host: values.host,
     port: values.port,
     apiKeys,
+    limits:
+      limitsFile === undefined
+        ? new Map()
+        : parseLimits(readSetting('limits-file', limitsFile), limitsFile, apiKeys),
     isInsecure: values.insecure,
     maxBodyBytes: values['max-body-bytes'],
     maxInFlightPerEngine: values['max-in-flight-per-engine'],
@@ -274,6 +289,41 @@ export function parseApiKeys(text: string, path: string): Map<string, string> {
   }
   if (keys.size === 0) throw new ConfigError(`${path}: expected at least one line NAME KEY`);
   return keys;
+}
+
+const limit = z.int().min(1).max(10_000_000);
+const limitsSchema = z.record(
+  z.string(),
+  z.strictObject({
+    requestsPerMinute: limit.optional(),
+    tokensPerMinute: limit.optional(),
+    concurrency: limit.optional(),
+  }),
+);
+
+/** Limits by name of a key, as `team-a: { requestsPerMinute: 60 }`. */
+export function parseLimits(
+  text: string,
+  path: string,
+  apiKeys: ReadonlyMap<string, string> | null,
+): Map<string, Limits> {
+  let value: unknown;
+  try {
+    value = parse(text);
+  } catch (cause) {
+    throw new ConfigError(`${path}: expected YAML or JSON; ${(cause as Error).message}`, { cause });
+  }
+  const given = limitsSchema.safeParse(value);
+  if (!given.success) {
+    const { path: field, message } = given.error.issues[0]!;
+    throw new ConfigError(`${path}: ${field.join('.')}: ${message}`);
+  }
+  const limits = new Map(Object.entries(given.data) as [string, Limits][]);
+  for (const name of limits.keys()) {
+    if (name !== '*' && !apiKeys?.has(name))
+      throw new ConfigError(`${path}: ${name}: expected the name of an API key, or *`);
+  }
+  return limits;
 }
 
 function readSetting(name: string, path: string): string {

@@ -7,6 +7,7 @@ import type { WeightedTarget } from './choose-target.ts';
 import type { VisibleModel } from './console/console-data.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import type { Limits, Scope } from './quota/limits.ts';
 
 export interface Directory {
   authenticate: Authenticate;
@@ -21,6 +22,8 @@ export interface Directory {
   models(caller: string | null): VisibleModel[];
   /** Why requests cannot be taken; null when they can. */
   notReady(): GatewayError | null;
+  /** Whose limits hold for this caller: its own, and those of its key. */
+  scopesOf(caller: string | null): readonly Scope[];
   /** Callers that have a key. */
   numTenants(): number;
   /** BaseModels that exist, with engines or without. */
@@ -31,9 +34,20 @@ export interface Directory {
 }
 
 /** Every holder of a key may use every model of the listed engines; without keys everybody. */
-export function listedDirectory(endpoints: Endpoints, apiKeys: Map<string, string> | null): Directory {
+export function listedDirectory(
+  endpoints: Endpoints,
+  apiKeys: Map<string, string> | null,
+  limits: ReadonlyMap<string, Limits>,
+): Directory {
   const holders = [...(apiKeys ?? [])].map(([name, key]) => ({ name, digest: digestOfKey(key) }));
+  const scopes = new Map(
+    holders.map(({ name }): [string, Scope[]] => {
+      const own = limits.get(name) ?? limits.get('*');
+      return [name, own === undefined ? [] : [{ of: 'tenant', id: name, limits: own }]];
+    }),
+  );
   return {
+    scopesOf: (caller) => (caller === null ? [] : scopes.get(caller)!),
     authenticate: apiKeys === null ? () => null : createAuthenticate(() => holders),
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     cards: () => listCards(endpoints),

@@ -41,6 +41,7 @@ export const errorTable = {
   too_many_batches: { status: 429, type: 'rate_limit_error', retryAfterS: 60 },
   too_many_uploads: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
   // The world's: they pass.
+  rate_limit_exceeded: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
   queue_full: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
   queue_timeout: { status: 503, type: 'server_error', retryAfterS: 1 },
   model_unavailable: { status: 503, type: 'server_error', retryAfterS: 2 },
@@ -62,11 +63,18 @@ export class GatewayError extends Error {
   readonly code: ErrorCode;
   /** The request field that is wrong, if one is. */
   readonly param: string | null;
+  /** Where it is known better than the table has it. */
+  readonly retryAfterS: number | undefined;
 
-  constructor(code: ErrorCode, message: string, options: { param?: string; cause?: unknown } = {}) {
+  constructor(
+    code: ErrorCode,
+    message: string,
+    options: { param?: string; cause?: unknown; retryAfterS?: number } = {},
+  ) {
     super(message, { cause: options.cause });
     this.code = code;
     this.param = options.param ?? null;
+    this.retryAfterS = options.retryAfterS ?? (errorTable[code] as ErrorRow).retryAfterS;
   }
 
   get row(): ErrorRow {
@@ -117,7 +125,7 @@ export function errorBody({ message, row, param, code }: GatewayError) {
 /** Answers with the error. Does nothing when an answer has begun or nobody is there to read it. */
 export function sendError(res: Response, error: GatewayError): void {
   if (res.headersSent || res.destroyed) return;
-  if (error.row.retryAfterS !== undefined) res.set('Retry-After', String(error.row.retryAfterS));
+  if (error.retryAfterS !== undefined) res.set('Retry-After', String(error.retryAfterS));
   if (error.row.status === 401) res.set('WWW-Authenticate', 'Bearer');
   res.status(error.row.status).json(errorBody(error));
 }

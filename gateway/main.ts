@@ -1,5 +1,6 @@
 // Reads the configuration, starts the gateway, drains it on SIGTERM or SIGINT. Wiring only.
 
+import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
 import { type Logger, pino } from 'pino';
 import { Agent } from 'undici';
@@ -14,6 +15,8 @@ import { keyHeaders, tokenFileHeaders } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
 import { createMetrics, watchState } from './metrics.ts';
+import { LocalMeters } from './quota/meter-store.ts';
+import { Quota } from './quota/quota.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
 
@@ -33,7 +36,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   for (const url of config.engineUrls) endpoints.offer(listedEngine(url));
   const directory =
     config.cluster === null
-      ? listedDirectory(endpoints, config.apiKeys)
+      ? listedDirectory(endpoints, config.apiKeys, config.limits)
       : new Cluster(
           {
             kubeConfig: loadKubeConfig(config.cluster.kubeconfig),
@@ -44,6 +47,9 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
           log,
         );
   const admission = new Admission(endpoints, config);
+  const quota = new Quota(new LocalMeters(), randomUUID(), (tenant, limit) =>
+    metrics.rateLimited.inc({ tenant, limit }),
+  );
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
   const dispatcher = new Agent({
     connect: { timeout: config.connectTimeoutMs },
@@ -73,6 +79,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     directory,
     forward,
     batches: batches?.routes ?? null,
+    quota,
     maxBodyBytes: config.maxBodyBytes,
     hasConsole: config.hasConsole,
     metrics,
@@ -96,6 +103,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
       await directory.close();
       await endpoints.close();
       await dispatcher.destroy();
+      await quota.close();
     },
   };
 }

@@ -42,6 +42,12 @@ export function createMetrics() {
       labelNames: ['tenant', 'model', 'kind'],
       registers,
     }),
+    rateLimited: new Counter({
+      name: 'motet_gateway_rate_limited_total',
+      help: 'Requests that a limit refused. limit: whose it is and of what, as tenant-tokensPerMinute.',
+      labelNames: ['tenant', 'limit'],
+      registers,
+    }),
     durationSeconds: new Histogram({
       name: 'motet_gateway_request_duration_seconds',
       help: "From a request's arrival to the last byte of its answer.",

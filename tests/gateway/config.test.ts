@@ -2,7 +2,15 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
-import { ConfigError, helpText, parseApiKeys, parseConfig, settings } from '../../gateway/config.ts';
+import {
+  ConfigError,
+  helpText,
+  parseApiKeys,
+  parseConfig,
+  parseLimits,
+  settings,
+} from '../../gateway/config.ts';
+import type { Limits } from '../../gateway/quota/limits.ts';
 
 const engine = ['--engine', 'http://127.0.0.1:9000'];
 
@@ -63,6 +71,35 @@ test.each([
 ])('refuses %s in the keys file without showing a key', (_, text, message) => {
   expect(() => parseApiKeys(text, 'keys')).toThrow(message);
   expect(() => parseApiKeys(text, 'keys')).not.toThrow('fedcba9876543210');
+});
+
+test('reads limits by name of a key, as YAML or JSON', () => {
+  const keys = new Map([['team-a', 'key-0123456789abcdef']]);
+  const limits = { requestsPerMinute: 60, tokensPerMinute: 9000, concurrency: 4 };
+  const text = `# who may use how much\nteam-a: ${JSON.stringify(limits)}\n'*':\n  concurrency: 1\n`;
+  expect(parseLimits(text, 'limits', keys)).toEqual(
+    new Map<string, Limits>([
+      ['team-a', limits],
+      ['*', { concurrency: 1 }],
+    ]),
+  );
+});
+
+test.each([
+  ['a name without a key', 'team-b: { concurrency: 1 }', 'team-b: expected the name of an API key'],
+  ['a limit of nothing', 'team-a: { concurrency: 0 }', 'team-a.concurrency'],
+  ['a limit that is not known', 'team-a: { perHour: 1 }', 'perHour'],
+  ['text that is neither', 'team-a: {', 'expected YAML or JSON'],
+])('refuses %s in the limits file', (_, text, message) => {
+  const keys = new Map([['team-a', 'key-0123456789abcdef']]);
+  expect(() => parseLimits(text, 'limits', keys)).toThrow(ConfigError);
+  expect(() => parseLimits(text, 'limits', keys)).toThrow(message);
+});
+
+test('refuses limits without keys that they are of', () => {
+  expect(() => parseConfig([...engine, '--limits-file', '/nowhere'], {})).toThrow(
+    '--api-keys-file beside it',
+  );
 });
 
 const cluster = ['--kubernetes', '--namespace', 'motet'];

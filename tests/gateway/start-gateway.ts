@@ -83,6 +83,7 @@ const defaults: Config = {
   host: '127.0.0.1',
   port: 0,
   apiKeys: null,
+  limits: new Map(),
   isInsecure: false,
   maxBodyBytes: 1 << 20,
   maxInFlightPerEngine: 8,

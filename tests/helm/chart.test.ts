@@ -149,7 +149,7 @@ test('lets people set every setting of the processes that the chart does not set
     settable(gatewaySettings, [
       ...['kubernetes', 'namespace', 'kubeconfig', 'host', 'port', 'drain-timeout-ms', 'engine-token-file'],
       // For a gateway without a cluster.
-      ...['engine', 'engine-key-file', 'api-keys-file', 'insecure'],
+      ...['engine', 'engine-key-file', 'api-keys-file', 'limits-file', 'insecure'],
     ]),
   );
 });
