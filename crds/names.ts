@@ -81,6 +81,10 @@ export const adapterRouteReasons = {
   targetsReady: 'TargetsReady',
   /** A target that exists is not resident. */
   targetNotReady: 'TargetNotReady',
+  /** Too few copies of a target are in memory. */
+  targetWarming: 'TargetWarming',
+  /** A target was too bad and lost its share; the message has what was measured. */
+  targetAborted: 'TargetAborted',
   /** There is no such LoraAdapter or BaseModel. */
   targetNotFound: 'TargetNotFound',
   nameConflict: 'NameConflict',

@@ -31,7 +31,7 @@ export interface AdapterRouteSpec {
   servedName?: string;
   /**
    * Who answers. A request goes to a target with the probability weight / (sum of the weights of targets
-   * that an engine holds).
+   * that get requests). The first is the stable one; the others are on trial.
    */
   targets: {
     /** Name of a LoraAdapter of this namespace. Default, none; then baseModel is required. */
@@ -40,6 +40,61 @@ export interface AdapterRouteSpec {
     baseModel?: string;
     /** Share of the requests, relative to the other targets. 0 gets none. Default 1. */
     weight: number;
+    /**
+     * Percent of the route's requests that are also asked of this target when another answers. Such a copy
+     * goes when an engine has room and nobody waits, its answer is dropped, and nobody is billed. Default
+     * 0.
+     */
+    shadowPercent: number;
+  }[];
+  /**
+   * What keeps a client with one target. When weights change, only as many clients change their target as
+   * must. Default, each request is drawn by itself.
+   */
+  sticky?: {
+    /**
+     * `User`, the field `user` of the body; `Header`, a request header; `Tenant`, whose key it is. A
+     * request without it is drawn by itself. User and Header count within a tenant.
+     */
+    by: 'User' | 'Header' | 'Tenant';
+    /** Name of the header, with Header alone. Default, none. */
+    header?: string;
+  };
+  /**
+   * Copies of a target's adapter that must be in memory (device or host arena) of ready engines before it
+   * gets requests, a number from 1 to 1000, or `all`: every engine that holds it. More than there are
+   * copies means all. Until then its share goes to the others. Default 1.
+   */
+  warmCopies: number | string;
+  /**
+   * When a target on trial loses its share to the first one, until the spec changes. Each gateway judges
+   * the requests that it passes on; the first to find a target too bad decides for all. Default, never.
+   */
+  abort?: {
+    /**
+     * Most requests in percent that engines may fail: a status of 500 or more, an answer that breaks off,
+     * or none. Default, no bound.
+     */
+    maxErrorPercent?: number;
+    /**
+     * Longest time to the first token that 95 of 100 streamed requests may take, from when they are sent to
+     * an engine, in milliseconds. Default, no bound.
+     */
+    maxTtftMs?: number;
+    /** Over how many of the last seconds it is judged. Default 60. */
+    windowSeconds: number;
+    /** With fewer requests in the window nothing is decided. Default 20. */
+    minRequests: number;
+  };
+  /**
+   * Shares of the second target, one after the other; the first target has the rest, and weights do not
+   * count. A step lasts while the target is warm, and none follows one that was aborted. Default, none.
+   */
+  steps?: {
+    /** Share of the second target in percent. */
+    percent: number;
+    /** How long it lasts; unused for the last one, which stays. Default 10. */
+    minutes: number;
   }[];
 }
 
@@ -60,7 +115,27 @@ export interface AdapterRouteStatus {
     /** Whether an engine holds it. */
     ready: boolean;
   }[];
-  /** `Ready`: every target with a weight above 0 is there. */
+  /** The step that is taken. Not there without `spec.steps`. */
+  step?: {
+    /** Its place in the spec, from 0. */
+    index: number;
+    /** When it began. */
+    since: string;
+    /** Generation of the spec whose steps they are; another one begins anew. */
+    generation: number;
+  };
+  /** Targets that lost their share. The gateways write it. */
+  aborted?: {
+    /** Name of the LoraAdapter or BaseModel. */
+    target: string;
+    /** Generation of the spec that it was aborted under; under another one it has its share again. */
+    generation: number;
+    /** What was measured, and what is allowed. */
+    message: string;
+    /** When it was decided. */
+    at: string;
+  }[];
+  /** `Ready`: every target with a share above 0 gets requests. */
   conditions?: {
     /** What it is about. */
     type: string;

@@ -58,6 +58,14 @@ export class Admission {
     return this.#wait(target, tried, signal);
   }
 
+  /** A place in an engine that has room to spare: nobody waits, and half of it is free. Null when there is none. */
+  trySpare(target: Target, where: (endpoint: Endpoint) => boolean): Slot | null {
+    if (this.#queue.size > 0) return null;
+    const engines = this.#untried(target, new Set()).filter(where);
+    const endpoint = pickEndpoint(target.name, engines, Math.ceil(this.#limits.maxInFlightPerEngine / 2));
+    return endpoint === undefined ? null : this.#take(endpoint);
+  }
+
   /** True when another engine than those tried could take the request, now or later. */
   hasOther(target: Target, tried: ReadonlySet<Endpoint>): boolean {
     return this.#whyNone(target, tried) === null;

@@ -13,10 +13,12 @@ import type { Directory } from './directory.ts';
 import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } from './errors.ts';
 import { type Forward, forward, type Outcome } from './forward.ts';
 import { countTokens, type Metrics } from './metrics.ts';
-import { modelNotFound, parseContentType, parseModelName } from './openai.ts';
+import { type Asked, modelNotFound, parseAsked, parseContentType } from './openai.ts';
 import { noTokens, type Quota } from './quota/quota.ts';
 import { estimatePromptTokens } from './quota/usage.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
+import { type Asker, stickyKey } from './routes/route.ts';
+import { type Copied, judgedOf, type Routes } from './routes/routes.ts';
 import { endRequestSpan, startRequestSpan } from './tracing.ts';
 
 export type AppParts = {
@@ -25,6 +27,8 @@ export type AppParts = {
   /** Null: there is nowhere to keep files. */
   batches: BatchRoutes | null;
   quota: Quota;
+  /** Which targets of AdapterRoutes get requests, and what becomes of that. */
+  routes: Routes;
   maxBodyBytes: number;
   /** Serves the console page and its data. */
   hasConsole: boolean;
@@ -160,7 +164,7 @@ function observe({ metrics, log }: AppParts, traffic: Traffic) {
       const completionTokens = usage?.completionTokens ?? 0;
       traffic.end(facts, { status, completionTokens, ...(ttfbMs !== undefined && { ttfbMs }) }, Date.now());
 
-      const { firstByteMs: _, ...rest } = facts;
+      const { firstByteMs: _, askedMs: __, ...rest } = facts;
       const requestBytes = Buffer.isBuffer(req.body) ? req.body.length : 0;
       const line = { ...rest, usage, status, requestBytes, durationMs: Math.round(durationMs) };
       const level = unimportantRoutes.has(facts.route) ? 'debug' : 'info';
@@ -190,13 +194,13 @@ function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
     const facts = factsOf(res);
     parseContentType(req.get('content-type'));
     const body: Buffer = Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0);
-    const model = parseModelName(body);
+    const asked = parseAsked(body);
     const scopes = parts.directory.scopesOf(facts.tenant ?? null);
     const entry = await parts.quota.enter(facts.tenant ?? null, scopes, estimatePromptTokens(body.length));
     for (const [name, value] of entry.headers) res.setHeader(name, value);
     if (entry.refusal !== null) throw entry.refusal;
     try {
-      await answer(path, model, body, req, res, parts);
+      await answer(path, asked, body, req, res, parts);
     } finally {
       entry.settle(costOf(facts));
     }
@@ -211,14 +215,15 @@ function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
 
 async function answer(
   path: (typeof forwardedPaths)[number],
-  model: string,
+  { model, user }: Asked,
   body: Buffer,
   req: Request,
   res: Response,
   parts: AppParts,
 ): Promise<void> {
   const facts = factsOf(res);
-  const target = await findTarget(model, facts, parts);
+  const asker: Asker = { tenant: facts.tenant ?? null, user, header: (name) => req.get(name) };
+  const target = await findTarget(model, facts, parts, asker);
 
   const headers: Record<string, string> = { 'x-request-id': facts.requestId };
   for (const name of headersPassedOn) {
@@ -229,6 +234,7 @@ async function answer(
   const span = startRequestSpan(path, model, headers);
   res.once('close', () => endRequestSpan(span, res.statusCode, facts.errorCode));
 
+  followRoute(model, target, { path, headers, body }, res, parts);
   const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
   const failure = await forward(parts.forward, { path, target, headers, body, signal }, res, facts);
   if (failure !== null) noteError(parts.log, facts, failure);
@@ -242,8 +248,9 @@ async function answer(
 export async function findTarget(
   model: string,
   facts: Pick<Facts, 'tenant' | 'model' | 'target'>,
-  { directory, forward }: Pick<AppParts, 'directory' | 'forward'>,
-): Promise<Target> {
+  { directory, forward, routes }: Pick<AppParts, 'directory' | 'forward' | 'routes'>,
+  asker: Asker,
+): Promise<WeightedTarget> {
   const targets = directory.targetsOf(model, facts.tenant ?? null);
   if (targets === null) throw modelNotFound(model);
   const [first] = targets;
@@ -256,7 +263,10 @@ export async function findTarget(
 
   const { endpoints } = forward;
   const resolve = (target: Target) => resolveModel(target, endpoints.all, Date.now());
-  const choose = () => chooseTarget(targets, (target) => resolve(target).kind === 'served', Math.random());
+  const rules = directory.rulesOf(model);
+  const draw = (rules && stickyKey(rules, asker)) ?? Math.random();
+  const shares = () => (rules === null ? targets : routes.sharesOf(rules, targets, Date.now()));
+  const choose = () => chooseTarget(shares(), (target) => resolve(target).kind === 'served', draw);
   let target: WeightedTarget | null = choose();
   if (target === null) {
     await endpoints.refresh(baseModelsOf(targets));
@@ -265,10 +275,35 @@ export async function findTarget(
   const { kind } = resolve(target ?? first);
   if (kind !== 'unknown' && kind !== 'no_engine') facts.model = model;
   // Nobody holds it; if it may appear, admission waits for it.
-  target ??= chooseTarget(targets, mayAppear, Math.random());
+  target ??= chooseTarget(shares(), mayAppear, draw);
   if (target === null) throw notServed(model, first, kind === 'served' ? 'unknown' : kind);
   facts.target = target.name;
   return target;
+}
+
+/** For an AdapterRoute: asks those who listen as well, and judges the target by what becomes of the request. */
+function followRoute(
+  model: string,
+  target: WeightedTarget,
+  copied: Copied,
+  res: Response,
+  { directory, routes }: AppParts,
+): void {
+  const rules = directory.rulesOf(model);
+  const facts = factsOf(res);
+  const targets = directory.targetsOf(model, facts.tenant ?? null);
+  if (rules === null || targets === null) return;
+  res.once('close', () => {
+    const isStream = String(res.getHeader('content-type') ?? '').startsWith('text/event-stream');
+    const judged = judgedOf(facts, res.statusCode, isStream);
+    if (judged !== null) routes.note(rules, target, judged, Date.now());
+    // Now the copies are in nobody's way.
+    if (isGeneration(copied.path)) routes.shadow(rules, targets, target, copied, Math.random);
+  });
+}
+
+function isGeneration(path: string): boolean {
+  return path === enginePaths.chat || path === enginePaths.completions;
 }
 
 /** Null when there are no BaseModels to tell engines apart. */

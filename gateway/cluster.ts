@@ -4,7 +4,7 @@
 
 import { KubeConfig, type KubernetesObject, type V1Pod, type V1Secret } from '@kubernetes/client-node';
 import { ApiError, callApi, motetPath } from '../crds/api.ts';
-import { conditionTypes, labels } from '../crds/names.ts';
+import { type Condition, conditionTypes, labels } from '../crds/names.ts';
 import { type AdapterRoute, type BaseModel, type LoraAdapter, plurals, type Tenant } from '../crds/types.ts';
 import { ObjectWatch } from '../crds/watch.ts';
 import type { ModelCard } from '../engine/protocol.ts';
@@ -15,9 +15,11 @@ import { basesFirst, type Directory } from './directory.ts';
 import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
-import { buildModels, type Model, mayUse } from './models.ts';
+import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
 import type { Scope } from './quota/limits.ts';
 import { resolveModel } from './resolve-model.ts';
+import { type Aborted, AbortWriter } from './routes/abort-writer.ts';
+import type { RouteRules } from './routes/route.ts';
 import { SecretKeys } from './secret-keys.ts';
 import { applyTenantStatus, TenantStatusWriter } from './tenant-status.ts';
 import { judgeTenants, statusOf, type Verdict } from './tenants.ts';
@@ -28,6 +30,8 @@ export type ClusterOptions = {
   /** Everybody may enter and use every model; Tenants are not looked at. */
   isOpen: boolean;
 };
+
+type RouteStatus = NonNullable<AdapterRoute['status']>;
 
 type Log = { info(fields: object, message: string): void; warn(fields: object, message: string): void };
 
@@ -47,6 +51,7 @@ export class Cluster implements Directory {
   readonly #tenancy: Tenancy | null;
   readonly #watches: Map<string, ObjectWatch<never>>;
   readonly #synced = new Set<string>();
+  readonly #aborts: AbortWriter;
   readonly #recovery: NodeJS.Timeout;
   /** Made anew when it is asked for after a change. */
   #models: Map<string, Model> | null = null;
@@ -97,6 +102,12 @@ export class Cluster implements Directory {
       }) as unknown as [string, ObjectWatch<never>][],
     );
     for (const [resource, { synced }] of this.#watches) void synced.then(() => this.#synced.add(resource));
+    this.#aborts = new AbortWriter(
+      kubeConfig,
+      namespace,
+      (route) => this.#adapterRoutes.get(route),
+      (error) => this.#log.warn({ cause: error.message }, 'an aborted target could not be written down yet'),
+    );
     this.#recovery = setInterval(() => this.#noteRecovery(), 1_000);
 
     const authenticate = createAuthenticate(() => this.#tenancy!.holders);
@@ -107,9 +118,17 @@ export class Cluster implements Directory {
     };
   }
 
+  rulesOf(name: string): RouteRules | null {
+    return this.#modelsByName.get(name)?.rules ?? null;
+  }
+
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null {
     const model = this.#modelsByName.get(name);
     return model !== undefined && this.#mayUse(caller, model) ? model.targets : null;
+  }
+
+  writeAbort(route: string, aborted: Aborted): void {
+    this.#aborts.write(route, aborted);
   }
 
   cards(caller: string | null): ModelCard[] {
@@ -156,7 +175,8 @@ export class Cluster implements Directory {
 
   async close(): Promise<void> {
     clearInterval(this.#recovery);
-    await Promise.all([...[...this.#watches.values()].map((watch) => watch.close()), this.#tenancy?.close()]);
+    const watches = [...this.#watches.values()].map((watch) => watch.close());
+    await Promise.all([...watches, this.#tenancy?.close(), this.#aborts.close()]);
   }
 
   get #modelsByName(): Map<string, Model> {
@@ -203,11 +223,12 @@ export class Cluster implements Directory {
   }
 
   #onModelChange(now: KubernetesObject | undefined, before: KubernetesObject | undefined): void {
-    // Labels give rights; anything else that matters here is in the spec.
+    // Labels give rights; anything else that matters here is in the spec, and a little of the status.
     const isSame =
       now?.metadata?.uid === before?.metadata?.uid &&
       now?.metadata?.generation === before?.metadata?.generation &&
-      JSON.stringify(now?.metadata?.labels) === JSON.stringify(before?.metadata?.labels);
+      JSON.stringify(now?.metadata?.labels) === JSON.stringify(before?.metadata?.labels) &&
+      signalOf(now) === signalOf(before);
     if (isSame) return;
     this.#models = null;
     this.#tenancy?.modelsChanged();
@@ -345,11 +366,17 @@ class Tenancy {
 
 /** Of a status only what models.ts asks for: the rest changes often and would be kept a thousand times. */
 function withoutDetails<T extends KubernetesObject>(object: T): T {
-  const kept = object as { status?: { conditions?: { type: string }[] } };
-  const conditions = kept.status?.conditions?.filter(({ type }) => type === conditionTypes.ready);
-  if (conditions === undefined) delete kept.status;
-  else kept.status = { conditions };
+  const kept = object as { status?: { conditions?: Condition[] } & Pick<RouteStatus, 'aborted' | 'step'> };
+  const { conditions: all = [], aborted, step } = kept.status ?? {};
+  const conditions = all.filter(({ type }) => type === conditionTypes.ready);
+  kept.status = { conditions, ...(aborted && { aborted }), ...(step && { step }) };
   return object;
+}
+
+/** That of a status which changes what a name stands for. */
+function signalOf(object: KubernetesObject | undefined): string {
+  const { aborted, step } = (object as AdapterRoute | undefined)?.status ?? {};
+  return JSON.stringify([aborted, step, object !== undefined && isHopeless(object as LoraAdapter)]);
 }
 
 /** @param path  of a kubeconfig; null: the pod's ServiceAccount */

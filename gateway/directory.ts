@@ -8,6 +8,8 @@ import type { VisibleModel } from './console/console-data.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import type { Limits, Scope } from './quota/limits.ts';
+import type { Aborted } from './routes/abort-writer.ts';
+import type { RouteRules } from './routes/route.ts';
 
 export interface Directory {
   authenticate: Authenticate;
@@ -16,6 +18,10 @@ export interface Directory {
    * name means nothing to the caller.
    */
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null;
+  /** What an AdapterRoute of this name says beside its targets; null when the name is none of a route. */
+  rulesOf(name: string): RouteRules | null;
+  /** A target of a route was found too bad: the other gateways are to know. */
+  writeAbort(route: string, aborted: Aborted): void;
   /** The models that the caller may use and that an engine holds now, bases first. */
   cards(caller: string | null): ModelCard[];
   /** The names that the caller may use, whether an engine holds them or not. */
@@ -50,6 +56,8 @@ export function listedDirectory(
     scopesOf: (caller) => (caller === null ? [] : scopes.get(caller)!),
     authenticate: apiKeys === null ? () => null : createAuthenticate(() => holders),
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
+    rulesOf: () => null,
+    writeAbort: () => {},
     cards: () => listCards(endpoints),
     models: () =>
       listCards(endpoints).map(({ id, parent }) => ({

@@ -43,6 +43,8 @@ export type ForwardRequest = {
 export type Outcome = {
   engine?: string;
   attempts: number;
+  /** When the engine was asked. */
+  askedMs?: number;
   responseBytes: number;
   /** When the first byte of the answer was sent to the client. */
   firstByteMs?: number;
@@ -142,6 +144,7 @@ async function tryEngines(
     tried.add(slot.endpoint);
     outcome.engine = slot.endpoint.name;
     outcome.attempts += 1;
+    outcome.askedMs = performance.now();
     const attempt = new Attempt(req.signal, slot.endpoint.gone, limits);
     try {
       const answer = await ask(parts, slot, req, attempt);

@@ -17,6 +17,7 @@ import type { Forward } from './forward.ts';
 import { createMetrics, watchState } from './metrics.ts';
 import { LocalMeters } from './quota/meter-store.ts';
 import { Quota } from './quota/quota.ts';
+import { Routes } from './routes/routes.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
 
@@ -58,6 +59,18 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   });
   watchState(metrics, { endpoints, directory, numQueued: () => admission.numQueued });
 
+  const routes = new Routes({
+    admission,
+    endpoints,
+    dispatcher,
+    engineHeaders,
+    timeoutMs: config.firstByteTimeoutMs,
+    draining: draining.signal,
+    writeAbort: (route, aborted) => directory.writeAbort(route, aborted),
+    onShadow: (route, target, result) => metrics.shadowRequests.inc({ route, target, result }),
+    onAbort: (route, target) => metrics.routeAborts.inc({ route, target }),
+    log,
+  });
   const forward: Forward = {
     admission,
     endpoints,
@@ -71,6 +84,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     (await startBatches(config.batches, {
       directory,
       forward,
+      routes,
       metrics,
       log,
       maxLineBytes: config.maxBodyBytes,
@@ -78,6 +92,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   const app = createApp({
     directory,
     forward,
+    routes,
     batches: batches?.routes ?? null,
     quota,
     maxBodyBytes: config.maxBodyBytes,

@@ -73,6 +73,18 @@ export function createMetrics() {
       labelNames: ['result'],
       registers,
     }),
+    shadowRequests: new Counter({
+      name: 'motet_gateway_shadow_requests_total',
+      help: 'Copies of requests for targets that listen to an AdapterRoute. result: ok, error, or skipped when no engine had room to spare.',
+      labelNames: ['route', 'target', 'result'],
+      registers,
+    }),
+    routeAborts: new Counter({
+      name: 'motet_gateway_route_aborts_total',
+      help: 'Targets of AdapterRoutes that this gateway found too bad, so that they lost their share.',
+      labelNames: ['route', 'target'],
+      registers,
+    }),
     engineErrors: new Counter({
       name: 'motet_gateway_engine_errors_total',
       help: 'Requests that an engine failed, by reason: a code of the error table. One that another engine then answered is counted too.',

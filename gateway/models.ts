@@ -6,6 +6,7 @@ import { conditionTypes, loraAdapterReasons, servedNameOf, servedNamesOf } from 
 import type { AdapterRoute, BaseModel, LoraAdapter, TenantSpec } from '../crds/types.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import { selects } from './label-selector.ts';
+import { type RouteRules, routeRules, steppedWeights } from './routes/route.ts';
 
 export type Resources = {
   baseModels: readonly BaseModel[];
@@ -26,6 +27,8 @@ export type Model = {
   parent: string | null;
   /** Who may answer: one for a base and an adapter; for a route those that exist, perhaps none. */
   targets: WeightedTarget[];
+  /** Of a route. */
+  rules?: RouteRules;
 };
 
 type Named = BaseModel | LoraAdapter | AdapterRoute;
@@ -61,19 +64,36 @@ export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resourc
       models.set(name, { ...common(resource, name), kind: 'adapter', parent, targets: [target] });
     }
   }
+  const copiesOf = new Map(loraAdapters.map(({ metadata, spec }) => [metadata.name!, copies(spec.copies)]));
   for (const resource of adapterRoutes) {
+    const weights = steppedWeights(resource);
     for (const name of ownedBy(resource, [servedNameOf(resource)])) {
-      const targets = resource.spec.targets.flatMap(({ adapter, baseModel, weight }) => {
+      const targets = resource.spec.targets.flatMap(({ adapter, baseModel, shadowPercent }, index) => {
         const target =
           adapter === undefined ? targetOfBase.get(baseModel ?? '') : targetOfAdapter.get(adapter);
-        return target === undefined ? [] : [{ ...target, weight }];
+        if (target === undefined) return [];
+        return [
+          {
+            ...target,
+            weight: weights[index]!,
+            resource: adapter ?? baseModel!,
+            copies: copiesOf.get(adapter ?? '') ?? 1,
+            isStable: index === 0,
+            ...(shadowPercent > 0 && { shadowPercent }),
+          },
+        ];
       });
       const bases = new Set(targets.map(({ baseModel }) => baseModel));
       const parent = bases.size === 1 ? parentOf([...bases][0]!) : null;
-      models.set(name, { ...common(resource, name), kind: 'route', parent, targets });
+      const rules = routeRules(resource);
+      models.set(name, { ...common(resource, name), kind: 'route', parent, targets, rules });
     }
   }
   return models;
+}
+
+function copies(said: LoraAdapter['spec']['copies']): number | 'all' {
+  return said === 'all' ? 'all' : Number(said);
 }
 
 const hopelessReasons: ReadonlySet<string | undefined> = new Set([
@@ -83,7 +103,7 @@ const hopelessReasons: ReadonlySet<string | undefined> = new Set([
   loraAdapterReasons.baseModelNotFound,
 ]);
 
-function isHopeless({ status }: LoraAdapter): boolean {
+export function isHopeless({ status }: LoraAdapter): boolean {
   return hopelessReasons.has(status?.conditions?.find(({ type }) => type === conditionTypes.ready)?.reason);
 }
 

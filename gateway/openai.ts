@@ -1,4 +1,4 @@
-// The public API's bodies as far as the gateway reads them: it needs the model's name and nothing else. The body
+// The public API's bodies as far as the gateway reads them: it needs the model's name and a field or two. The body
 // goes to the engine byte for byte, so a field that only the engine knows needs no change here.
 
 import { GatewayError } from './errors.ts';
@@ -16,8 +16,15 @@ export function parseContentType(value: string | undefined): void {
   }
 }
 
-/** The `model` of a request body. Everything else is the engine's to judge. */
-export function parseModelName(body: Uint8Array): string {
+/** What the gateway reads of a request body. Everything else is the engine's to judge. */
+export type Asked = {
+  model: string;
+  /** Who the client says asks; null when it does not say. */
+  user: string | null;
+  isStream: boolean;
+};
+
+export function parseAsked(body: Uint8Array): Asked {
   const value = parseJsonObject(body);
   if (!('model' in value)) {
     throw new GatewayError('missing_required_parameter', 'model: expected the name of a model, got nothing', {
@@ -35,7 +42,8 @@ export function parseModelName(body: Uint8Array): string {
       param: 'model',
     });
   }
-  return model;
+  const { user, stream } = value as { user?: unknown; stream?: unknown };
+  return { model, user: typeof user === 'string' && user !== '' ? user : null, isStream: stream === true };
 }
 
 export function parseJsonObject(body: Uint8Array): Record<string, unknown> {

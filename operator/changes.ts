@@ -45,7 +45,7 @@ export function keysOfClaimant(
         : kind === 'BaseModel' && target.baseModel === metadata.name,
     );
   const routes = claimants.filter(isNamedBy).map(keyOf);
-  if (isStatusOnly(now, before)) return routes;
+  if (isStatusOnly(now, before)) return [...routes, ...(hasNewSignal(now, before) ? [keyOf(now!)] : [])];
 
   return [...keysOfEverything(both), ...routes, ...rivals(now, before, claimants)];
 }
@@ -90,6 +90,13 @@ export function keysOfOwned(now: KubernetesObject | undefined, before: Kubernete
   return [...new Set(names)]
     .filter((name) => name !== undefined)
     .map((name) => ({ kind: 'base-model', name }));
+}
+
+/** What gateways write into a status is not our own. */
+function hasNewSignal(now: Claimant | undefined, before: Claimant | undefined): boolean {
+  const signalOf = (one: Claimant | undefined) =>
+    JSON.stringify(one?.kind === 'AdapterRoute' ? one.status?.aborted : undefined);
+  return signalOf(now) !== signalOf(before);
 }
 
 function isStatusOnly(now: KubernetesObject | undefined, before: KubernetesObject | undefined): boolean {

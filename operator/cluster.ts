@@ -312,13 +312,17 @@ export function isReady({ metadata, status }: V1Pod): boolean {
   return isTrue === true && metadata!.deletionTimestamp === undefined;
 }
 
-/** Equal but for the times of conditions whose status is the same. */
+/** What gateways write into statuses, with a field manager of their own. */
+const fieldsOfGateways: ReadonlySet<string> = new Set(['aborted']);
+
+/** Equal but for the times of conditions whose status is the same, and for what is not the operator's to say. */
 export function saysTheSame(a: object | undefined, b: object): boolean {
   return a !== undefined && canonical(a) === canonical(b);
 }
 
 function canonical(status: object): string {
   return JSON.stringify(status, (key, value) => {
+    if (fieldsOfGateways.has(key)) return undefined;
     if (key === 'conditions' && Array.isArray(value)) {
       const sorted = (value as Condition[]).toSorted((a, b) => (a.type < b.type ? -1 : 1));
       return sorted.map(({ lastTransitionTime: _, ...rest }) => rest);

@@ -31,7 +31,7 @@ export type Batches = {
   close(timeoutMs: number): Promise<void>;
 };
 
-type Around = Pick<AppParts, 'directory' | 'forward'> & {
+type Around = Pick<AppParts, 'directory' | 'forward' | 'routes'> & {
   /** A line's request is one as clients send it: it may be as long. */
   maxLineBytes: number;
   metrics: Metrics;
@@ -86,10 +86,11 @@ export async function startBatches(settings: BatchSettings, around: Around): Pro
 }
 
 /** Sends a line as an online request of its tenant is sent. */
-function answerLine({ directory, forward, metrics }: Around): AnswerLine {
+function answerLine({ directory, forward, routes, metrics }: Around): AnswerLine {
   return async ({ tenant, path, model, body, requestId, signal }) => {
     const facts: Parameters<typeof findTarget>[1] = { ...(tenant !== null && { tenant }) };
-    const target = await findTarget(model, facts, { directory, forward });
+    const asker = { tenant, user: null, header: () => undefined };
+    const target = await findTarget(model, facts, { directory, forward, routes }, asker);
     const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
     if (target.name !== model) headers[modelHeader] = target.name;
     const outcome: Outcome = { attempts: 0, responseBytes: 0 };

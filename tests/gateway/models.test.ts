@@ -35,7 +35,7 @@ test('the oldest resource has a name that several claim; of equally old ones tha
       adapterRoute('z', [{ adapter: 'old' }], { uid: 'b' }),
       {
         ...adapterRoute('twin', [{ adapter: 'young' }], { uid: 'a' }),
-        spec: { servedName: 'z', targets: [] },
+        spec: { servedName: 'z', targets: [], warmCopies: 1 },
       },
     ],
   };

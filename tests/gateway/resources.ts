@@ -31,10 +31,15 @@ export function loraAdapter(
   return { apiVersion, kind: 'LoraAdapter', metadata: metadata(name, meta), spec } as unknown as LoraAdapter;
 }
 
-type RouteTargets = { adapter?: string; baseModel?: string; weight?: number }[];
+type RouteTargets = { adapter?: string; baseModel?: string; weight?: number; shadowPercent?: number }[];
+type RouteMore = Partial<Pick<AdapterRoute['spec'], 'sticky' | 'abort' | 'steps' | 'warmCopies'>>;
 
-export function adapterRoute(name: string, targets: RouteTargets, meta: Meta = {}) {
-  const spec = { targets: targets.map((target) => ({ weight: 1, ...target })) };
+export function adapterRoute(name: string, targets: RouteTargets, meta: Meta = {}, more: RouteMore = {}) {
+  const spec = {
+    warmCopies: 1,
+    targets: targets.map((target) => ({ weight: 1, shadowPercent: 0, ...target })),
+    ...more,
+  };
   return { apiVersion, kind: 'AdapterRoute', metadata: metadata(name, meta), spec } as AdapterRoute;
 }
 

@@ -20,7 +20,7 @@ const rules = [
   { apiGroups: [''], resources: ['pods'], verbs: ['list', 'watch'] },
   { apiGroups: [''], resources: ['secrets'], verbs: ['get'] },
   { apiGroups: ['motet.dev'], resources: Object.values(plurals), verbs: ['list', 'watch'] },
-  { apiGroups: ['motet.dev'], resources: ['tenants/status'], verbs: ['patch'] },
+  { apiGroups: ['motet.dev'], resources: ['tenants/status', 'adapterroutes/status'], verbs: ['patch'] },
 ];
 
 export type Engine = {

@@ -7,8 +7,10 @@ import { KubeConfig } from '@kubernetes/client-node';
 import { pino } from 'pino';
 import { beforeAll, expect, onTestFinished, test, vi } from 'vitest';
 import { parseAllDocuments } from 'yaml';
+import type { AdapterRoute } from '../../crds/types.ts';
 import { parseConfig as parseGatewayConfig } from '../../gateway/config.ts';
 import { startGateway } from '../../gateway/main.ts';
+import { AbortWriter } from '../../gateway/routes/abort-writer.ts';
 import { parseConfig as parseOperatorConfig } from '../../operator/config.ts';
 import { startOperator } from '../../operator/main.ts';
 import {
@@ -65,6 +67,18 @@ test('operator and gateway use every verb of their Roles, and miss none', { time
     log,
   );
   onTestFinished(() => gateway.drain());
+
+  // What a gateway does when it finds a target of a route too bad.
+  const gatewayConfig = new KubeConfig();
+  gatewayConfig.loadFromFile(await kubeconfigOf('motet-gateway'));
+  const { resourceVersion: _, ...metadata } = JSON.parse(
+    await run(['get', 'adapterroute', 'sql-stable', '-o', 'json']),
+  ).metadata;
+  const fail = (error: Error) => expect.unreachable(error.message);
+  const aborts = new AbortWriter(gatewayConfig, namespace, () => ({ metadata }) as AdapterRoute, fail);
+  const { generation } = metadata;
+  aborts.write('sql-stable', { target: 'sql-v2', generation, message: 'x', at: '2026-01-01T00:00:00Z' });
+  onTestFinished(() => aborts.close());
 
   const ours = objects.filter(({ apiVersion }) => apiVersion.startsWith('motet.dev/'));
   expect(new Set(ours.map(({ kind }) => kind)).size).toBe(4);
@@ -133,6 +147,7 @@ const table: Record<string, Record<string, string[]>> = {
   'motet-gateway': {
     ...Object.fromEntries(motetKinds.map((kind) => [kind, ['list', 'watch']])),
     'tenants/status.motet.dev': ['patch'],
+    'adapterroutes/status.motet.dev': ['patch'],
     pods: ['list', 'watch'],
     secrets: ['get'],
   },

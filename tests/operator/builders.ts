@@ -60,7 +60,7 @@ export function adapterRoute(
     apiVersion: 'motet.dev/v1alpha1',
     kind: 'AdapterRoute',
     metadata: metadataOf({ name: 'route', ...metadata }),
-    spec: { targets: [{ adapter: 'sql', weight: 1 }], ...spec },
+    spec: { targets: [{ adapter: 'sql', weight: 1, shadowPercent: 0 }], warmCopies: 1, ...spec },
   };
 }
 

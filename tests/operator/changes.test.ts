@@ -25,7 +25,7 @@ test('a pod whose label changed touches both base models', () => {
 
 test('a base model touches itself, its adapters and the routes to it', () => {
   const model = baseModel();
-  const route = adapterRoute({ targets: [{ baseModel: 'tiny', weight: 1 }] });
+  const route = adapterRoute({ targets: [{ baseModel: 'tiny', weight: 1, shadowPercent: 0 }] });
   expect(text(keysOfClaimant(model, undefined, [model, route]))).toEqual([
     'adapters/tiny',
     'base-model/tiny',

@@ -1,87 +1,66 @@
-import { beforeAll, describe, expect, test } from 'vitest';
-import { routeStatus, type Target } from '../../operator/reconcile-route.ts';
+import { beforeAll, expect, test } from 'vitest';
+import { motetPath } from '../../crds/api.ts';
+import { apiVersion } from '../../crds/types.ts';
 import { type ControlPlane, sharedControlPlane } from '../fixtures/control-plane.ts';
-import { adapterRoute } from './builders.ts';
 import { startWorld } from './simulated-world.ts';
 import { applyCrds } from './start-operator.ts';
 
-const now = new Date('2026-11-25T10:00:00Z');
+let plane: ControlPlane;
 
-function target(name: string, parts: Partial<Target> = {}): Target {
-  return { name, weight: 1, exists: true, isReady: true, ...parts };
-}
-
-function statusFor(targets: Target[], nameConflict: string | null = null) {
-  return routeStatus(adapterRoute(), undefined, targets, nameConflict, now);
-}
-
-describe('the status of a route', () => {
-  test('shares requests by weight over the targets that are ready', () => {
-    const status = statusFor([target('v1', { weight: 9 }), target('v2')]);
-    expect(status.summary).toBe('v1 90%, v2 10%');
-    expect(status.conditions).toMatchObject([{ status: 'True', reason: 'TargetsReady' }]);
-  });
-
-  test('gives the share of a target that no engine holds to the others', () => {
-    const status = statusFor([target('v1', { weight: 9, isReady: false }), target('v2')]);
-    expect(status.summary).toBe('v1 0%, v2 100%');
-    expect(status.conditions).toMatchObject([
-      { status: 'False', reason: 'TargetNotReady', message: expect.stringContaining('No engine holds v1') },
-    ]);
-  });
-
-  test('says that a target is not there before that another is not ready', () => {
-    const missing = target('v3', { exists: false, isReady: false });
-    expect(statusFor([target('v1', { isReady: false }), missing]).conditions).toMatchObject([
-      { status: 'False', reason: 'TargetNotFound', message: expect.stringContaining('no v3') },
-    ]);
-  });
-
-  test('does not mind about a target of weight 0', () => {
-    const status = statusFor([target('v1'), target('v2', { weight: 0, isReady: false, exists: false })]);
-    expect(status.summary).toBe('v1 100%, v2 0%');
-    expect(status.conditions).toMatchObject([{ status: 'True' }]);
-  });
-
-  test('is complete when nothing is there', () => {
-    const status = statusFor([target('v1', { isReady: false })]);
-    expect(status.targets).toEqual([{ name: 'v1', weight: 1, percent: 0, ready: false }]);
-    expect(status.conditions).toMatchObject([{ message: expect.stringContaining('Requests get an error') }]);
-  });
-
-  test('says that its name is somebody else’s', () => {
-    expect(statusFor([target('v1')], 'the name sql is taken').conditions).toMatchObject([
-      { status: 'False', reason: 'NameConflict', message: expect.stringContaining('the name sql is taken') },
-    ]);
-  });
+beforeAll(async () => {
+  plane = await sharedControlPlane();
+  await applyCrds(plane);
 });
 
-describe('against an API server', () => {
-  let plane: ControlPlane;
-
-  beforeAll(async () => {
-    plane = await sharedControlPlane();
-    await applyCrds(plane);
+test('a route follows its adapters: not found, not ready, ready, gone', async () => {
+  const world = await startWorld(plane);
+  await world.addBaseModel('base');
+  await world.apply('AdapterRoute', 'sql', {
+    targets: [
+      { adapter: 'sql-v1', weight: 3 },
+      { adapter: 'sql-v2', weight: 1 },
+    ],
   });
+  await world.untilReason('AdapterRoute', 'sql', 'TargetNotFound');
+  await world.addAdapter('sql-v1', 'base');
+  await world.addAdapter('sql-v2', 'base');
+  await world.untilReason('AdapterRoute', 'sql', 'TargetNotReady');
+  await world.addEngine('one', 'base');
+  const ready = await world.untilReason('AdapterRoute', 'sql', 'TargetsReady');
+  expect(ready.status!.summary).toBe('sql-v1 75%, sql-v2 25%');
+  await world.remove('LoraAdapter', 'sql-v2');
+  const left = await world.untilReason('AdapterRoute', 'sql', 'TargetNotFound');
+  expect(left.status!.summary).toBe('sql-v1 100%, sql-v2 0%');
+});
 
-  test('a route follows its adapters: not found, not ready, ready, gone', async () => {
-    const world = await startWorld(plane);
-    await world.addBaseModel('base');
-    await world.apply('AdapterRoute', 'sql', {
-      targets: [
-        { adapter: 'sql-v1', weight: 3 },
-        { adapter: 'sql-v2', weight: 1 },
-      ],
-    });
-    await world.untilReason('AdapterRoute', 'sql', 'TargetNotFound');
-    await world.addAdapter('sql-v1', 'base');
-    await world.addAdapter('sql-v2', 'base');
-    await world.untilReason('AdapterRoute', 'sql', 'TargetNotReady');
-    await world.addEngine('one', 'base');
-    const ready = await world.untilReason('AdapterRoute', 'sql', 'TargetsReady');
-    expect(ready.status!.summary).toBe('sql-v1 75%, sql-v2 25%');
-    await world.remove('LoraAdapter', 'sql-v2');
-    const left = await world.untilReason('AdapterRoute', 'sql', 'TargetNotFound');
-    expect(left.status!.summary).toBe('sql-v1 100%, sql-v2 0%');
+test('what a gateway aborted is seen at once, told, and over when the spec changes', async () => {
+  const world = await startWorld(plane);
+  await world.addBaseModel('base');
+  await world.addAdapter('sql-v1', 'base');
+  await world.addAdapter('sql-v2', 'base');
+  await world.addEngine('one', 'base');
+  const spec = { targets: [{ adapter: 'sql-v1' }, { adapter: 'sql-v2' }], abort: { maxErrorPercent: 5 } };
+  await world.apply('AdapterRoute', 'sql', spec);
+  const { metadata } = await world.untilReason('AdapterRoute', 'sql', 'TargetsReady');
+  const entry = {
+    target: 'sql-v2',
+    generation: metadata.generation,
+    message: 'all failed',
+    at: '2026-11-25T10:00:00Z',
+  };
+  await world.api({
+    method: 'PATCH',
+    path: motetPath('AdapterRoute', world.namespace, 'sql', 'status'),
+    query: { fieldManager: 'motet-gateway', force: 'true' },
+    contentType: 'application/apply-patch+yaml',
+    body: { apiVersion, kind: 'AdapterRoute', metadata: { name: 'sql' }, status: { aborted: [entry] } },
   });
+  const aborted = await world.untilReason('AdapterRoute', 'sql', 'TargetAborted');
+  expect(aborted.status).toMatchObject({ summary: 'sql-v1 100%, sql-v2 aborted', aborted: [entry] });
+  await expect
+    .poll(async () => (await world.events('sql')).map(({ reason }) => reason), { timeout: 10_000 })
+    .toContain('TargetAborted');
+  await world.apply('AdapterRoute', 'sql', { ...spec, abort: { maxErrorPercent: 6 } });
+  const again = await world.untilReason('AdapterRoute', 'sql', 'TargetsReady');
+  expect(again.status!.summary).toBe('sql-v1 50%, sql-v2 50%');
 });
