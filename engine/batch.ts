@@ -29,6 +29,7 @@ export class BatchLayout {
   readonly #frequencyPenalty: Column<Float32Array>;
   readonly #seeds: Column<BigUint64Array>;
   readonly #numTop: Column<Int32Array>;
+  readonly #matchers: Column<Int32Array>;
   readonly #biasStarts: Column<Int32Array>;
   readonly #historyStarts: Column<Int32Array>;
   readonly #historyPromptCounts: Column<Int32Array>;
@@ -66,6 +67,7 @@ export class BatchLayout {
     this.#frequencyPenalty = floats(maxSequences);
     this.#seeds = new Column(new BigUint64Array(maxSequences));
     this.#numTop = ints(maxSequences);
+    this.#matchers = ints(maxSequences);
     this.#biasStarts = ints(maxSequences + 1);
     this.#historyStarts = ints(maxSequences + 1);
     this.#historyPromptCounts = ints(maxSequences);
@@ -131,6 +133,7 @@ export class BatchLayout {
       this.#frequencyPenalty.values[i] = params.frequencyPenalty;
       this.#seeds.values[i] = params.seed;
       this.#numTop.values[i] = params.numLogprobs ?? 0;
+      this.#matchers.values[i] = sequence.matcher;
 
       numBiases = this.#layBiases(sequence, numBiases);
       this.#biasStarts.values[i + 1] = numBiases;
@@ -167,6 +170,7 @@ export class BatchLayout {
       frequencyPenalty: this.#frequencyPenalty.first(numSamples),
       seeds: this.#seeds.first(numSamples),
       numTop: this.#numTop.first(numSamples),
+      matchers: this.#matchers.first(numSamples),
       biasStarts: this.#biasStarts.first(numSamples + 1),
       biasIds: this.#biasIds.first(numBiases),
       biasValues: this.#biasValues.first(numBiases),

@@ -21,7 +21,7 @@
  * a sequence says is written over what it said before.
  */
 import type { Logger } from 'pino';
-import type { Runtime, StepResult } from '../native/index.ts';
+import type { Grammar, Runtime, StepResult } from '../native/index.ts';
 import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
 import { BatchLayout } from './batch.ts';
 import { EngineError, InvariantError } from './errors.ts';
@@ -98,6 +98,8 @@ export interface SequenceRequest {
   promptTokens: ArrayLike<number>;
   params: SamplingParams;
   adapter: Adapter | null;
+  /** What its output follows; null, or absent: nothing. */
+  grammar?: Grammar | null;
   /** Called once per token, and once at the end; never after that. Must not throw. */
   onOutput: (output: SequenceOutput) => void;
 }
@@ -313,6 +315,7 @@ export class Engine {
         maxTotalTokens: totals[index]!.numTokens,
         params: request.params,
         adapterKey: request.adapter?.digest ?? '',
+        matcher: request.grammar ? this.#options.runtime.openMatcher(request.grammar) : -1,
       });
       if (totals[index]!.isLong)
         sequence.long = new LongState(longShape(sequence.maxTotalTokens, this.#longLimits(request.adapter)));
@@ -561,7 +564,11 @@ export class Engine {
       if (!sequence.isFinished) blocks.keep(sequence, endTokens, null);
       blocks.computed(sequence, endTokens - numTokens, endTokens);
     }
-    const { tokens, logprobs, beganMs, endedMs, stagedBytes } = outcome!.result;
+    const { tokens, logprobs, matcherErrors, beganMs, endedMs, stagedBytes } = outcome!.result;
+    for (const { sample, message } of matcherErrors) {
+      const error = new EngineError('grammar_failed', `the output's grammar cannot go on: ${message}`);
+      this.#cutOff(sampled[sample]!, 'error', error);
+    }
     const nowMs = now();
     let numDrawn = 0;
     for (let i = 0; i < sampled.length; i++) {
@@ -863,6 +870,7 @@ export class Engine {
     this.#giveBackBlocks(sequence);
     this.#letGoOfAdapter(live);
     if (live.request.adapter) this.#tiers!.release(live.request.adapter);
+    if (sequence.matcher >= 0) this.#options.runtime.closeMatcher(sequence.matcher);
   }
 
   #giveBackBlocks(sequence: Sequence): void {

@@ -42,6 +42,7 @@ export const errorTable = {
   overloaded: row(429, 'rate_limit_error', true),
   draining: row(503, 'server_error', true),
   not_ready: row(503, 'server_error', true),
+  grammar_failed: row(400, 'invalid_request_error'),
   step_failed: row(500, 'server_error'),
   internal: row(500, 'server_error'),
 } as const satisfies Record<string, ErrorRow>;
@@ -98,4 +99,20 @@ export function errorBody(error: EngineError): ErrorBody {
   const { type } = errorTable[error.code];
   const fields = { message: error.message, type, param: error.param, code: error.code };
   return { error: fields, object: 'error', ...fields };
+}
+
+/** The one shape of a refused field. */
+export function invalidValue(field: string, expected: string, got: unknown): EngineError {
+  return new EngineError('invalid_value', `${field}: ${expected}, got ${describe(got)}`, { param: field });
+}
+
+/** A value in a few words. Long text is not repeated: messages end in logs of others. */
+function describe(value: unknown): string {
+  if (value === undefined) return 'nothing';
+  if (value === null) return 'null';
+  if (Array.isArray(value)) return `a list of ${value.length}`;
+  if (typeof value === 'object') return 'an object';
+  if (typeof value === 'string')
+    return value.length <= 20 ? JSON.stringify(value) : `a string of ${value.length} characters`;
+  return String(value);
 }

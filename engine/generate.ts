@@ -3,6 +3,7 @@
  * or forwards what they say. Knows no HTTP.
  */
 import { setImmediate as nextTurn } from 'node:timers/promises';
+import type { Grammar } from '../native/index.ts';
 import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
 import type {
   Detokenizer,
@@ -13,14 +14,18 @@ import type {
   TokenLogprobs,
 } from './engine.ts';
 import { EngineError } from './errors.ts';
+import type { Grammars, GrammarTokens } from './grammar/grammars.ts';
+import { schemaText } from './grammar/output-format.ts';
+import { explainTools, type ToolForm, type ToolUse, toolGrammar } from './grammar/tool-calls.ts';
 import type { ChatMessage, ChatRequest, CompletionRequest } from './openai.ts';
 import { type Choice, type TokenNames, type Usage, usageOf } from './openai-reply.ts';
 import { seedOfChoice } from './sampling.ts';
 
 /** The base model's text side. */
-export interface TextModel extends TokenNames {
-  readonly vocabSize: number;
-  readonly eosTokenIds: ReadonlySet<number>;
+export interface TextModel extends TokenNames, GrammarTokens {
+  /** How its chat template writes tool calls, and whether it knows tools at all. */
+  readonly toolForm: ToolForm;
+  readonly knowsTools: boolean;
   encode(text: string, options: { addSpecialTokens: boolean }): ArrayLike<number>;
   decode(tokenIds: ArrayLike<number>, options: { skipSpecialTokens: boolean }): string;
   createDetokenizer(options: { skipSpecialTokens: boolean }): Detokenizer;
@@ -36,6 +41,7 @@ export interface ServedModel {
   engine: Engine;
   tiers: AdapterTiers;
   text: TextModel;
+  grammars: Grammars;
 }
 
 /** Prompts as tokens, and what is asked of them. */
@@ -44,6 +50,8 @@ export interface Job {
   servedModel: string | null;
   prompts: ArrayLike<number>[];
   request: ChatRequest | CompletionRequest;
+  /** What the outputs follow; null: nothing. */
+  grammar: Grammar | null;
 }
 
 /** Text that averages more characters a token than this is not written for a model; encoding it would only hold the thread. */
@@ -55,7 +63,38 @@ export async function chatJob(
   servedModel: string | null,
 ): Promise<Job> {
   adapterOf(model, servedModel);
-  return { servedModel, prompts: [chatTokens(model, request)], request };
+  const prompts = [chatTokens(model, request)];
+  const { sampling, toolUse } = request;
+  const grammar = toolUse ? await toolUseGrammar(model, toolUse) : await grammarOf(model, request);
+  // The tokens that begin and end a call may be special ones.
+  return {
+    servedModel,
+    prompts,
+    request: toolUse ? { ...request, sampling: { ...sampling, skipSpecialTokens: false } } : request,
+    grammar,
+  };
+}
+
+async function grammarOf(
+  { grammars }: ServedModel,
+  { outputFormat }: Job['request'],
+): Promise<Grammar | null> {
+  return outputFormat && grammars.get(outputFormat);
+}
+
+/** @throws EngineError invalid_value naming the tool whose schema cannot be followed */
+async function toolUseGrammar({ grammars, text }: ServedModel, toolUse: ToolUse): Promise<Grammar> {
+  const tokenOf = (word: string) => {
+    const [id, ...others] = Array.from(text.encode(word, { addSpecialTokens: false }));
+    return id !== undefined && others.length === 0 && text.isSpecial(id) ? id : null;
+  };
+  try {
+    return await grammars.get(toolGrammar(toolUse, text.toolForm, tokenOf));
+  } catch (error) {
+    for (const { parameters, field } of toolUse.tools)
+      await grammars.get({ kind: 'json_schema', text: schemaText(parameters, field), field });
+    throw error;
+  }
 }
 
 /** Encodes the prompts, each in a turn of its own, so that many of them do not hold up the steps. */
@@ -71,7 +110,7 @@ export async function completionJob(
     if (typeof prompt !== 'string') checkTokens(prompt, model.text.vocabSize, 'prompt');
     prompts.push(typeof prompt === 'string' ? encode(model, prompt, request.addSpecialTokens) : prompt);
   }
-  return { servedModel, prompts, request };
+  return { servedModel, prompts, request, grammar: await grammarOf(model, request) };
 }
 
 /** The adapter that `name` points at; null for the base model.  @throws EngineError model_not_found */
@@ -91,8 +130,10 @@ export function chatTokens(
     templateVariables?: Record<string, unknown>;
   },
 ): ArrayLike<number> {
-  const prompt = model.text.renderChat(request.messages, {
-    tools: request.tools,
+  const { knowsTools } = model.text;
+  const messages = knowsTools ? request.messages : explainTools(request.messages, request.tools);
+  const prompt = model.text.renderChat(messages, {
+    tools: knowsTools ? request.tools : null,
     addGenerationPrompt: request.addGenerationPrompt,
     variables: request.templateVariables ?? {},
   });
@@ -132,7 +173,7 @@ export function checkTokens(tokenIds: readonly number[], vocabSize: number, fiel
  */
 export function addJob(
   model: ServedModel,
-  { servedModel, prompts, request }: Job,
+  { servedModel, prompts, request, grammar }: Job,
   onOutput: (index: number, output: SequenceOutput) => void,
 ): SequenceHandle[] {
   const { engine, text } = model;
@@ -148,6 +189,7 @@ export function addJob(
         promptTokens,
         params: { ...request.sampling, seed: seedOfChoice(request.sampling.seed, choice) },
         adapter,
+        grammar,
         onOutput: (output) => onOutput(index, output),
       });
     }

@@ -218,6 +218,14 @@ export class EngineMetrics {
     registers: [this.registry],
   });
 
+  readonly #grammarSeconds = new Histogram({
+    name: 'motet_grammar_compile_seconds',
+    help: 'Compiling one grammar that was not kept, in seconds, by result: compiled, refused.',
+    labelNames: ['result'],
+    buckets: [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1],
+    registers: [this.registry],
+  });
+
   constructor(modelName: string) {
     this.registry.setDefaultLabels({ model_name: modelName, engine: '0' });
   }
@@ -497,6 +505,10 @@ export class EngineMetrics {
   #observeKvMove(way: { from: Tier; to: Tier }, numBytes: number, seconds: number): void {
     this.#kvMoveSeconds.observe(way, seconds);
     this.#kvMoveBytes.inc(way, numBytes);
+  }
+
+  observeGrammar(seconds: number, isGood: boolean): void {
+    this.#grammarSeconds.observe({ result: isGood ? 'compiled' : 'refused' }, seconds);
   }
 
   observeCached({ device, host, disk }: CachedTokens): void {

@@ -4,6 +4,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import type { TokenLogprobs } from './engine.ts';
+import type { ToolCallReader, ToolPart } from './grammar/tool-calls.ts';
 import type { FinishReason } from './stop.ts';
 
 /** What replies need of the tokenizer. */
@@ -72,39 +73,102 @@ const newId = (prefix: string) => `${prefix}-${randomBytes(16).toString('hex')}`
 export const eventOf = (body: string) => `data: ${body}\n\n`;
 export const doneEvent = eventOf('[DONE]');
 
-export const chatFormat: ReplyFormat = {
-  newId: () => newId('chatcmpl'),
-  whole: (head, choices, usage, names) => ({
-    ...head,
-    object: 'chat.completion',
-    choices: choices.map((choice) => ({
-      index: choice.index,
-      message: { role: 'assistant', content: choice.text, refusal: null },
-      logprobs: choice.logprobs && {
-        content: choice.logprobs.map((token) => chatLogprob(token, names)),
-        refusal: null,
-      },
-      finish_reason: choice.finishReason,
-      stop_reason: choice.stopReason,
-    })),
-    usage,
-  }),
-  stream(head, names, includeUsage) {
-    const events = new EventParts({ ...head, object: 'chat.completion.chunk' }, includeUsage);
-    return {
-      begin: (index) => events.choice(index, '"delta":{"role":"assistant","content":""}', 'null', null, null),
-      delta(index, { text, logprobs, finishReason, stopReason }) {
-        const delta =
-          text === '' && finishReason ? '"delta":{}' : `"delta":{"content":${JSON.stringify(text)}}`;
-        const content = logprobs
-          ? JSON.stringify({ content: [chatLogprob(logprobs, names)], refusal: null })
-          : 'null';
-        return events.choice(index, delta, content, finishReason, stopReason);
-      },
-      usage: (usage) => events.usage(usage),
-    };
-  },
-};
+export const chatFormat = chatFormatOf(null);
+
+/** @param newReader  of tool calls, for each choice; null: nothing in the text is one */
+export function chatFormatOf(newReader: (() => ToolCallReader) | null): ReplyFormat {
+  return {
+    newId: () => newId('chatcmpl'),
+    whole: (head, choices, usage, names) => ({
+      ...head,
+      object: 'chat.completion',
+      choices: choices.map((choice) => {
+        const { message, hasCalls } = messageOf(choice.text, newReader?.() ?? null);
+        return {
+          index: choice.index,
+          message,
+          logprobs: choice.logprobs && {
+            content: choice.logprobs.map((token) => chatLogprob(token, names)),
+            refusal: null,
+          },
+          finish_reason: reasonOf(choice.finishReason, hasCalls),
+          stop_reason: choice.stopReason,
+        };
+      }),
+      usage,
+    }),
+    stream(head, names, includeUsage) {
+      const events = new EventParts({ ...head, object: 'chat.completion.chunk' }, includeUsage);
+      const readers: ToolCallReader[] = [];
+      return {
+        begin: (index) =>
+          events.choice(index, '"delta":{"role":"assistant","content":""}', 'null', null, null),
+        delta(index, { text, logprobs, finishReason, stopReason }) {
+          const content = logprobs
+            ? JSON.stringify({ content: [chatLogprob(logprobs, names)], refusal: null })
+            : 'null';
+          if (newReader === null) {
+            const delta =
+              text === '' && finishReason ? '"delta":{}' : `"delta":{"content":${JSON.stringify(text)}}`;
+            return events.choice(index, delta, content, finishReason, stopReason);
+          }
+          readers[index] ??= newReader();
+          const reader = readers[index];
+          const parts = reader.push(text);
+          if (finishReason) parts.push(...reader.finish());
+          const deltas = parts.map((part) => `"delta":${JSON.stringify(toolDelta(part))}`);
+          // The end, and logprobs of text that is held back, have an event of their own.
+          if (finishReason || (logprobs && deltas.length === 0)) deltas.push('"delta":{}');
+          const last = deltas.length - 1;
+          return deltas
+            .map((delta, i) => {
+              const reason = i === last && finishReason ? reasonOf(finishReason, reader.numCalls > 0) : null;
+              return events.choice(
+                index,
+                delta,
+                i === 0 ? content : 'null',
+                reason,
+                i === last ? stopReason : null,
+              );
+            })
+            .join('');
+        },
+        usage: (usage) => events.usage(usage),
+      };
+    },
+  };
+}
+
+/** OpenAI's word for an output that ended where the model wanted, with calls. */
+const reasonOf = (reason: FinishReason, hasCalls: boolean) =>
+  reason === 'stop' && hasCalls ? 'tool_calls' : reason;
+
+function messageOf(text: string, reader: ToolCallReader | null) {
+  if (reader === null)
+    return { message: { role: 'assistant', content: text, refusal: null }, hasCalls: false };
+  let content = '';
+  const calls: { id: string; type: 'function'; function: { name: string; arguments: string } }[] = [];
+  for (const part of [...reader.push(text), ...reader.finish()]) {
+    if ('content' in part) content += part.content;
+    else if ('id' in part)
+      calls.push({ id: part.id, type: 'function', function: { name: part.name, arguments: '' } });
+    else calls[part.call]!.function.arguments += part.arguments;
+  }
+  const hasCalls = calls.length > 0;
+  // OpenAI has null for an answer of calls alone.
+  const message = { role: 'assistant', content: content === '' && hasCalls ? null : content, refusal: null };
+  return { message: hasCalls ? { ...message, tool_calls: calls } : message, hasCalls };
+}
+
+function toolDelta(part: ToolPart) {
+  if ('content' in part) return part;
+  const { call: index } = part;
+  const called =
+    'id' in part
+      ? { id: part.id, type: 'function', function: { name: part.name, arguments: '' } }
+      : { function: { arguments: part.arguments } };
+  return { tool_calls: [{ index, ...called }] };
+}
 
 export const completionFormat: ReplyFormat = {
   newId: () => newId('cmpl'),
@@ -156,7 +220,7 @@ class EventParts {
     index: number,
     body: string,
     logprobs: string,
-    finishReason: FinishReason | null,
+    finishReason: FinishReason | 'tool_calls' | null,
     stopReason: string | number | null,
   ): string {
     const end = finishReason

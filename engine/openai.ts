@@ -4,7 +4,9 @@
  * are not supported are refused by name.
  */
 import { z } from 'zod';
-import { EngineError } from './errors.ts';
+import { EngineError, invalidValue } from './errors.ts';
+import { type GrammarSource, parseOutputFormat } from './grammar/output-format.ts';
+import { parseToolUse, type ToolUse } from './grammar/tool-calls.ts';
 import { modelHeader } from './protocol.ts';
 import { defaultSampling, maxLogprobs, randomSeed, type SamplingParams } from './sampling.ts';
 import { isDigest, needsDigest, uriProblem } from './source-uri.ts';
@@ -32,11 +34,15 @@ interface Generation {
   bestOf: number;
   stream: boolean;
   includeUsage: boolean;
+  /** What the output must follow; null: nothing. */
+  outputFormat: GrammarSource | null;
 }
 
 export interface ChatRequest extends Generation {
   messages: ChatMessage[];
   tools: unknown[] | null;
+  /** Those that may be called; null: none. */
+  toolUse: ToolUse | null;
   addGenerationPrompt: boolean;
   templateVariables: Record<string, unknown>;
 }
@@ -153,11 +159,6 @@ const unsupported: Record<string, string> = {
   echo: 'echoing the prompt is not supported; only false is',
   prompt_logprobs: 'logprobs of the prompt are not supported',
   use_beam_search: 'beam search is not supported',
-  structured_outputs: 'constrained decoding is not supported',
-  guided_json: 'constrained decoding is not supported',
-  guided_regex: 'constrained decoding is not supported',
-  guided_choice: 'constrained decoding is not supported',
-  guided_grammar: 'constrained decoding is not supported',
   functions: 'pass tools instead',
   function_call: 'pass tools instead',
   audio: 'only text is generated',
@@ -176,16 +177,24 @@ export function parseChat(body: unknown): ChatRequest {
   refuseUnsupported(body);
   const fields = parse(chatBody, body);
   if ((fields.top_logprobs ?? 0) > 0 && fields.logprobs !== true) {
-    throw invalid('top_logprobs', 'expected logprobs: true beside it', fields.logprobs);
+    throw invalidValue('top_logprobs', 'expected logprobs: true beside it', fields.logprobs);
   }
   const sampling = toSampling(fields);
   sampling.maxTokens = fields.max_completion_tokens ?? fields.max_tokens ?? null;
   sampling.numLogprobs = fields.logprobs ? (fields.top_logprobs ?? 0) : null;
   checkMinTokens(sampling);
   const n = fields.n ?? 1;
+  const outputFormat = toOutputFormat(body, sampling);
+  const toolUse = parseToolUse(body as Record<string, unknown>);
+  if (toolUse && outputFormat) {
+    throw invalidValue(outputFormat.field, 'expected none beside tools that may be called', 'one');
+  }
+  if (toolUse) refuseIgnoreEos(sampling, 'tools');
   return {
     ...toGeneration(fields, n),
     sampling,
+    outputFormat,
+    toolUse,
     bestOf: n,
     messages: fields.messages.map(joinParts),
     tools: fields.tools?.length ? fields.tools : null,
@@ -203,8 +212,9 @@ export function parseCompletion(body: unknown): CompletionRequest {
   checkMinTokens(sampling);
   const n = fields.n ?? 1;
   const bestOf = fields.best_of ?? n;
-  if (bestOf < n) throw invalid('best_of', `expected at least n, which is ${n}`, bestOf);
-  if (bestOf > n && fields.stream) throw invalid('best_of', 'expected no more than n when streaming', bestOf);
+  if (bestOf < n) throw invalidValue('best_of', `expected at least n, which is ${n}`, bestOf);
+  if (bestOf > n && fields.stream)
+    throw invalidValue('best_of', 'expected no more than n when streaming', bestOf);
   const prompts = toPrompts(fields.prompt);
   if (prompts.length * bestOf > maxSequencesOfRequest) {
     const got = `${prompts.length} prompts of ${bestOf} sequences`;
@@ -215,7 +225,8 @@ export function parseCompletion(body: unknown): CompletionRequest {
     );
   }
   const addSpecialTokens = fields.add_special_tokens ?? true;
-  return { ...toGeneration(fields, n), sampling, bestOf, prompts, addSpecialTokens };
+  const outputFormat = toOutputFormat(body, sampling);
+  return { ...toGeneration(fields, n), sampling, outputFormat, bestOf, prompts, addSpecialTokens };
 }
 
 export function parseTokenize(body: unknown): TokenizeRequest {
@@ -291,20 +302,20 @@ export function parseLoadAdapter(body: unknown): LoadAdapterRequest {
     );
   }
   if (load_inplace !== undefined && load_inplace !== null && typeof load_inplace !== 'boolean') {
-    throw invalid('load_inplace', 'expected true or false', load_inplace);
+    throw invalidValue('load_inplace', 'expected true or false', load_inplace);
   }
   if (pinned !== null && typeof pinned !== 'boolean')
-    throw invalid('pinned', 'expected true or false', pinned);
+    throw invalidValue('pinned', 'expected true or false', pinned);
   const problem = uriProblem(lora_path);
   if (problem !== null) {
     const message = `lora_path: expected ${problem.expected}, got ${problem.got}`;
     throw new EngineError('adapter_path_refused', message, { param: 'lora_path' });
   }
   if (digest !== null && !(typeof digest === 'string' && isDigest(digest))) {
-    throw invalid('digest', 'expected sha256: and 64 hex digits', digest);
+    throw invalidValue('digest', 'expected sha256: and 64 hex digits', digest);
   }
   if (digest === null && needsDigest(lora_path)) {
-    throw invalid(
+    throw invalidValue(
       'digest',
       'expected the digest of the adapter beside a lora_path of https or s3',
       undefined,
@@ -323,9 +334,9 @@ export function parseUnloadAdapter(body: unknown): { name: string } {
 
 /** Of `DELETE /v1/adapters/{digest}`. */
 export function parseRemoveAdapter(digest: string, query: unknown): { isPurge: boolean } {
-  if (!isDigest(digest)) throw invalid('digest', 'expected sha256: and 64 hex digits', digest);
+  if (!isDigest(digest)) throw invalidValue('digest', 'expected sha256: and 64 hex digits', digest);
   const { purge = 'false' } = query as { purge?: unknown };
-  if (purge !== 'true' && purge !== 'false') throw invalid('purge', 'expected true or false', purge);
+  if (purge !== 'true' && purge !== 'false') throw invalidValue('purge', 'expected true or false', purge);
   return { isPurge: purge === 'true' };
 }
 
@@ -333,7 +344,7 @@ const isFilled = (value: unknown): value is string => typeof value === 'string' 
 
 function asObject(body: unknown): Record<string, unknown> {
   if (typeof body !== 'object' || body === null || Array.isArray(body)) {
-    throw invalid('body', 'expected a JSON object', body);
+    throw invalidValue('body', 'expected a JSON object', body);
   }
   return body as Record<string, unknown>;
 }
@@ -343,21 +354,13 @@ function refuseUnsupported(body: unknown): void {
   for (const [field, instead] of Object.entries(unsupported)) {
     if (isAsked(fields[field])) refuse(field, instead);
   }
-  const format = fields.response_format;
-  if (isAsked(format) && (format as { type?: unknown }).type !== 'text') {
-    refuse('response_format', 'only {"type":"text"} is supported');
-  }
-  const choice = fields.tool_choice;
-  if (isAsked(choice) && choice !== 'none' && choice !== 'auto') {
-    refuse('tool_choice', 'only "none" and "auto" are supported');
-  }
   const modalities = fields.modalities;
   if (isAsked(modalities) && !(Array.isArray(modalities) && modalities.every((kind) => kind === 'text'))) {
     refuse('modalities', 'only ["text"] is supported');
   }
   const options = fields.stream_options;
   if (isAsked(options) && fields.stream !== true) {
-    throw invalid('stream_options', 'expected only beside stream: true', options);
+    throw invalidValue('stream_options', 'expected only beside stream: true', options);
   }
   if (isAsked((options as { continuous_usage_stats?: unknown } | undefined)?.continuous_usage_stats)) {
     refuse('stream_options.continuous_usage_stats', 'only include_usage is supported');
@@ -386,7 +389,7 @@ function toGeneration(fields: z.infer<z.ZodObject<typeof generationFields>>, n: 
 function toSampling(fields: z.infer<z.ZodObject<typeof samplingFields>>): SamplingParams {
   const defaults = defaultSampling();
   const biases = Object.entries(fields.logit_bias ?? {});
-  if (biases.length > 1024) throw invalid('logit_bias', 'expected at most 1024 entries', biases.length);
+  if (biases.length > 1024) throw invalidValue('logit_bias', 'expected at most 1024 entries', biases.length);
   return {
     ...defaults,
     temperature: fields.temperature ?? defaults.temperature,
@@ -408,9 +411,20 @@ function toSampling(fields: z.infer<z.ZodObject<typeof samplingFields>>): Sampli
   };
 }
 
+function toOutputFormat(body: unknown, sampling: SamplingParams): GrammarSource | null {
+  const source = parseOutputFormat(body as Record<string, unknown>);
+  if (source) refuseIgnoreEos(sampling, source.field);
+  return source;
+}
+
+/** A grammar says where an output ends, and the end token is how. */
+function refuseIgnoreEos({ ignoreEos }: SamplingParams, field: string): void {
+  if (ignoreEos) throw invalidValue('ignore_eos', `expected false beside ${field}`, ignoreEos);
+}
+
 function checkMinTokens({ minTokens, maxTokens }: SamplingParams): void {
   if (maxTokens !== null && minTokens > maxTokens) {
-    throw invalid('min_tokens', `expected at most max_tokens, which is ${maxTokens}`, minTokens);
+    throw invalidValue('min_tokens', `expected at most max_tokens, which is ${maxTokens}`, minTokens);
   }
 }
 
@@ -438,20 +452,9 @@ function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
     value = (value as Record<PropertyKey, unknown> | undefined)?.[key];
     field += typeof key === 'number' ? `[${key}]` : `${field ? '.' : ''}${String(key)}`;
   }
-  throw invalid(field, issue.code === 'invalid_key' ? 'expected token ids as keys' : issue.message, value);
-}
-
-function invalid(field: string, expected: string, got: unknown): EngineError {
-  return new EngineError('invalid_value', `${field}: ${expected}, got ${describe(got)}`, { param: field });
-}
-
-/** A value in a few words. Long text is not repeated: messages end in logs of others. */
-function describe(value: unknown): string {
-  if (value === undefined) return 'nothing';
-  if (value === null) return 'null';
-  if (Array.isArray(value)) return `a list of ${value.length}`;
-  if (typeof value === 'object') return 'an object';
-  if (typeof value === 'string')
-    return value.length <= 20 ? JSON.stringify(value) : `a string of ${value.length} characters`;
-  return String(value);
+  throw invalidValue(
+    field,
+    issue.code === 'invalid_key' ? 'expected token ids as keys' : issue.message,
+    value,
+  );
 }

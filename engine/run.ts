@@ -7,13 +7,20 @@ import type { AddressInfo } from 'node:net';
 import { join } from 'node:path';
 import { pino } from 'pino';
 import { collectDefaultMetrics } from 'prom-client';
-import { addonPath, openRuntime, type WeightStream } from '../native/index.ts';
+import {
+  addonPath,
+  compileGrammar,
+  openRuntime,
+  openVocabulary,
+  type WeightStream,
+} from '../native/index.ts';
 import { readAdapterFile } from './adapters/adapter-file.ts';
 import { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { CallerIdentity } from './caller-identity.ts';
 import { type Config, ConfigError, parseConfig } from './config.ts';
 import { checkDevice } from './device.ts';
 import { Engine } from './engine.ts';
+import { Grammars } from './grammar/grammars.ts';
 import { InputError } from './input-error.ts';
 import { arenasOf } from './ladder/arena.ts';
 import { modelKeyOf } from './ladder/block-file.ts';
@@ -208,6 +215,12 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   metrics.watchWeights(runtime);
   engine.start(tiers);
 
+  const grammars = new Grammars({
+    library: { openVocabulary, compileGrammar },
+    tokens: text,
+    now,
+    onCompiled: (seconds, isGood) => metrics.observeGrammar(seconds, isGood),
+  });
   const callers = config.callers && new CallerIdentity({ ...config.callers, log, wallClock });
   void callers?.warmUp();
   let isReady = false;
@@ -215,6 +228,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     engine,
     tiers,
     text,
+    grammars,
     arena,
     blocks,
     hostArena,

@@ -24,6 +24,7 @@ import {
   jobUsage,
   type ServedModel,
 } from './generate.ts';
+import { ToolCallReader } from './grammar/tool-calls.ts';
 import type { Arena } from './ladder/arena.ts';
 import { baseVoice } from './ladder/block-hash.ts';
 import type { BlockPool } from './ladder/block-pool.ts';
@@ -40,6 +41,7 @@ import {
 } from './openai.ts';
 import {
   chatFormat,
+  chatFormatOf,
   completionFormat,
   doneEvent,
   eventOf,
@@ -116,7 +118,9 @@ export function createServer(options: ServerOptions): Server {
   route(app, 'post', enginePaths.chat, body, async (request, response) => {
     const body = parseChat(request.body);
     const job = await chatJob(options, body, parseServedModel(request.get(modelHeader), body.model));
-    await reply(options, job, chatFormat, request, response);
+    const { toolForm } = options.text;
+    const format = body.toolUse ? chatFormatOf(() => new ToolCallReader(toolForm)) : chatFormat;
+    await reply(options, job, format, request, response);
   });
   route(app, 'post', enginePaths.completions, body, async (request, response) => {
     const body = parseCompletion(request.body);

@@ -4,7 +4,7 @@
  * flat typed arrays in, flat typed arrays out, no callback per token.
  *
  * A refused argument throws a TypeError or RangeError that names it; a failed file throws an Error with `code`
- * (`gguf_invalid`, `weights_invalid`, `adapter_invalid`, `io_failed`) and a message that names the field.
+ * (`gguf_invalid`, `weights_invalid`, `adapter_invalid`, `grammar_invalid`, `io_failed`) and a message that names the field.
  */
 import { createRequire } from 'node:module';
 import { fileURLToPath } from 'node:url';
@@ -212,6 +212,8 @@ export interface StepBatch {
   historyStarts: Int32Array;
   historyPromptCounts: Int32Array;
   historyIds: Int32Array;
+  /** [numSamples] handles of openMatcher, each once; −1: none. The sample follows the matcher's grammar, and the matcher the sample. */
+  matchers: Int32Array;
   /** Return the raw logits too (tests, scoring). */
   wantLogits: boolean;
 }
@@ -246,6 +248,8 @@ export interface StepResult {
   topLogprobs: Float32Array;
   /** [numSamples × vocabSize] raw logits when asked for, else null. */
   logits: Float32Array | null;
+  /** Matchers that cannot go on, by sample: what these drew, and draw from now on, follows no grammar. */
+  matcherErrors: { sample: number; message: string }[];
   /** Bytes of KV that were read from the host arena. */
   stagedBytes: number;
   /** When the step began and ended, in milliseconds on the clock of process.hrtime(). */
@@ -313,6 +317,10 @@ export interface Runtime {
   readHostPages(pages: Int32Array): Buffer;
   /** Writes bytes [pages × pageBytes] to host pages that no step and no copy uses, before it returns. */
   writeHostPages(pages: Int32Array, bytes: Uint8Array): void;
+  /** A matcher at the beginning of a grammar, for one sequence; a copy, some tens of microseconds. */
+  openMatcher(grammar: Grammar): number;
+  /** Forgets a matcher. A step that runs or waits keeps it as long as it needs it. */
+  closeMatcher(handle: number): void;
   /** Milliseconds that steps spent in each part of the forward pass since the runtime was opened. */
   stepParts(): Record<StepPart, number>;
   /** null: all weights are mapped. */
@@ -321,7 +329,19 @@ export interface Runtime {
   close(): void;
 }
 
+declare const vocabulary: unique symbol;
+declare const grammar: unique symbol;
+/** The tokens of a model, as grammars need them. Freed when it is collected, as grammars are. */
+export type Vocabulary = { [vocabulary]: true };
+/** A compiled grammar. */
+export type Grammar = { [grammar]: true };
+
+/** JSON schema, a regular expression of the whole output, or a grammar in llguidance's form of Lark. */
+export type GrammarKind = 'json_schema' | 'regex' | 'lark';
+
 interface Addon {
+  openVocabulary(bytes: Uint8Array, ends: Int32Array, eosTokenIds: Int32Array): Promise<Vocabulary>;
+  compileGrammar(vocabulary: Vocabulary, kind: GrammarKind, text: string): Promise<Grammar>;
   cpuInfo(): { isa: string; isas: string[]; numCpus: number };
   readGguf(path: string): Promise<GgufFile>;
   packedBytes(format: WeightFormat | 'vector', outFeatures: number, inFeatures: number): number;
@@ -344,5 +364,12 @@ export const packedBytes = addon.packedBytes;
 export const sourceBytes = addon.sourceBytes;
 /** Reads one tensor, converts or quantises it, and writes it packed at its place in the output file. */
 export const packTensor = addon.packTensor;
+/**
+ * @param bytes  of all tokens, one after the other. A special token begins with 0xff; one without bytes is never allowed
+ * @param ends   [vocabSize] where each ends
+ */
+export const openVocabulary = addon.openVocabulary;
+/** Bounded work. @throws grammar_invalid when the text is wrong, not supported, or more than the bounds allow */
+export const compileGrammar = addon.compileGrammar;
 /** Maps a packed file, makes the arenas and the threads. */
 export const openRuntime = addon.openRuntime;

@@ -2,6 +2,7 @@
 
 import { EngineError } from '../errors.ts';
 import type { TextModel } from '../generate.ts';
+import { toolFormOf } from '../grammar/tool-calls.ts';
 import { InputError } from '../input-error.ts';
 import type { BaseModel } from './base-model.ts';
 import { ChatTemplate } from './chat-template.ts';
@@ -18,6 +19,9 @@ export async function openTextModel(model: BaseModel): Promise<TextModel> {
     encode: (text, options) => tokenizer.encode(text, options),
     decode: (tokenIds, options) => tokenizer.decode(tokenIds, options),
     tokenBytes: (tokenId) => tokenizer.tokenBytes(tokenId),
+    isSpecial: (tokenId) => tokenizer.isSpecial(tokenId),
+    toolForm: toolFormOf(model.chatTemplate ?? ''),
+    knowsTools: /\btools\b/.test(model.chatTemplate ?? ''),
     createDetokenizer: (options) => tokenizer.createDetokenizer(options),
     renderChat(messages, options) {
       if (template) return template.render(messages, options);

@@ -11,8 +11,10 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <set>
 
 #include "copy_worker.h"
+#include "grammar.h"
 #include "step_worker.h"
 #include "translate.h"
 #include "weight_stream.h"
@@ -45,6 +47,8 @@ class Task final : public Napi::AsyncWorker {
       fail("gguf_invalid", e);
     } catch (const AdapterError& e) {
       fail("adapter_invalid", e);
+    } catch (const GrammarError& e) {
+      fail("grammar_invalid", e);
     } catch (const IoError& e) {
       fail("io_failed", e);
     } catch (const std::bad_alloc& e) {
@@ -156,6 +160,26 @@ void pack_tensor(const PackJob& job) {
   }
 }
 
+// What JavaScript holds of a native object, and lets go of when it is collected.
+template <typename T>
+constexpr napi_type_tag kTag = {};
+template <>
+constexpr napi_type_tag kTag<const Vocabulary> = {0x6d6f7465742d766f, 0x636162756c617279};
+template <>
+constexpr napi_type_tag kTag<const Grammar> = {0x6d6f7465742d6772, 0x616d6d6172000000};
+template <typename T>
+Napi::Value from_shared(Napi::Env env, std::shared_ptr<T> object) {
+  const auto held = Napi::External<std::shared_ptr<T>>::New(env, new std::shared_ptr<T>(std::move(object)), [](Napi::Env, std::shared_ptr<T>* p) { delete p; });
+  held.TypeTag(&kTag<T>);
+  return held;
+}
+template <typename T>
+std::shared_ptr<T> to_shared(const Napi::Value& value, const char* name) {
+  if (!value.IsExternal() || !value.As<Napi::External<std::shared_ptr<T>>>().CheckTypeTag(&kTag<T>))
+    throw Napi::TypeError::New(value.Env(), std::string(name) + ": expected one that this addon made");
+  return *value.As<Napi::External<std::shared_ptr<T>>>().Data();
+}
+
 class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
  public:
   static Napi::Function define(Napi::Env env) {
@@ -166,6 +190,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
                         InstanceMethod<&RuntimeObject::release>("releaseAdapter"), InstanceMethod<&RuntimeObject::copy_pages_of>("copyPages"),
                         InstanceMethod<&RuntimeObject::clear>("clearPages"), InstanceMethod<&RuntimeObject::read_host>("readHostPages"),
                         InstanceMethod<&RuntimeObject::write_host>("writeHostPages"),
+                        InstanceMethod<&RuntimeObject::open_matcher>("openMatcher"), InstanceMethod<&RuntimeObject::close_matcher>("closeMatcher"),
                         InstanceMethod<&RuntimeObject::step_parts>("stepParts"), InstanceMethod<&RuntimeObject::weight_stream>("weightStream"),
                         InstanceMethod<&RuntimeObject::close>("close")});
   }
@@ -201,7 +226,15 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
       if (it == adapters_.end()) throw Napi::RangeError::New(info.Env(), "batch.adapterHandles: expected a loaded adapter's handle, got " + std::to_string(handle));
       adapters.push_back(it->second);
     }
-    return worker_->start(info.Env(), info.This().As<Napi::Object>(), std::move(adapters));
+    std::vector<std::shared_ptr<GrammarMatcher>> matchers;
+    std::set<int32_t> seen;
+    for (const int32_t handle : batch.matcher_handles) {
+      const auto it = matchers_.find(handle);
+      if (handle >= 0 && (it == matchers_.end() || !seen.insert(handle).second))
+        throw Napi::RangeError::New(info.Env(), "batch.matchers: expected distinct open matchers' handles, or −1, got " + std::to_string(handle));
+      matchers.push_back(handle >= 0 ? it->second : nullptr);
+    }
+    return worker_->start(info.Env(), info.This().As<Napi::Object>(), std::move(adapters), std::move(matchers));
   }
 
   // What `work` returns; an AdapterError becomes an Error with its code.
@@ -242,7 +275,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     return Task<std::shared_ptr<Adapter>>::run(
         info.Env(),
         [model = model_, path = info[0].As<Napi::String>().Utf8Value(), modules = to_adapter_modules(info[1]),
-         pages = to_page_ids(info[2], "pages")] {
+         pages = to_integers(info[2], "pages")] {
           return load_adapter(*model, path, modules, pages);
         },
         [this, self](Napi::Env env, std::shared_ptr<Adapter>& adapter) -> Napi::Value {
@@ -254,13 +287,13 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
   Napi::Value attach(const Napi::CallbackInfo& info) {
     require_open(info.Env());
     const auto modules = to_adapter_modules(info[0]);
-    const auto pages = to_page_ids(info[1], "pages");
+    const auto pages = to_integers(info[1], "pages");
     return keep(info.Env(), refusing_adapters(info.Env(), [&] { return attach_adapter(*model_, modules, pages); }));
   }
 
   // Page ids of a tier, distinct and there.
   std::vector<int32_t> to_pages(const Napi::Value& value, Tier tier, const char* name) const {
-    auto pages = to_page_ids(value, name);
+    auto pages = to_integers(value, name);
     try {
       check_pages(pages, num_pages_of(*model_, tier), name);
     } catch (const AdapterError& e) {
@@ -319,6 +352,24 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
     return info.Env().Undefined();
   }
 
+  Napi::Value open_matcher(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    const auto grammar = to_shared<const Grammar>(info[0], "grammar");
+    if (grammar->vocab_size() != model_->dims().vocab_size)
+      throw Napi::RangeError::New(info.Env(), "grammar: expected one for the model's vocabulary of " + std::to_string(model_->dims().vocab_size) + " tokens, got " +
+                                                  std::to_string(grammar->vocab_size()));
+    const int32_t handle = next_handle_++;
+    matchers_[handle] = std::make_shared<GrammarMatcher>(grammar);
+    return Napi::Number::New(info.Env(), handle);
+  }
+
+  Napi::Value close_matcher(const Napi::CallbackInfo& info) {
+    require_open(info.Env());
+    if (!info[0].IsNumber() || matchers_.erase(info[0].As<Napi::Number>().Int32Value()) == 0)
+      throw Napi::RangeError::New(info.Env(), "handle: expected an open matcher's, got " + info[0].ToString().Utf8Value());
+    return info.Env().Undefined();
+  }
+
   Napi::Value step_parts(const Napi::CallbackInfo& info) {
     require_open(info.Env());
     auto parts = Napi::Object::New(info.Env());
@@ -350,6 +401,7 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
       worker_.reset();  // they hold the model too
       copier_.reset();
       adapters_.clear();
+      matchers_.clear();
       model_.reset();
     }
     return info.Env().Undefined();
@@ -359,8 +411,29 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
   std::unique_ptr<StepWorker> worker_;
   std::unique_ptr<CopyWorker> copier_;
   std::map<int32_t, std::shared_ptr<Adapter>> adapters_;
+  std::map<int32_t, std::shared_ptr<GrammarMatcher>> matchers_;
   int32_t next_handle_ = 0;
 };
+
+Napi::Value open_vocabulary(const Napi::CallbackInfo& info) {
+  if (!info[0].IsTypedArray() || info[0].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array)
+    throw Napi::TypeError::New(info.Env(), "bytes: expected a Uint8Array");
+  const auto array = info[0].As<Napi::Uint8Array>();
+  return Task<std::shared_ptr<const Vocabulary>>::run(
+      info.Env(),
+      [bytes = std::vector<uint8_t>(array.Data(), array.Data() + array.ElementLength()), ends = to_integers(info[1], "ends"),
+       eos = to_integers(info[2], "eosTokenIds")] { return std::make_shared<const Vocabulary>(bytes, ends, eos); },
+      [](Napi::Env env, std::shared_ptr<const Vocabulary>& vocabulary) { return from_shared(env, std::move(vocabulary)); });
+}
+
+Napi::Value compile_grammar(const Napi::CallbackInfo& info) {
+  if (!info[1].IsString() || !info[2].IsString()) throw Napi::TypeError::New(info.Env(), "kind, text: expected strings");
+  return Task<std::shared_ptr<const Grammar>>::run(
+      info.Env(),
+      [vocabulary = to_shared<const Vocabulary>(info[0], "vocabulary"), kind = info[1].As<Napi::String>().Utf8Value(),
+       text = info[2].As<Napi::String>().Utf8Value()] { return std::make_shared<const Grammar>(vocabulary, kind, text); },
+      [](Napi::Env env, std::shared_ptr<const Grammar>& grammar) { return from_shared(env, std::move(grammar)); });
+}
 
 struct AddonData {
   Napi::FunctionReference runtime;
@@ -433,6 +506,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("packedBytes", Napi::Function::New<packed_bytes_of>(env));
   exports.Set("sourceBytes", Napi::Function::New<source_bytes_of>(env));
   exports.Set("packTensor", Napi::Function::New<pack>(env));
+  exports.Set("openVocabulary", Napi::Function::New<open_vocabulary>(env));
+  exports.Set("compileGrammar", Napi::Function::New<compile_grammar>(env));
   exports.Set("openRuntime", Napi::Function::New<open_runtime>(env));
   return exports;
 }

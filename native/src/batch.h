@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "token_matcher.h"
+
 namespace motet {
 
 struct Batch {
@@ -22,6 +24,8 @@ struct Batch {
   std::span<const int32_t> bias_starts, bias_ids;                   // [numSamples + 1]; token ids
   std::span<const float> bias_values;
   std::span<const int32_t> history_starts, history_prompt_counts, history_ids;
+  std::span<const int32_t> matcher_handles;                         // [numSamples]; −1: none
+  std::span<TokenMatcher* const> matchers;                          // [numSamples], null: none; or none for all
   bool want_logits = false;
 
   int num_tokens() const { return static_cast<int>(token_ids.size()); }

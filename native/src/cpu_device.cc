@@ -333,10 +333,13 @@ class CpuDevice final : public Device {
       params.bias_values = b.bias_values.data() + b.bias_starts[s];
       params.num_bias = b.bias_starts[s + 1] - b.bias_starts[s];
       params.num_top = b.num_top[s];
+      TokenMatcher* const matcher = b.matchers.empty() ? nullptr : b.matchers[s];
+      if (matcher) params.allowed = matcher->allowed();
       const SampleResult result = kernels_.sample(logits + i * ldl, vocab, params, output.top_ids.data() + size_t{1} * s * max_top,
                                                   output.top_logprobs.data() + size_t{1} * s * max_top, sample_scratch_.data.get() + scratch_floats * thread);
       output.tokens[s] = result.token;
       output.logprobs[s] = result.logprob;
+      if (matcher) matcher->accept(result.token);
     });
   }
 

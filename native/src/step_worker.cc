@@ -32,11 +32,13 @@ const Batch& StepWorker::prepare(const Napi::Value& batch) {
   return owned.batch;
 }
 
-Napi::Promise StepWorker::start(Napi::Env env, Napi::Object owner, std::vector<std::shared_ptr<Adapter>> adapters) {
+Napi::Promise StepWorker::start(Napi::Env env, Napi::Object owner, std::vector<std::shared_ptr<Adapter>> adapters,
+                                std::vector<std::shared_ptr<GrammarMatcher>> matchers) {
   Job& next = job(num_started_);
   next.deferred = Napi::Promise::Deferred::New(env);
   next.owner = Napi::Persistent(owner);
   next.adapters = std::move(adapters);
+  next.matchers = std::move(matchers);
   if (num_started_++ == num_finished_) thread_.has_work(env, true);
   thread_.post([&] { num_posted_ = num_started_; });
   return next.deferred->Promise();
@@ -53,13 +55,20 @@ void StepWorker::run(Job& job, const Job& before) {
   job.began_ms = steady_ms();
   job.error.clear();
   job.error_code = nullptr;
+  job.matcher_errors.clear();
   try {
     const bool has_failed = !before.error.empty();
     resolve(job.batch.token_ids, before.output, has_failed, "tokenIds");
     resolve(job.batch.history_ids, before.output, has_failed, "historyIds");
     std::vector<const Adapter*> adapters;
     for (const auto& a : job.adapters) adapters.push_back(a.get());
-    model_->step(job.batch.batch, adapters, job.output);
+    std::vector<TokenMatcher*> matchers;
+    for (const auto& m : job.matchers) matchers.push_back(m.get());
+    Batch batch = job.batch.batch;
+    batch.matchers = matchers;
+    model_->step(batch, adapters, job.output);
+    for (size_t i = 0; i < job.matchers.size(); ++i)
+      if (job.matchers[i] && !job.matchers[i]->error().empty()) job.matcher_errors.emplace_back(static_cast<int>(i), job.matchers[i]->error());
   } catch (const IoError& e) {
     job.error = e.what();
     job.error_code = "io_failed";
@@ -77,6 +86,7 @@ void StepWorker::finish(Napi::Env env) {
   const Napi::Promise::Deferred deferred = *job.deferred;
   job.deferred.reset();
   job.adapters.clear();
+  job.matchers.clear();
   if (++num_finished_ == num_started_) thread_.has_work(env, false);
   if (!job.error.empty()) {
     const auto error = Napi::Error::New(env, job.error);
@@ -85,6 +95,14 @@ void StepWorker::finish(Napi::Env env) {
   }
   try {
     Napi::Object result = from_step_output(env, job.output, job.batch.batch.want_logits, job.arrays);
+    auto matcher_errors = Napi::Array::New(env);
+    for (const auto& [sample, message] : job.matcher_errors) {
+      auto error = Napi::Object::New(env);
+      error.Set("sample", sample);
+      error.Set("message", message);
+      matcher_errors.Set(matcher_errors.Length(), error);
+    }
+    result.Set("matcherErrors", matcher_errors);
     result.Set("stagedBytes", static_cast<double>(job.output.staged_bytes));
     result.Set("beganMs", job.began_ms);
     result.Set("endedMs", job.ended_ms);

@@ -9,9 +9,11 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "batch.h"
+#include "grammar.h"
 #include "model.h"
 #include "translate.h"
 #include "worker_thread.h"
@@ -25,8 +27,9 @@ class StepWorker {
   // Copies the arrays of the next step, which `start` then starts. Throws when two are under way, and what to_batch throws.
   const Batch& prepare(const Napi::Value& batch);
   // Starts the step that was prepared. `owner`, the object that this worker belongs to, is kept alive until the step has
-  // ended; the adapters are held by shared pointers. Resolves with StepResult's object.
-  Napi::Promise start(Napi::Env env, Napi::Object owner, std::vector<std::shared_ptr<Adapter>> adapters);
+  // ended; adapters and matchers [numSamples] are held by shared pointers. Resolves with StepResult's object.
+  Napi::Promise start(Napi::Env env, Napi::Object owner, std::vector<std::shared_ptr<Adapter>> adapters,
+                      std::vector<std::shared_ptr<GrammarMatcher>> matchers);
   bool busy() const { return num_started_ > num_finished_; }
 
  private:
@@ -39,8 +42,10 @@ class StepWorker {
     Napi::ObjectReference owner;
     OwnedBatch batch;
     std::vector<std::shared_ptr<Adapter>> adapters;
+    std::vector<std::shared_ptr<GrammarMatcher>> matchers;
     StepOutput output;
     std::string error;
+    std::vector<std::pair<int, std::string>> matcher_errors;  // by sample
     const char* error_code = nullptr;  // null: none but the message
     double began_ms = 0, ended_ms = 0;  // steady clock
     ResultArrays arrays;

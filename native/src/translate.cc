@@ -244,10 +244,11 @@ void to_batch(const Napi::Value& value, OwnedBatch& owned) {
   copy(b.history_starts, "historyStarts");
   copy(b.history_prompt_counts, "historyPromptCounts");
   owned.history_ids = copy(b.history_ids, "historyIds");
+  copy(b.matcher_handles, "matchers");
   b.want_logits = f.boolean("wantLogits");
 }
 
-std::vector<int32_t> to_page_ids(const Napi::Value& value, const char* name) {
+std::vector<int32_t> to_integers(const Napi::Value& value, const char* name) {
   if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_int32_array)
     throw Napi::TypeError::New(value.Env(), std::string(name) + ": expected an Int32Array");
   const auto array = value.As<Napi::Int32Array>();

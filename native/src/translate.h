@@ -66,7 +66,7 @@ RuntimeSpec to_runtime_spec(const Napi::Value& value);
 void to_batch(const Napi::Value& value, OwnedBatch& owned);
 std::vector<AdapterModuleSpec> to_adapter_modules(const Napi::Value& value);
 // Copied; `name` is the argument's. What the ids mean is checked where they are used.
-std::vector<int32_t> to_page_ids(const Napi::Value& value, const char* name);
+std::vector<int32_t> to_integers(const Napi::Value& value, const char* name);
 // 'device' or 'host'.
 Tier to_tier(const Napi::Value& value);
 // A format's or type's number from its name in native/index.ts; `is_vector` is set for 'vector' when not null.
