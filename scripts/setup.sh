@@ -72,6 +72,7 @@ install_system_packages() {
   command -v cmake >/dev/null || missing+=(cmake)
   command -v ninja >/dev/null || missing+=(ninja-build)
   command -v g++ >/dev/null || missing+=(g++)
+  has_cargo || missing+=("$(cargo_package)")
   ((!want_tests)) || [[ -e /usr/include/gtest/gtest.h ]] || missing+=(libgtest-dev)
   ((!want_tests)) || command -v docker-registry >/dev/null || missing+=(docker-registry)
   # The console is tested in a browser.
@@ -94,6 +95,17 @@ install_system_packages() {
     chmod +x /usr/sbin/policy-rc.d
   fi
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+
+# The library that constrains outputs is a Rust crate (native/grammar), which wants a Rust of 2025.
+has_cargo() {
+  local version
+  version=$(cargo --version 2>/dev/null) && [[ $(printf '1.87\n%s\n' "${version#cargo }" | sort -V | head -1) == 1.87 ]]
+}
+
+# Debian keeps a recent Rust for its browsers, beside the old one of the release.
+cargo_package() {
+  if grep -qx 'ID=debian' /etc/os-release; then echo cargo-web; else echo cargo; fi
 }
 
 # Adds to `missing`: what runs and connects containers, and a Prometheus for the tests of metrics and alerts.
@@ -149,7 +161,10 @@ build_native() {
     ! grep -qxF "CMAKE_HOME_DIRECTORY:INTERNAL=$PWD/native" native/build/CMakeCache.txt; then
     rm -rf native/build
   fi
-  cmake -S native -B native/build -G Ninja -DCMAKE_BUILD_TYPE=Release "${@:2}"
+  # What Cargo builds depends on nothing else here, and takes a minute: other trees and later set-ups have it too.
+  local crate
+  crate=$(cat native/grammar/Cargo.* native/grammar/src/* | sha256sum)
+  cmake -S native -B native/build -G Ninja -DCMAKE_BUILD_TYPE=Release -DMOTET_CARGO_FOLDER="$cache/grammar/${crate::16}" "${@:2}"
   cmake --build native/build --target "$target"
   echo "$hash" >"$stamp"
 }

@@ -156,7 +156,7 @@ export function toolGrammar(
   else if (trigger === '') lines.push('start: calls | text', 'text: TEXT', 'TEXT: /([^{](.|\\n)*)?/');
   else {
     lines.push('start: text | begin calls', 'text: TEXT', 'TEXT: /(.|\\n)*/');
-    if (triggerToken === null) lines.push('begin: BEGIN', `BEGIN[lazy]: TEXT ${larkString(trigger)}`);
+    if (triggerToken === null) lines.push(`begin[lazy]: TEXT ${larkString(trigger)}`);
     else lines.push(`begin: TEXT <[${triggerToken}]>`);
   }
   const text = lines.join('\n');

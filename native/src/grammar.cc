@@ -10,6 +10,8 @@ constexpr size_t kMaxErrorBytes = 400;
 std::string error_of(LlgMatcher* matcher) {
   const char* const text = llg_matcher_get_error(matcher);
   std::string error = text ? text : "unknown";
+  error = error.substr(0, error.find("\n<non-verbose/>"));
+  if (error == "NoExtensionBias") return "no output can follow it";
   if (error.size() <= kMaxErrorBytes) return error;
   size_t end = kMaxErrorBytes;
   while (end > 0 && (static_cast<uint8_t>(error[end]) & 0xc0) == 0x80) --end;  // not inside of a character

@@ -103,7 +103,11 @@ describe('chat completions', () => {
       { type: 'text', text: 'a' },
       { type: 'text', text: 'b' },
     ];
-    const body = { ...chat, messages: [{ role: 'user', content }], tools: [{ type: 'function' }] };
+    const body = {
+      ...chat,
+      messages: [{ role: 'user', content }],
+      tools: [{ type: 'function', function: { name: 'f' } }],
+    };
     const { usage } = (await (await served.post(enginePaths.chat, body)).json()) as OpenAI.ChatCompletion;
     expect(usage?.prompt_tokens).toBe('user: a\nb\nassistant:'.length);
   });

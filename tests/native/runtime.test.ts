@@ -8,8 +8,10 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
 import type { PreparedModel } from '../../engine/model/prepare.ts';
 import {
+  compileGrammar,
   cpuInfo,
   openRuntime,
+  openVocabulary,
   packedBytes,
   type Runtime,
   readGguf,
@@ -226,6 +228,126 @@ describe('a runtime', () => {
     expect(drawn[0]).toBe(topIds[0]);
     expect(logprobs[0]).toBeCloseTo(topLogprobs[0]!, 5);
     expect([...topLogprobs]).toEqual([...topLogprobs].sort((x, y) => y - x));
+  });
+
+  describe('matchers', () => {
+    /** Token i is the character i, the last one ends an output, and nothing is behind the first 128. */
+    const vocabulary = (vocabSize = 512) => {
+      const ends = Int32Array.from({ length: vocabSize }, (_, i) => Math.min(i + 1, 128));
+      return openVocabulary(
+        Uint8Array.from({ length: 128 }, (_, i) => i),
+        ends,
+        ints(vocabSize - 1),
+      );
+    };
+
+    /** What it draws after the batch of `good()`, until it draws the end. */
+    async function drawn(matcher: number, fields: Partial<StepBatch> = {}): Promise<string> {
+      let text = '';
+      for (let i = 0; i < 40; i++) {
+        const result = await runtime.step({ ...good(), matchers: ints(matcher), ...fields });
+        expect(result.matcherErrors).toEqual([]);
+        if (result.tokens[0] === 511) return text;
+        text += String.fromCharCode(result.tokens[0]!);
+      }
+      throw new Error(`no end after ${text}`);
+    }
+
+    test('are followed, each from the beginning, greedy and not', async () => {
+      const grammar = await compileGrammar(await vocabulary(), 'regex', '[ab]{3}-(one|two)');
+      const temperatures = [0, 1, 2].map((t) => ({
+        temperature: Float32Array.of(t),
+        seeds: BigUint64Array.of(7n),
+      }));
+      for (const fields of temperatures) {
+        const matcher = runtime.openMatcher(grammar);
+        expect(await drawn(matcher, fields)).toMatch(/^[ab]{3}-(one|two)$/);
+        runtime.closeMatcher(matcher);
+      }
+    });
+
+    test('are followed when a step is given before the one before has ended', async () => {
+      const matcher = runtime.openMatcher(await compileGrammar(await vocabulary(), 'regex', '[a-c]x[d-f]y'));
+      const batch = { ...good(), matchers: ints(matcher) };
+      let text = '';
+      let last = runtime.step(batch);
+      for (let i = 1; i < 4; i++) {
+        const next = runtime.step(batch);
+        text += String.fromCharCode((await last).tokens[0]!);
+        last = next;
+      }
+      expect(text + String.fromCharCode((await last).tokens[0]!)).toMatch(/^[a-c]x[d-f]y$/);
+      runtime.closeMatcher(matcher);
+    });
+
+    test('leave logprobs as the model has them', async () => {
+      const plain = await runtime.step({ ...good(), numTop: ints(3) });
+      const [topIds, topLogprobs] = [[...plain.topIds], [...plain.topLogprobs]];
+      const matcher = runtime.openMatcher(await compileGrammar(await vocabulary(), 'regex', '[0-9]'));
+      const held = await runtime.step({ ...good(), numTop: ints(3), matchers: ints(matcher) });
+      expect([...held.topIds]).toEqual(topIds);
+      expect([...held.topLogprobs]).toEqual(topLogprobs);
+      expect(held.logprobs[0]).toBeLessThanOrEqual(topLogprobs[0]!);
+      runtime.closeMatcher(matcher);
+    });
+
+    test('that can no longer say what is allowed are named with the reason', async () => {
+      // More ways to go on than a matcher may follow at once.
+      const ways = Array.from({ length: 2500 }, (_, i) => `x${i}`);
+      const text = `start: A (${ways.join(' | ')})\nA: "aa"\n${ways.map((way) => `${way}: "b" "c"`).join('\n')}`;
+      const matcher = runtime.openMatcher(await compileGrammar(await vocabulary(), 'lark', text));
+      const batch = { ...good(), matchers: ints(matcher) };
+      const drawn: string[] = [];
+      for (let i = 0; i < 3; i++) {
+        const { tokens: ids, matcherErrors } = await runtime.step(batch);
+        drawn.push(matcherErrors[0]?.message ?? String.fromCharCode(ids[0]!));
+      }
+      expect(drawn).toEqual(['a', expect.stringContaining('2501 items'), drawn[1]]);
+      runtime.closeMatcher(matcher);
+    });
+
+    test('are refused when closed, twice in a step, or for another vocabulary', async () => {
+      const grammar = await compileGrammar(await vocabulary(), 'regex', 'a');
+      const matcher = runtime.openMatcher(grammar);
+      const two = stepBatch([
+        { tokens, start: 0, count: 3, blocks: [0] },
+        { tokens, start: 0, count: 3, blocks: [1] },
+      ]);
+      const refusal = /matchers: expected distinct open matchers/;
+      await expect(
+        (async () => runtime.step({ ...two, matchers: ints(matcher, matcher) }))(),
+      ).rejects.toThrow(refusal);
+      await expect((async () => runtime.step({ ...good(), matchers: ints() }))()).rejects.toThrow(
+        /one per sample/,
+      );
+      runtime.closeMatcher(matcher);
+      await expect((async () => runtime.step({ ...good(), matchers: ints(matcher) }))()).rejects.toThrow(
+        refusal,
+      );
+      expect(() => runtime.closeMatcher(matcher)).toThrow(/handle: expected an open matcher's/);
+      const other = await compileGrammar(await vocabulary(300), 'regex', 'a');
+      expect(() => runtime.openMatcher(other)).toThrow(/vocabulary of 512 tokens, got 300/);
+      const notOne = (await vocabulary()) as never;
+      expect(() => runtime.openMatcher(notOne)).toThrow(/grammar: expected one/);
+    });
+
+    test.each([
+      ['json_schema', '{"not": {}}', /Unimplemented keys: \["not"\]/],
+      ['json_schema', '{"type": "object"', /EOF/],
+      ['regex', '(', /unclosed|Invalid|parse/i],
+      ['lark', 'start: missing', /missing/],
+    ] as const)('%s %s is refused', async (kind, text, message) => {
+      const compiled = compileGrammar(await vocabulary(), kind, text);
+      await expect(compiled).rejects.toMatchObject({
+        code: 'grammar_invalid',
+        message: expect.stringMatching(message),
+      });
+    });
+
+    test('a vocabulary without an end token is refused', async () => {
+      const opened = openVocabulary(Uint8Array.of(1), ints(1), ints());
+      await expect(opened).rejects.toThrow('the model has no token that ends an output');
+    });
   });
 
   test('keeps an adapter until it is released, and refuses the handle after that', async () => {

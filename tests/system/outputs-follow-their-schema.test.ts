@@ -1,0 +1,31 @@
+// Outputs of a model of random weights follow their JSON schemas, at any temperature, with an adapter and without, also when sequences
+// are preempted and go on. tests/bench/json-schema.ts does the same with a real model and more of everything.
+
+import { join } from 'node:path';
+import { expect, test } from 'vitest';
+import { checkConformance, configurationSchemas, suiteSchemas } from '../fixtures/schema-conformance.ts';
+
+const folder = join(import.meta.dirname, '../goldens/tiny/llama3');
+
+test('every completion that ends by itself is an instance of its schema', { timeout: 120_000 }, async () => {
+  const { numCompiled, refused, unjudged, completions, numPreemptions } = await checkConformance({
+    modelPath: folder,
+    schemas: [...suiteSchemas(), ...configurationSchemas(12)],
+    temperatures: [0, 1, 2],
+    adapters: { tiny: join(folder, 'adapter') },
+    maxTokens: 96,
+    closingBias: 4,
+    // Room for half of those that run at once, at their longest.
+    numPages: 96,
+  });
+  expect(completions.filter(({ problem }) => problem !== null)).toEqual([]);
+  expect(numCompiled).toBeGreaterThanOrEqual(300 + unjudged.length);
+  expect(completions).toHaveLength((numCompiled - unjudged.length) * 6);
+  expect(completions.filter(({ hasEnded }) => hasEnded).length).toBeGreaterThan(completions.length * 0.8);
+  expect(numPreemptions).toBeGreaterThan(0);
+  // What cannot be followed is refused with what it is.
+  for (const { schema, message } of refused)
+    expect(message, schema.name).toMatch(/^schema: expected .+, got: \S/);
+  const notOf = refused.find(({ schema }) => schema.name === 'not: not');
+  expect(notOf?.message).toContain('Unimplemented keys: ["not"]');
+});
