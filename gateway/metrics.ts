@@ -27,9 +27,18 @@ export function createMetrics() {
   });
   for (const reason of ['missing_api_key', 'invalid_api_key']) authFailures.inc({ reason }, 0);
 
+  const batchLines = new Counter({
+    name: 'motet_gateway_batch_lines_total',
+    help: 'Lines of batches, by result: completed; failed (a line of the error file); tried_again, since there was no room or an engine failed it.',
+    labelNames: ['result'],
+    registers,
+  });
+  for (const result of ['completed', 'failed', 'tried_again']) batchLines.inc({ result }, 0);
+
   return {
     registry,
     authFailures,
+    batchLines,
     requests: new Counter({
       name: 'motet_gateway_requests_total',
       help: 'Requests that ended. model: the name asked for; target: the base model or adapter that answered to it; tenant: whose key it was; status: HTTP status, or for a stream that failed after it had begun, the status it would have had; 499 when the client hung up.',
@@ -65,12 +74,6 @@ export function createMetrics() {
     inFlight: new Gauge({
       name: 'motet_gateway_requests_in_flight',
       help: 'Requests that arrived and have not ended, those that wait for an engine among them.',
-      registers,
-    }),
-    batchLines: new Counter({
-      name: 'motet_gateway_batch_lines_total',
-      help: 'Lines of batches, by result: completed; failed (a line of the error file); tried_again, since there was no room or an engine failed it.',
-      labelNames: ['result'],
       registers,
     }),
     shadowRequests: new Counter({

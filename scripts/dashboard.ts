@@ -70,6 +70,8 @@ const medianAnd95 = (metric: string, matchers: string, labels = '', legend = '')
 
 // --- the description --------------------------------------------------------------------------------------------------
 
+/** 0 where gateways have nowhere to keep batches. */
+const unlessOff = (expr: string) => orZero(expr, sumBy('', `motet_gateway_requests_in_flight{${here}}`));
 const requestsPerSecond = perSecond('motet_gateway_requests_total', asked);
 const failuresPerSecond = orZero(
   perSecond('motet_gateway_requests_total', `${asked}, status=~"5.."`),
@@ -189,6 +191,22 @@ const queues: Panel[] = [
   graph('Tenants', 'short', 'Tenants whose keys a gateway accepts. All gateways agree but for moments.', [
     [`motet_gateway_tenants{${here}}`, '{{pod}}'],
   ]),
+  graph(
+    'Lines of batches',
+    'ops',
+    'Lines that were answered, failed, or are tried again, per second. Lines run in what online traffic leaves.',
+    [[perSecond('motet_gateway_batch_lines_total', here, 'result'), '{{result}}']],
+  ),
+  graph(
+    'Batches',
+    'short',
+    'Batches that have not ended, those of them that run, and the age of the oldest in hours: beyond its window it expires.',
+    [
+      [unlessOff(`max(motet_gateway_batches_unfinished{${here}})`), 'not ended'],
+      [unlessOff(`sum(motet_gateway_batches_running{${here}})`), 'running'],
+      [unlessOff(`max(motet_gateway_batch_oldest_seconds{${here}}) / 3600`), 'age of the oldest, h'],
+    ],
+  ),
 ];
 
 const engines: Panel[] = [

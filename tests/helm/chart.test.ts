@@ -148,6 +148,7 @@ test('lets people set every setting of the processes that the chart does not set
   expect(Object.keys(schema.definitions.gatewaySettings.properties).sort()).toEqual(
     settable(gatewaySettings, [
       ...['kubernetes', 'namespace', 'kubeconfig', 'host', 'port', 'drain-timeout-ms', 'engine-token-file'],
+      'batch-store',
       // For a gateway without a cluster.
       ...['engine', 'engine-key-file', 'api-keys-file', 'limits-file', 'insecure'],
     ]),
