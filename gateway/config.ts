@@ -49,6 +49,19 @@ export const settings = {
     .string()
     .optional()
     .describe('file of limits by name of a key, `*` for all others: YAML or JSON, as in the README'),
+  'gateway-replicas': count(1).describe(
+    'gateways that share the limits: each has its part of them, until Redis tells how many there are',
+  ),
+  'redis-url': z
+    .url({ protocol: /^rediss?$/ })
+    .optional()
+    .describe('Redis or Valkey where gateways share the limits: redis://HOST:PORT, or rediss:// for TLS'),
+  'redis-password-file': z.string().optional().describe('file with its password; a user is in the URL'),
+  'redis-ca-file': z
+    .string()
+    .optional()
+    .describe('PEM file of who signed its certificate; default, those that Node knows'),
+  'redis-timeout-ms': milliseconds(100).describe('longest wait for Redis; then limits are kept alone'),
   insecure: z
     .stringbool()
     .default(false)
@@ -126,6 +139,10 @@ export type Config = {
   apiKeys: Map<string, string> | null;
   /** Name of a key -> its limits; `*` is for those that are not named. Empty: none has any. */
   limits: ReadonlyMap<string, Limits>;
+  /** Gateways that share the limits. */
+  gatewayReplicas: number;
+  /** Where they share them; null: each has its part. */
+  redis: { url: string; password: string | null; ca: string | null; timeoutMs: number } | null;
   /** Everybody may enter, and that is meant. */
   isInsecure: boolean;
   maxBodyBytes: number;
@@ -192,6 +209,8 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
       limitsFile === undefined
         ? new Map()
         : parseLimits(readSetting('limits-file', limitsFile), limitsFile, apiKeys),
+    gatewayReplicas: values['gateway-replicas'],
+    redis: parseRedis(values),
     isInsecure: values.insecure,
     maxBodyBytes: values['max-body-bytes'],
     maxInFlightPerEngine: values['max-in-flight-per-engine'],
@@ -247,6 +266,26 @@ function parseBatches(values: Values): BatchSettings | null {
     maxTenantBytes: values['batch-max-tenant-bytes'],
     keepSeconds: values['batch-keep-hours'] * 3600,
     leaseMs: values['batch-lease-ms'],
+  };
+}
+
+function parseRedis(values: Values): Config['redis'] {
+  const { 'redis-url': url, 'redis-password-file': passwordFile, 'redis-ca-file': caFile } = values;
+  if (url === undefined) {
+    if (passwordFile === undefined && caFile === undefined) return null;
+    throw new ConfigError('--redis-url (MOTET_REDIS_URL): expected a URL beside a file about it');
+  }
+  const { password, protocol } = new URL(url);
+  // Environments and process lists are read by many.
+  if (password !== '')
+    throw new ConfigError('--redis-url (MOTET_REDIS_URL): expected no password; use --redis-password-file');
+  if (caFile !== undefined && protocol !== 'rediss:')
+    throw new ConfigError('--redis-ca-file: expected --redis-url with rediss://, which is for TLS');
+  return {
+    url,
+    password: passwordFile === undefined ? null : readSetting('redis-password-file', passwordFile).trim(),
+    ca: caFile === undefined ? null : readSetting('redis-ca-file', caFile),
+    timeoutMs: values['redis-timeout-ms'],
   };
 }
 

@@ -17,6 +17,7 @@ import type { Forward } from './forward.ts';
 import { createMetrics, watchState } from './metrics.ts';
 import { LocalMeters } from './quota/meter-store.ts';
 import { Quota } from './quota/quota.ts';
+import { RedisMeters } from './quota/redis-meters.ts';
 import { Routes } from './routes/routes.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
@@ -48,9 +49,12 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
           log,
         );
   const admission = new Admission(endpoints, config);
-  const quota = new Quota(new LocalMeters(), randomUUID(), (tenant, limit) =>
-    metrics.rateLimited.inc({ tenant, limit }),
-  );
+  const gatewayId = randomUUID();
+  const shared = config.redis && { ...config.redis, numGateways: config.gatewayReplicas };
+  const meters = shared
+    ? new RedisMeters(shared, gatewayId, log, () => metrics.quotaAlone.inc())
+    : new LocalMeters(config.gatewayReplicas);
+  const quota = new Quota(meters, gatewayId, (tenant, limit) => metrics.rateLimited.inc({ tenant, limit }));
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
   const dispatcher = new Agent({
     connect: { timeout: config.connectTimeoutMs },
@@ -102,6 +106,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     draining: draining.signal,
     cutOff: cutOff.signal,
   });
+  if (meters instanceof RedisMeters) await meters.ready;
   await endpoints.refresh();
   const serving = await serve(app, config.port, config.host);
 

@@ -57,6 +57,11 @@ export function createMetrics() {
       labelNames: ['tenant', 'limit'],
       registers,
     }),
+    quotaAlone: new Counter({
+      name: 'motet_gateway_quota_alone_total',
+      help: 'Requests whose limits this gateway kept alone, with its share of them, since Redis did not answer.',
+      registers,
+    }),
     durationSeconds: new Histogram({
       name: 'motet_gateway_request_duration_seconds',
       help: "From a request's arrival to the last byte of its answer.",

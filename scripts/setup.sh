@@ -74,6 +74,7 @@ install_system_packages() {
   command -v g++ >/dev/null || missing+=(g++)
   has_cargo || missing+=("$(cargo_package)")
   ((!want_tests)) || [[ -e /usr/include/gtest/gtest.h ]] || missing+=(libgtest-dev)
+  ((!want_tests)) || command -v redis-server >/dev/null || missing+=(redis-server)
   ((!want_tests)) || command -v docker-registry >/dev/null || missing+=(docker-registry)
   # The console is tested in a browser.
   ((!want_tests)) || command -v chromium >/dev/null || missing+=(chromium fonts-dejavu-core)
@@ -88,7 +89,7 @@ install_system_packages() {
     return 1
   fi
   apt-get update -qq
-  # containerd, prometheus and docker-registry come with services, of which only the programs are wanted.
+  # containerd, prometheus, docker-registry and redis-server come with services, of which only the programs are wanted.
   if [[ ! -e /usr/sbin/policy-rc.d ]]; then
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
     printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d

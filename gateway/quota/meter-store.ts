@@ -1,4 +1,5 @@
-// Where meters are kept. A gateway alone has them in its memory (here); several share them in Redis (redis-meters.ts).
+// Where meters are kept. In the memory of a gateway (here), which then has its share of every limit: the limit divided by the
+// gateways that there are. Or in Redis for all of them (redis-meters.ts).
 
 import {
   newMeters,
@@ -9,6 +10,7 @@ import {
   type Take,
   type Taking,
   take,
+  windowUs,
 } from './meter.ts';
 
 /** `settle` gives back to where it was taken. */
@@ -16,7 +18,6 @@ export type Taken = Taking & { settle(settlements: readonly Settlement[]): void 
 
 export interface MeterStore {
   take(takes: readonly Take[]): Taken | Promise<Taken>;
-  /** Refuses nobody from now on for want of an answer, and leaves nothing behind that keeps a process alive. */
   close(): Promise<void>;
 }
 
@@ -24,28 +25,34 @@ export interface MeterStore {
 const maxKept = 10_000;
 
 export class LocalMeters implements MeterStore {
+  /** That share the limits. */
+  numGateways: number;
   readonly #meters = newMeters();
   readonly #nowUs: () => number;
   #sweepAt = maxKept;
 
   /** @param nowUs  a clock that never goes back */
-  constructor(nowUs: () => number = monotonicUs) {
+  constructor(numGateways: number, nowUs: () => number = monotonicUs) {
+    this.numGateways = numGateways;
     this.#nowUs = nowUs;
   }
 
   take(takes: readonly Take[]): Taken {
-    const taking = take(this.#meters, this.#nowUs(), takes.map(withoutEnd));
+    const { numGateways } = this;
+    const shares = takes.map((each) => shareOf(each, numGateways));
+    const taking = take(this.#meters, this.#nowUs(), shares);
     if (this.#meters.fullAtUs.size > this.#sweepAt) {
       sweep(this.#meters, this.#nowUs());
       this.#sweepAt = Math.max(maxKept, 2 * this.#meters.fullAtUs.size);
     }
     return {
       ...taking,
-      settle: (settlements) => this.settle(settlements),
+      settle: (settlements) =>
+        this.settle(settlements.map((each) => settledShare(each, takes, shares, numGateways))),
     };
   }
 
-  /** Takes over what was taken elsewhere, and reads there as it reads here from now on. */
+  /** Takes over what was taken elsewhere, and reads from now on as it reads there. */
   mirror(takes: readonly Take[], { isTaken, readings }: Taking): void {
     const nowUs = this.#nowUs();
     for (const [index, each] of takes.entries()) {
@@ -61,9 +68,28 @@ export class LocalMeters implements MeterStore {
   async close(): Promise<void> {}
 }
 
-/** Who holds a lease here ends with the meter. */
-function withoutEnd(each: Take): Take {
-  return each.kind === 'lease' ? { ...each, ttlUs: Number.POSITIVE_INFINITY } : each;
+/** Every cost weighs as much more as there are gateways. A lease has no end: who holds it ends with the meter. */
+export function shareOf(each: Take, numGateways: number): Take {
+  return each.kind === 'rate'
+    ? { ...each, costUs: Math.min(each.costUs * numGateways, windowUs) }
+    : {
+        ...each,
+        limit: Math.max(Math.floor(each.limit / numGateways), 1),
+        ttlUs: Number.POSITIVE_INFINITY,
+      };
+}
+
+/** What is settled of a share: the true cost, as much heavier as the share's was. */
+function settledShare(
+  each: Settlement,
+  takes: readonly Take[],
+  shares: readonly Take[],
+  numGateways: number,
+): Settlement {
+  if (each.kind === 'lease' || numGateways === 1) return each;
+  const index = takes.findIndex(({ key }) => key === each.key);
+  const costOf = (list: readonly Take[]) => (list[index] as Extract<Take, { kind: 'rate' }>).costUs;
+  return { ...each, addUs: (costOf(takes) + each.addUs) * numGateways - costOf(shares) };
 }
 
 function monotonicUs(): number {

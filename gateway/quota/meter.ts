@@ -45,7 +45,7 @@ export function take(meters: Meters, nowUs: number, takes: readonly Take[]): Tak
   for (const [index, each] of takes.entries()) {
     if (each.kind === 'rate') {
       readings[index]! += each.costUs;
-      meters.fullAtUs.set(each.key, nowUs + readings[index]!);
+      if (readings[index]! > 0) meters.fullAtUs.set(each.key, nowUs + readings[index]!);
     } else {
       readings[index]! += 1;
       putLease(meters, each.key, each.id, nowUs + each.ttlUs);

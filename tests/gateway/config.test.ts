@@ -102,6 +102,16 @@ test('refuses limits without keys that they are of', () => {
   );
 });
 
+test('takes a Redis, and refuses a password where many read it', () => {
+  const at = (url: string, ...more: string[]) => parseConfig([...engine, '--redis-url', url, ...more], {});
+  const redis = { url: 'redis://localhost', password: null, ca: null, timeoutMs: 100 };
+  expect(at('redis://localhost').redis).toEqual(redis);
+  expect(() => at('redis://u:secret@localhost')).toThrow('use --redis-password-file');
+  expect(() => at('http://localhost')).toThrow('--redis-url');
+  expect(() => at('redis://localhost', '--redis-ca-file', '/nowhere')).toThrow('rediss://');
+  expect(() => parseConfig([...engine, '--redis-password-file', '/nowhere'], {})).toThrow('--redis-url');
+});
+
 const cluster = ['--kubernetes', '--namespace', 'motet'];
 
 test('takes a namespace of a cluster in place of engines, and listens anywhere without keys of its own', () => {

@@ -84,6 +84,8 @@ const defaults: Config = {
   port: 0,
   apiKeys: null,
   limits: new Map(),
+  gatewayReplicas: 1,
+  redis: null,
   isInsecure: false,
   maxBodyBytes: 1 << 20,
   maxInFlightPerEngine: 8,

@@ -151,6 +151,8 @@ test('lets people set every setting of the processes that the chart does not set
       'batch-store',
       // For a gateway without a cluster.
       ...['engine', 'engine-key-file', 'api-keys-file', 'limits-file', 'insecure'],
+      // Of values of their own.
+      ...['gateway-replicas', 'redis-url', 'redis-password-file', 'redis-ca-file'],
     ]),
   );
 });
