@@ -4,8 +4,8 @@
 
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
-import { pickEndpoint } from './pick-endpoint.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
+import type { Pick, RouteAsk, Router } from './routing/router.ts';
 
 export type AdmissionLimits = {
   maxInFlightPerEngine: number;
@@ -16,9 +16,10 @@ export type AdmissionLimits = {
 };
 
 /** A request's place in an engine. It is given back exactly once. */
-export type Slot = { endpoint: Endpoint; release(): void };
+export type Slot = { endpoint: Endpoint; pick: Pick; release(): void };
 
 type Waiter = {
+  route: RouteAsk;
   target: Target;
   tried: ReadonlySet<Endpoint>;
   resolve(slot: Slot): void;
@@ -27,11 +28,13 @@ type Waiter = {
 
 export class Admission {
   readonly #endpoints: Endpoints;
+  readonly #router: Router;
   readonly #limits: AdmissionLimits;
   readonly #queue = new Set<Waiter>();
 
-  constructor(endpoints: Endpoints, limits: AdmissionLimits) {
+  constructor(endpoints: Endpoints, router: Router, limits: AdmissionLimits) {
     this.#endpoints = endpoints;
+    this.#router = router;
     this.#limits = limits;
     endpoints.on('change', () => this.#admitWaiting());
   }
@@ -47,23 +50,29 @@ export class Admission {
    *   model that may appear, when it did not within `modelWaitMs`
    * @throws queue_full, queue_timeout, and the signal's reason when it is aborted
    */
-  async enter(target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
+  async enter(
+    route: RouteAsk,
+    target: Target,
+    tried: ReadonlySet<Endpoint>,
+    signal: AbortSignal,
+  ): Promise<Slot> {
     signal.throwIfAborted();
-    const slot = this.#tryEnter(target, tried);
+    const slot = this.#tryEnter(route, target, tried);
     if (slot !== null) return slot;
     const { maxQueued } = this.#limits;
     if (this.#queue.size >= maxQueued) {
       throw new GatewayError('queue_full', `every engine is busy and ${maxQueued} requests wait already`);
     }
-    return this.#wait(target, tried, signal);
+    return this.#wait(route, target, tried, signal);
   }
 
   /** A place in an engine that has room to spare: nobody waits, and half of it is free. Null when there is none. */
-  trySpare(target: Target, where: (endpoint: Endpoint) => boolean): Slot | null {
+  trySpare(route: RouteAsk, target: Target, where: (endpoint: Endpoint) => boolean): Slot | null {
     if (this.#queue.size > 0) return null;
     const engines = this.#untried(target, new Set()).filter(where);
-    const endpoint = pickEndpoint(target.name, engines, Math.ceil(this.#limits.maxInFlightPerEngine / 2));
-    return endpoint === undefined ? null : this.#take(endpoint);
+    const half = Math.ceil(this.#limits.maxInFlightPerEngine / 2);
+    const pick = this.#router.pick(route, engines, half, Date.now());
+    return pick === null ? null : this.#take(route, pick);
   }
 
   /** True when another engine than those tried could take the request, now or later. */
@@ -71,7 +80,7 @@ export class Admission {
     return this.#whyNone(target, tried) === null;
   }
 
-  #wait(target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
+  #wait(route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
     const { queueTimeoutMs, modelWaitMs } = this.#limits;
     const timeoutMs =
       this.#whyNone(target, tried) === null ? queueTimeoutMs : Math.min(queueTimeoutMs, modelWaitMs);
@@ -82,7 +91,7 @@ export class Admission {
       this.#queue.delete(waiter);
       reject(error);
     };
-    const waiter: Waiter = { target, tried, resolve, reject: giveUp };
+    const waiter: Waiter = { route, target, tried, resolve, reject: giveUp };
     const onAbort = () => giveUp(signal.reason as GatewayError);
     const timer = setTimeout(() => {
       const reason = this.#whyNone(target, tried);
@@ -100,7 +109,7 @@ export class Admission {
   #admitWaiting(): void {
     for (const waiter of this.#queue) {
       try {
-        const slot = this.#tryEnter(waiter.target, waiter.tried);
+        const slot = this.#tryEnter(waiter.route, waiter.target, waiter.tried);
         if (slot === null) continue;
         this.#queue.delete(waiter);
         waiter.resolve(slot);
@@ -111,14 +120,14 @@ export class Admission {
   }
 
   /** A slot, or null when it has to be waited for. Throws when there is nothing to wait for. */
-  #tryEnter(target: Target, tried: ReadonlySet<Endpoint>): Slot | null {
+  #tryEnter(route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>): Slot | null {
     const untried = this.#untried(target, tried);
     if (untried.length === 0) {
       if (mayAppear(target)) return null;
       throw this.#whyNone(target, tried)!;
     }
-    const endpoint = pickEndpoint(target.name, untried, this.#limits.maxInFlightPerEngine);
-    return endpoint === undefined ? null : this.#take(endpoint);
+    const pick = this.#router.pick(route, untried, this.#limits.maxInFlightPerEngine, Date.now());
+    return pick === null ? null : this.#take(route, pick);
   }
 
   /** Engines that hold the target and were not tried. */
@@ -136,7 +145,9 @@ export class Admission {
     return notServed(target.name, target, kind === 'served' ? 'away' : kind);
   }
 
-  #take(endpoint: Endpoint): Slot {
+  #take(route: RouteAsk, pick: Pick): Slot {
+    const { endpoint } = pick;
+    const end = this.#router.begin(route, pick, Date.now());
     endpoint.inFlight += 1;
     endpoint.numSent += 1;
     let isHeld = true;
@@ -144,8 +155,9 @@ export class Admission {
       if (!isHeld) return;
       isHeld = false;
       endpoint.inFlight -= 1;
+      end();
       this.#admitWaiting();
     };
-    return { endpoint, release };
+    return { endpoint, pick, release };
   }
 }

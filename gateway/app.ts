@@ -232,12 +232,20 @@ async function answer(
   }
   if (target.name !== model) headers[modelHeader] = target.name;
   const span = startRequestSpan(path, model, headers);
-  res.once('close', () => endRequestSpan(span, res.statusCode, facts.errorCode));
+  res.once('close', () => endRequestSpan(span, res.statusCode, facts));
 
   followRoute(model, target, { path, headers, body }, res, parts);
   const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
-  const failure = await forward(parts.forward, { path, target, headers, body, signal }, res, facts);
+  const session = sessionOf(req, facts);
+  const asked = { path, target, headers, body, session, signal };
+  const failure = await forward(parts.forward, asked, res, facts);
   if (failure !== null) noteError(parts.log, facts, failure);
+}
+
+/** The client's word that requests belong together. Another tenant's is another. */
+function sessionOf(req: Request, { tenant = '' }: Facts): string | null {
+  const session = req.get('x-motet-session');
+  return session === undefined ? null : `${tenant}\n${session}`;
 }
 
 /**

@@ -9,6 +9,8 @@ import { parse } from 'yaml';
 import { z } from 'zod';
 import type { BatchSettings } from './batches/start.ts';
 import type { Limits } from './quota/limits.ts';
+import { routingRules } from './routing/pick-endpoint.ts';
+import type { RouterSettings } from './routing/router.ts';
 
 const milliseconds = (defaultMs: number) => z.coerce.number().int().min(1).max(86_400_000).default(defaultMs);
 const count = (defaultCount: number) => z.coerce.number().int().min(1).max(1_000_000).default(defaultCount);
@@ -85,6 +87,34 @@ export const settings = {
   'first-byte-timeout-ms': milliseconds(300_000).describe("longest wait for an engine's first byte"),
   'idle-timeout-ms': milliseconds(60_000).describe('longest pause within an answer, of engine or client'),
   'poll-interval-ms': milliseconds(500).describe('pause between two looks at an engine'),
+  'silent-after-ms': milliseconds(15_000).describe(
+    'an engine that answers no look for so long is dead: what it has is asked of another, or ended',
+  ),
+  routing: z
+    .enum(routingRules)
+    .default('affinity')
+    .describe('how an engine is chosen: by KV, adapters and load; by load; or in turn'),
+  'max-load-factor': z.coerce
+    .number()
+    .min(1)
+    .max(100)
+    .default(1.5)
+    .describe('requests that one engine may have for affinity, over its share of all'),
+  'slow-start-ms': z.coerce
+    .number()
+    .int()
+    .min(0)
+    .max(86_400_000)
+    .default(10_000)
+    .describe('an engine that becomes ready gets less than its share for so long; 0 for none of that'),
+  'eject-after-failures': count(5).describe('failures in a row after which an engine is left alone'),
+  'eject-ms': milliseconds(5_000).describe('how long it is left alone; twice as long each time again'),
+  'max-retry-share': z.coerce
+    .number()
+    .min(0)
+    .max(1)
+    .default(0.2)
+    .describe('requests that may be asked again of another engine, over all'),
   'drain-timeout-ms': milliseconds(30_000).describe('longest wait for requests in flight at shutdown'),
   console: z
     .stringbool()
@@ -154,6 +184,9 @@ export type Config = {
   firstByteTimeoutMs: number;
   idleTimeoutMs: number;
   pollIntervalMs: number;
+  /** An engine that answers no look for so long is taken for dead. */
+  silentAfterMs: number;
+  routing: RouterSettings;
   drainTimeoutMs: number;
   /** The page at /console is there. */
   hasConsole: boolean;
@@ -221,6 +254,15 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     firstByteTimeoutMs: values['first-byte-timeout-ms'],
     idleTimeoutMs: values['idle-timeout-ms'],
     pollIntervalMs: values['poll-interval-ms'],
+    silentAfterMs: values['silent-after-ms'],
+    routing: {
+      rule: values.routing,
+      maxLoadFactor: values['max-load-factor'],
+      slowStartMs: values['slow-start-ms'],
+      afterFailures: values['eject-after-failures'],
+      ejectMs: values['eject-ms'],
+      maxRetryShare: values['max-retry-share'],
+    },
     drainTimeoutMs: values['drain-timeout-ms'],
     hasConsole: values.console,
     batches: parseBatches(values),

@@ -5,7 +5,13 @@
 import { EventEmitter, setMaxListeners } from 'node:events';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Agent, request } from 'undici';
-import { type AdapterList, enginePaths, type ModelCard, type ModelList } from '../engine/protocol.ts';
+import {
+  type AdapterList,
+  type AdapterStatus,
+  enginePaths,
+  type ModelCard,
+  type ModelList,
+} from '../engine/protocol.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 
 /** Where an engine is and whose it is. */
@@ -25,12 +31,14 @@ export type Endpoint = EndpointSpec & {
   isOffered: boolean;
   /** It is offered, and said when it was last looked at that it takes requests. */
   isReady: boolean;
+  /** When it last became ready; null: it is not. */
+  readySinceMs: number | null;
   /** When it last answered that it is ready; null: never. */
   lastSeenMs: number | null;
   /** Model id -> its card, as of `lastSeenMs`. */
   cards: ReadonlyMap<string, ModelCard>;
-  /** Served names of adapters in the device tier, as of `lastSeenMs`. */
-  namesOnDevice: ReadonlySet<string>;
+  /** Served name -> the adapter in `adapterList`. */
+  adapters: ReadonlyMap<string, AdapterStatus>;
   /** Its adapters and arenas, as of `lastSeenMs`; null when the engine has no such list, as one that is not ours. */
   adapterList: AdapterList | null;
   /** Requests sent to it and not ended. */
@@ -39,12 +47,23 @@ export type Endpoint = EndpointSpec & {
   numSent: number;
   /** Aborted when it is known to be gone for good: nobody waits for a connection to it that is silent. */
   readonly gone: AbortSignal;
+  /** Aborted when it has not answered for so long that it is taken for dead; another one when it is back. */
+  silent: AbortSignal;
 };
 
 type Log = { info(fields: object, message: string): void; warn(fields: object, message: string): void };
 
 /** What is kept of one engine to look at it and to let it go. */
-type Watched = { endpoint: Endpoint; look: () => Promise<void>; goes: AbortController; loop: Promise<void> };
+type Watched = {
+  endpoint: Endpoint;
+  look: () => Promise<void>;
+  goes: AbortController;
+  /** Of `endpoint.silent`. */
+  falls: AbortController;
+  /** When it was heard last, whatever it said; at first, when it was added. */
+  heardMs: number;
+  loop: Promise<void>;
+};
 
 /** A look that takes longer counts as failed. Generous: an engine may share its cores with its own arithmetic. */
 const lookTimeoutMs = 5_000;
@@ -60,18 +79,23 @@ export class Endpoints extends EventEmitter<{ change: []; removed: [Endpoint] }>
   readonly #log: Log;
   readonly #headers: EngineHeaders;
   readonly #pollIntervalMs: number;
+  readonly #silentAfterMs: number;
   readonly #closing = new AbortController();
   readonly #agent = new Agent({ connections: 2, maxResponseSize: maxLookBytes });
   readonly #watched = new Map<string, Watched>();
   #all: readonly Endpoint[] = [];
 
-  /** @param headers sent with every look: who the gateway is */
-  constructor(headers: EngineHeaders, pollIntervalMs: number, log: Log) {
+  /**
+   * @param headers        sent with every look: who the gateway is
+   * @param silentAfterMs  an engine that has answered no look for so long is taken for dead
+   */
+  constructor(headers: EngineHeaders, pollIntervalMs: number, silentAfterMs: number, log: Log) {
     super();
     setMaxListeners(0, this.#closing.signal);
     this.#log = log;
     this.#headers = headers;
     this.#pollIntervalMs = pollIntervalMs;
+    this.#silentAfterMs = silentAfterMs;
   }
 
   get all(): readonly Endpoint[] {
@@ -143,9 +167,11 @@ export class Endpoints extends EventEmitter<{ change: []; removed: [Endpoint] }>
 
   #add(spec: EndpointSpec): Watched {
     const goes = new AbortController();
-    const endpoint = newEndpoint(spec, goes.signal);
-    const look = singleFlight(() => this.#look(endpoint), lookGapMs);
-    const watched = { endpoint, look, goes, loop: this.#watch(endpoint, look) };
+    const falls = new AbortController();
+    const endpoint = newEndpoint(spec, goes.signal, falls.signal);
+    const look = singleFlight(() => this.#look(watched), lookGapMs);
+    const loop = this.#watch(endpoint, look);
+    const watched: Watched = { endpoint, look, goes, falls, heardMs: Date.now(), loop };
     this.#watched.set(spec.id, watched);
     this.#all = [...this.#all, endpoint];
     return watched;
@@ -161,38 +187,46 @@ export class Endpoints extends EventEmitter<{ change: []; removed: [Endpoint] }>
     }
   }
 
-  async #look(endpoint: Endpoint): Promise<void> {
+  async #look(watched: Watched): Promise<void> {
+    const { endpoint } = watched;
     const ends = AbortSignal.any([this.#closing.signal, endpoint.gone]);
     if (ends.aborted) return;
     try {
       const signal = AbortSignal.any([ends, AbortSignal.timeout(lookTimeoutMs)]);
       const [, models, adapters] = await Promise.all([
-        this.#get(endpoint, enginePaths.readyz, signal),
-        this.#get(endpoint, enginePaths.models, signal),
+        this.#get(watched, enginePaths.readyz, signal),
+        this.#get(watched, enginePaths.models, signal),
         // Only our own engine has this; without it no adapter is known to be on the device, which is no error.
-        this.#get(endpoint, enginePaths.adapters, signal).catch(() => null),
+        this.#get(watched, enginePaths.adapters, signal).catch(() => null),
       ]);
       // It may have been withdrawn while it was asked.
       if (ends.aborted || !endpoint.isOffered) return;
       endpoint.cards = parseCards(models);
       endpoint.adapterList = adapters === null ? null : parseAdapterList(adapters);
-      endpoint.namesOnDevice = namesOnDevice(endpoint.adapterList);
+      endpoint.adapters = byName(endpoint.adapterList);
       endpoint.lastSeenMs = Date.now();
       this.#setReady(endpoint, true, 'it answered');
     } catch (error) {
       if (ends.aborted) return;
       this.#setReady(endpoint, false, (error as Error).message);
+      if (Date.now() - watched.heardMs >= this.#silentAfterMs) watched.falls.abort();
     }
     this.emit('change');
   }
 
-  async #get(endpoint: Endpoint, path: string, signal: AbortSignal): Promise<string> {
+  async #get(watched: Watched, path: string, signal: AbortSignal): Promise<string> {
+    const { endpoint } = watched;
     const { statusCode, body } = await request(endpoint.url + path, {
       headers: this.#headers(),
       dispatcher: this.#agent,
       signal,
     });
     const text = await body.text();
+    watched.heardMs = Date.now();
+    if (watched.falls.signal.aborted) {
+      watched.falls = new AbortController();
+      endpoint.silent = forMany(watched.falls.signal);
+    }
     if (statusCode !== 200) throw new Error(`GET ${path} answered ${statusCode}`);
     return text;
   }
@@ -200,6 +234,7 @@ export class Endpoints extends EventEmitter<{ change: []; removed: [Endpoint] }>
   #setReady(endpoint: Endpoint, isReady: boolean, reason: string): void {
     if (endpoint.isReady === isReady) return;
     endpoint.isReady = isReady;
+    endpoint.readySinceMs = isReady ? Date.now() : null;
     const { name: engine, cards } = endpoint;
     if (isReady) this.#log.info({ engine, models: cards.size, reason }, 'engine is ready');
     else this.#log.warn({ engine, models: cards.size, reason }, 'engine is away');
@@ -211,21 +246,31 @@ export function listedEngine(url: string): EndpointSpec {
   return { id: url, name: url, url, baseModel: null };
 }
 
-export function newEndpoint(spec: EndpointSpec, gone = new AbortController().signal): Endpoint {
-  // Every request in flight listens.
-  setMaxListeners(0, gone);
+export function newEndpoint(
+  spec: EndpointSpec,
+  gone = new AbortController().signal,
+  silent = new AbortController().signal,
+): Endpoint {
   return {
     ...spec,
     isOffered: false,
     isReady: false,
+    readySinceMs: null,
     lastSeenMs: null,
     cards: new Map(),
-    namesOnDevice: new Set(),
+    adapters: new Map(),
     adapterList: null,
     inFlight: 0,
     numSent: 0,
-    gone,
+    gone: forMany(gone),
+    silent: forMany(silent),
   };
+}
+
+/** Every request in flight listens. */
+function forMany(signal: AbortSignal): AbortSignal {
+  setMaxListeners(0, signal);
+  return signal;
 }
 
 function parseCards(text: string): Map<string, ModelCard> {
@@ -246,9 +291,10 @@ function parseAdapterList(text: string): AdapterList {
   return list;
 }
 
-function namesOnDevice(list: AdapterList | null): Set<string> {
-  const onDevice = list?.data.filter(({ tier }) => tier === 'device') ?? [];
-  return new Set(onDevice.flatMap(({ names }) => names ?? []));
+function byName(list: AdapterList | null): Map<string, AdapterStatus> {
+  return new Map(
+    (list?.data ?? []).flatMap((adapter) => (adapter.names ?? []).map((name) => [name, adapter])),
+  );
 }
 
 /**

@@ -15,6 +15,8 @@ import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
 import { StreamUsage, type Usage, usageOfAnswer } from './quota/usage.ts';
 import { mayAppear, type Target } from './resolve-model.ts';
+import type { PickReason } from './routing/pick-endpoint.ts';
+import { type Router, routeAsk } from './routing/router.ts';
 import { errorEvent, WholeEvents } from './sse.ts';
 
 export type ForwardLimits = { firstByteTimeoutMs: number; idleTimeoutMs: number };
@@ -22,6 +24,7 @@ export type ForwardLimits = { firstByteTimeoutMs: number; idleTimeoutMs: number 
 export type Forward = {
   admission: Admission;
   endpoints: Endpoints;
+  router: Router;
   dispatcher: Dispatcher;
   /** Sent with every request: who the gateway is. */
   engineHeaders: EngineHeaders;
@@ -35,6 +38,10 @@ export type ForwardRequest = {
   target: Target;
   headers: Record<string, string>;
   body: Buffer;
+  /** The caller's word that requests belong together, made its own by the tenant's name. */
+  session?: string | null;
+  /** Of the answer, by a guess. */
+  outputTokens?: number;
   /** Aborted with a GatewayError: the client hung up, or the gateway's time to drain is over. */
   signal: AbortSignal;
 };
@@ -42,6 +49,8 @@ export type ForwardRequest = {
 /** What became of it, for log and metrics. Filled in as it happens, so that it is true after a failure too. */
 export type Outcome = {
   engine?: string;
+  /** Why this engine, and how much of the prompt its KV was expected to have. */
+  picked?: { reason: PickReason; knownTokens: number };
   attempts: number;
   /** When the engine was asked. */
   askedMs?: number;
@@ -73,6 +82,9 @@ const goneGraceMs = 2_000;
  * 403: it does not accept this gateway, which is not the client's to know.
  */
 const statusesToAskAnother = new Set([401, 403, 404, 429, 503]);
+
+/** Answers that say that the engine is broken, and not that it is busy or the request wrong. */
+const statusesOfFailing = new Set([500, 502, 504]);
 
 const statusesOfLeaving = new Set([404, 503]);
 /** A request that waits for its model to appear asks this many engines at most. */
@@ -131,7 +143,9 @@ async function tryEngines(
   outcome: Outcome,
   deliver: (answer: Answer, attempt: Attempt) => Promise<GatewayError | null>,
 ): Promise<GatewayError | null> {
-  const { admission, limits } = parts;
+  const { admission, router, limits } = parts;
+  const route = routeAsk(req.target.name, req.body, req);
+  router.noteRequest();
   const tried = new Set<Endpoint>();
   const report = (failure: GatewayError | null) => {
     if (failure !== null && engineFailures.has(failure.code)) {
@@ -140,12 +154,15 @@ async function tryEngines(
     return failure;
   };
   for (;;) {
-    const slot = await admission.enter(req.target, tried, req.signal);
-    tried.add(slot.endpoint);
-    outcome.engine = slot.endpoint.name;
+    const slot = await admission.enter(route, req.target, tried, req.signal);
+    const { endpoint, pick } = slot;
+    tried.add(endpoint);
+    outcome.engine = endpoint.name;
+    outcome.picked = { reason: pick.reason, knownTokens: pick.knownTokens };
     outcome.attempts += 1;
-    outcome.askedMs = performance.now();
-    const attempt = new Attempt(req.signal, slot.endpoint.gone, limits);
+    const askedMs = performance.now();
+    outcome.askedMs = askedMs;
+    const attempt = new Attempt(req.signal, [endpoint.gone, endpoint.silent], limits);
     try {
       const answer = await ask(parts, slot, req, attempt);
       if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.target, tried)) continue;
@@ -154,13 +171,21 @@ async function tryEngines(
         continue;
       assertPassable(answer, req.target);
       noteUsage(answer, outcome);
-      return report(await deliver(answer, attempt));
+      const cut = report(await deliver(answer, attempt));
+      const isEngines = cut !== null && engineFailures.has(cut.code);
+      router.noteAnswer(endpoint, isEngines || statusesOfFailing.has(answer.status), Date.now());
+      const usage = outcome.usage?.();
+      if (usage?.isEstimate === false) router.noteUsage(pick, usage, (performance.now() - askedMs) / 1000);
+      return cut;
     } catch (error) {
       const failure = asEngineError(error);
       report(failure);
+      if (engineFailures.has(failure.code)) router.noteAnswer(endpoint, true, Date.now());
       if (!mayAskAnother(failure)) throw failure;
       const mayWait = mayAppear(req.target) && tried.size < maxEnginesTried;
       if (!mayWait && !admission.hasOther(req.target, tried)) throw failure;
+      // One that could not be reached has done nothing: to ask another is no work twice.
+      if (failure.code === 'engine_failed' && !router.takeRetry(Date.now())) throw failure;
     } finally {
       attempt.end();
       slot.release();
@@ -311,26 +336,27 @@ async function relayStream(
  */
 class Attempt {
   readonly signal: AbortSignal;
-  readonly #gone: AbortSignal;
+  /** Each says that the engine is dead. */
+  readonly #deaths: readonly AbortSignal[];
   readonly #timeout = new AbortController();
   readonly #idleTimeoutMs: number;
   #timer: NodeJS.Timeout | undefined;
   #isIdleTimer = false;
   #waitsForEngine = true;
 
-  constructor(signal: AbortSignal, gone: AbortSignal, { idleTimeoutMs }: ForwardLimits) {
+  constructor(signal: AbortSignal, deaths: readonly AbortSignal[], { idleTimeoutMs }: ForwardLimits) {
     this.signal = AbortSignal.any([signal, this.#timeout.signal]);
-    this.#gone = gone;
+    this.#deaths = deaths;
     this.#idleTimeoutMs = idleTimeoutMs;
     const shorten = () => {
       if (this.#waitsForEngine) this.allow(this.#idleTimeoutMs);
     };
-    gone.addEventListener('abort', shorten, { signal: this.#timeout.signal });
+    for (const death of deaths) death.addEventListener('abort', shorten, { signal: this.#timeout.signal });
   }
 
   /** From now on the attempt may wait this long for the engine until the next call. */
   allow(ms: number): void {
-    const isGone = this.#gone.aborted;
+    const isGone = this.#deaths.some(({ aborted }) => aborted);
     const allowedMs = isGone ? Math.min(ms, goneGraceMs) : ms;
     this.#wait(
       allowedMs,

@@ -14,11 +14,12 @@ import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
-import { createMetrics, watchState } from './metrics.ts';
+import { createMetrics, watchRouting, watchState } from './metrics.ts';
 import { LocalMeters } from './quota/meter-store.ts';
 import { Quota } from './quota/quota.ts';
 import { RedisMeters } from './quota/redis-meters.ts';
 import { Routes } from './routes/routes.ts';
+import { Router } from './routing/router.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
 
@@ -34,7 +35,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   const metrics = createMetrics();
   const engineHeaders =
     config.engineTokenFile === null ? keyHeaders(config.engineKey) : tokenFileHeaders(config.engineTokenFile);
-  const endpoints = new Endpoints(engineHeaders, config.pollIntervalMs, log);
+  const endpoints = new Endpoints(engineHeaders, config.pollIntervalMs, config.silentAfterMs, log);
   for (const url of config.engineUrls) endpoints.offer(listedEngine(url));
   const directory =
     config.cluster === null
@@ -48,19 +49,21 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
           endpoints,
           log,
         );
-  const admission = new Admission(endpoints, config);
   const gatewayId = randomUUID();
   const shared = config.redis && { ...config.redis, numGateways: config.gatewayReplicas };
   const meters = shared
     ? new RedisMeters(shared, gatewayId, log, () => metrics.quotaAlone.inc())
     : new LocalMeters(config.gatewayReplicas);
   const quota = new Quota(meters, gatewayId, (tenant, limit) => metrics.rateLimited.inc({ tenant, limit }));
+  const router = new Router(config.routing);
+  const admission = new Admission(endpoints, router, config);
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
   const dispatcher = new Agent({
     connect: { timeout: config.connectTimeoutMs },
     headersTimeout: 0,
     bodyTimeout: 0,
   });
+  watchRouting(metrics, router, endpoints);
   watchState(metrics, { endpoints, directory, numQueued: () => admission.numQueued });
 
   const routes = new Routes({
@@ -78,6 +81,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   const forward: Forward = {
     admission,
     endpoints,
+    router,
     dispatcher,
     engineHeaders,
     limits: config,

@@ -9,6 +9,8 @@ import type { BatchRunner } from './batches/runner.ts';
 import type { Directory } from './directory.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { engineFailures } from './forward.ts';
+import { pickReasons } from './routing/pick-endpoint.ts';
+import type { Router } from './routing/router.ts';
 
 export type Metrics = ReturnType<typeof createMetrics>;
 
@@ -99,7 +101,49 @@ export function createMetrics() {
       labelNames: ['engine', 'reason'],
       registers,
     }),
+    picks: new Counter({
+      name: 'motet_gateway_picks_total',
+      help: 'Requests sent to an engine, by why to this one: prefix, it probably has KV of the prompt; adapter, it is nearer to having the adapter on its device; bounded, a better one was hot; load; turn; only, no other had room.',
+      labelNames: ['reason'],
+      registers,
+    }),
+    expectedTokens: new Counter({
+      name: 'motet_gateway_expected_cached_tokens_total',
+      help: 'Prompt tokens that a prefix cache was expected to have when an engine was picked. found: true, it had them; false, it had not. Of engines that say.',
+      labelNames: ['found'],
+      registers,
+    }),
+    ejections: new Counter({
+      name: 'motet_gateway_engine_ejections_total',
+      help: 'Times that an engine was left alone for a while because it failed.',
+      labelNames: ['engine'],
+      registers,
+    }),
+    retries: new Counter({
+      name: 'motet_gateway_retries_total',
+      help: 'Requests whose engine broke off before the first byte, with another engine there. allowed: true, it was asked; false, too many were asked again already.',
+      labelNames: ['allowed'],
+      registers,
+    }),
   };
+}
+
+/** Counts what routing does. */
+export function watchRouting(metrics: Metrics, router: Router, endpoints: Endpoints): void {
+  const { picks, expectedTokens, ejections, retries } = metrics;
+  for (const reason of pickReasons) picks.inc({ reason }, 0);
+  for (const is of ['true', 'false']) {
+    expectedTokens.inc({ found: is }, 0);
+    retries.inc({ allowed: is }, 0);
+  }
+  router.on('picked', ({ reason }) => picks.inc({ reason }));
+  router.on('predicted', (predicted) => {
+    expectedTokens.inc({ found: 'true' }, predicted.cachedTokens);
+    expectedTokens.inc({ found: 'false' }, predicted.expectedTokens - predicted.cachedTokens);
+  });
+  router.on('ejected', ({ name: engine }) => ejections.inc({ engine }));
+  router.on('retried', (isAllowed) => retries.inc({ allowed: String(isAllowed) }));
+  endpoints.on('removed', ({ name: engine }) => ejections.remove({ engine }));
 }
 
 export function countTokens(

@@ -3,6 +3,7 @@
 // `traceparent` is passed on as it came.
 
 import { context, propagation, type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api';
+import type { Outcome } from './forward.ts';
 
 /** Starts exporting if the environment asks for it. Returns what flushes and stops it. */
 export async function startTracing(serviceName: string): Promise<() => Promise<void>> {
@@ -41,8 +42,11 @@ export function startRequestSpan(path: string, model: string, headers: Record<st
   return span;
 }
 
-export function endRequestSpan(span: Span, status: number, errorCode: string | undefined): void {
+export function endRequestSpan(span: Span, status: number, facts: Outcome & { errorCode?: string }): void {
+  const { engine, picked, errorCode } = facts;
   span.setAttribute('http.response.status_code', status);
+  if (engine !== undefined) span.setAttribute('motet.engine', engine);
+  if (picked !== undefined) span.setAttribute('motet.pick.reason', picked.reason);
   if (errorCode !== undefined) {
     span.setAttribute('error.type', errorCode);
     span.setStatus({ code: SpanStatusCode.ERROR });

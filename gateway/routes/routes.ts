@@ -12,6 +12,7 @@ import type { Endpoint, Endpoints } from '../endpoints.ts';
 import type { EngineHeaders } from '../engine-headers.ts';
 import type { ErrorCode } from '../errors.ts';
 import { engineFailures, type Outcome } from '../forward.ts';
+import { routeAsk } from '../routing/router.ts';
 import type { Aborted } from './abort-writer.ts';
 import { type Judged, OutcomeWindow, whyAbort } from './outcome-window.ts';
 import { isInMemory, type RouteRules, sharesNow, warmthOf } from './route.ts';
@@ -157,7 +158,7 @@ export class Routes {
   ): Promise<boolean | null> {
     const { admission, dispatcher, engineHeaders, timeoutMs, draining } = this.#options;
     if (draining.aborted || this.#numOwnRequests >= maxOwnRequests) return null;
-    const slot = admission.trySpare(target, where);
+    const slot = admission.trySpare(routeAsk(target.name, body), target, where);
     if (slot === null) return null;
     this.#numOwnRequests += 1;
     try {

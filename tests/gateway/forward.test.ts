@@ -6,10 +6,12 @@ import {
   answerForever,
   beginStream,
   chunkEvent,
+  type FakeEngine,
+  type Received,
   refuse,
   startFakeEngine,
 } from '../fixtures/fake-engine.ts';
-import { chatBody, errorOf, gatewayFor, until } from './start-gateway.ts';
+import { chatBody, errorOf, gatewayFor, routing, until } from './start-gateway.ts';
 
 const streaming = chatBody({ stream: true });
 
@@ -116,6 +118,72 @@ test('asks another engine when one breaks off within a whole answer', async () =
     expect(await response.json()).toMatchObject({ object: 'chat.completion' });
   }
   expect(engines[0]!.received.length).toBeGreaterThan(0);
+});
+
+test('asks no other engine when too many requests were asked again already', async () => {
+  const breakOff = { script: ({ res }: Received) => void res.destroy() };
+  const engines = [await startFakeEngine(breakOff), await startFakeEngine(breakOff)];
+  const gateway = await gatewayFor(engines, {
+    routing: { ...routing, maxRetryShare: 0, afterFailures: 1_000 },
+  });
+  // The last twenty answers of each would eject one of them.
+  for (let i = 0; i < 12; i += 1) {
+    expect(await errorOf(await gateway.chat(chatBody()))).toMatchObject({ code: 'engine_failed' });
+  }
+  const numReceived = () => engines.reduce((sum, { received }) => sum + received.length, 0);
+  // Ten retries are there from the start, and one more for each second.
+  expect(numReceived()).toBeLessThan(24);
+  expect(numReceived()).toBeGreaterThanOrEqual(22);
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
+  expect(metrics).toMatch(/motet_gateway_retries_total\{allowed="false"\} [12]/);
+});
+
+test('an engine that fails what it gets is left alone, and asked again when its time is over', async () => {
+  const engines = [await startFakeEngine({ script: refuse(500, 'broken') }), await startFakeEngine()];
+  const [sick, well] = engines as [FakeEngine, FakeEngine];
+  const gateway = await gatewayFor(engines, { routing: { ...routing, ejectMs: 300 } });
+  for (let i = 0; i < 10; i += 1) await gateway.chat(chatBody());
+  expect(sick.received).toHaveLength(5);
+  for (let i = 0; i < 5; i += 1) expect((await gateway.chat(chatBody())).status).toBe(200);
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
+  expect(metrics).toContain(`motet_gateway_engine_ejections_total{engine="${sick.url}"} 1`);
+  sick.script = answer;
+  await until(
+    () => gateway.chat(chatBody()),
+    () => sick.received.length > 5,
+  );
+  expect(well.received.length).toBeGreaterThanOrEqual(10);
+});
+
+test('an engine that hangs is left for another once it has answered no look for long', async () => {
+  const engines = [await startFakeEngine({ script: () => {} }), await startFakeEngine()];
+  const hanging = engines[0]!;
+  const gateway = await gatewayFor(engines, { silentAfterMs: 50 });
+  const received = hanging.nextReceived();
+  const answers = [gateway.chat(chatBody()), gateway.chat(chatBody())];
+  await received;
+  // Its port is closed and the connection of the request stays: as good as stopped.
+  hanging.deafen();
+  for (const one of answers) expect((await one).status).toBe(200);
+  expect(engines[1]!.received).toHaveLength(2);
+});
+
+test('the log says which engine was picked and why', async () => {
+  const engines = [await startFakeEngine(), await startFakeEngine()];
+  const gateway = await gatewayFor(engines);
+  const content = 'x'.repeat(2_000);
+  const turns = [[content], [content, 'an answer', 'more']];
+  for (const turn of turns) {
+    await gateway.chat(chatBody({ messages: turn.map((text) => ({ role: 'user', content: text })) }));
+  }
+  const lines = await until(
+    () => gateway.logLines.filter(({ msg }) => msg === 'request'),
+    ({ length }) => length === 2,
+  );
+  expect(lines[1]).toMatchObject({
+    engine: lines[0]!.engine,
+    picked: { reason: 'prefix', knownTokens: 448 },
+  });
 });
 
 test('asks another engine when one is gone', async () => {

@@ -4,6 +4,7 @@ import { pino } from 'pino';
 import { onTestFinished } from 'vitest';
 import type { Config } from '../../gateway/config.ts';
 import { type Gateway, startGateway } from '../../gateway/main.ts';
+import type { RouterSettings } from '../../gateway/routing/router.ts';
 import type { FakeEngine } from '../fixtures/fake-engine.ts';
 
 export type TestGateway = Gateway & {
@@ -75,6 +76,16 @@ export async function until<T>(
   }
 }
 
+/** Without slow start: a test's engines are all new. */
+export const routing: RouterSettings = {
+  rule: 'affinity',
+  maxLoadFactor: 1.5,
+  slowStartMs: 0,
+  afterFailures: 5,
+  ejectMs: 5_000,
+  maxRetryShare: 0.2,
+};
+
 const defaults: Config = {
   engineUrls: [],
   cluster: null,
@@ -96,6 +107,8 @@ const defaults: Config = {
   firstByteTimeoutMs: 10_000,
   idleTimeoutMs: 10_000,
   pollIntervalMs: 50,
+  silentAfterMs: 15_000,
+  routing,
   // Short, since the pool of `fetch` keeps connections open; tests of draining set their own.
   drainTimeoutMs: 20,
   hasConsole: true,

@@ -1,0 +1,259 @@
+// What the gateway remembers in order to route: which prompts went where, what each engine has yet to do, how well it does, and how
+// good the guesses were. It turns that and what engines say of themselves into plain numbers for pick-endpoint.ts, and keeps it true
+// as requests begin and end. All of it may be lost: a gateway that starts anew guesses worse for a while.
+
+import { EventEmitter } from 'node:events';
+import type { AdapterStatus, TokenUsage } from '../../engine/protocol.ts';
+import type { Endpoint } from '../endpoints.ts';
+import { afterAnswer, type EjectionRule, type Health, healthy } from './health.ts';
+import { type Candidate, type PickReason, type PickSettings, pickEndpoint } from './pick-endpoint.ts';
+import { homeOf, type Prefix, PrefixMap, prefixOf } from './prefix.ts';
+import { RetryBudget } from './retry-budget.ts';
+
+export type RouterSettings = Omit<PickSettings, 'maxInFlight'> &
+  EjectionRule & {
+    /** An engine that was away gets less than its share for so long; 0 for none of that. */
+    slowStartMs: number;
+    /** Retries, over requests. */
+    maxRetryShare: number;
+  };
+
+/** What routing wants to know of a request. */
+export type RouteAsk = {
+  /** Who answers, as engines know it. */
+  readonly name: string;
+  readonly prefix: Prefix;
+  /** Of its answer, by a guess. */
+  readonly outputTokens: number;
+};
+
+/** Tokens of an answer of which nothing is known. */
+const outputTokensUnknown = 128;
+
+/** @param name  who answers */
+export function routeAsk(
+  name: string,
+  body: Buffer,
+  { session, outputTokens }: { session?: string | null; outputTokens?: number } = {},
+): RouteAsk {
+  return { name, prefix: prefixOf(name, body, session), outputTokens: outputTokens ?? outputTokensUnknown };
+}
+
+export type Pick = {
+  readonly endpoint: Endpoint;
+  readonly reason: PickReason;
+  /** Of the prompt, those that the engine got before. */
+  readonly knownTokens: number;
+  /** What the engine has more to do until the request ends. */
+  readonly workTokens: number;
+};
+
+type Considered = Candidate & { endpoint: Endpoint; knownTokens: number };
+
+/** What is remembered of one engine. */
+type Memory = {
+  workTokens: number;
+  health: Health;
+  lastTurn: number;
+  /** Of tokens that were said to be cached, those that were; a mean that follows the last fifty requests or so. */
+  trust: number;
+  /** Name of an adapter -> when a request for it was sent last, of those since the engine was last looked at. */
+  sent: Map<string, number>;
+};
+
+/** About 16 MB when full: the prefixes of 32 MB of prompts. */
+const maxPrefixes = 1 << 17;
+/** Bytes of a prompt in JSON that make a token, about. */
+const bytesPerToken = 4;
+/** A token of an answer takes a step of its own; a prompt's go through many at a time. */
+const outputWeight = 4;
+/** Seconds that an adapter takes to the device where nobody has measured it. */
+const loadSecondsUnknown = { host: 0.01, disk: 0.1, absent: 0.1 };
+/** What it pushes out has to come back too. */
+const loadFactor = 2;
+/**
+ * A load where the name is at home costs half, so that what fits nowhere for long comes back to the same engine, whichever gateway
+ * asks.
+ */
+const homeShare = 0.5;
+/** Tokens per second that a loading engine could have computed, until some were counted. */
+const speedUnknown = 1_000;
+/** What a caller's word that requests belong together is worth where prompts say nothing. */
+const sessionTokens = 64;
+/** Names that are remembered of one engine as sent to it. */
+const maxSent = 64;
+/** Tokens are guessed by bytes, and engines keep whole blocks: so much of a guess counts as all of it. */
+const surelyShare = 0.8;
+const leastWeight = 0.1;
+/** The guesses of an engine are never given up on: it may be told that its arena grew. */
+const leastTrust = 0.1;
+const trustPace = 0.05;
+const speedPace = 0.1;
+
+/**
+ * Emits what happens: `picked`; `ejected`; `retried` with whether the budget allowed it; `predicted` with the tokens that were
+ * expected to be cached and those of them that were.
+ */
+export class Router extends EventEmitter<{
+  picked: [Pick];
+  ejected: [Endpoint];
+  retried: [boolean];
+  predicted: [{ expectedTokens: number; cachedTokens: number }];
+}> {
+  readonly #settings: RouterSettings;
+  readonly #prefixes = new PrefixMap(maxPrefixes);
+  readonly #budget: RetryBudget;
+  readonly #memories = new WeakMap<Endpoint, Memory>();
+  #numPicks = 0;
+  /** Tokens per second of a busy engine. */
+  #speed = speedUnknown;
+
+  constructor(settings: RouterSettings) {
+    super();
+    this.#settings = settings;
+    this.#budget = new RetryBudget(settings.maxRetryShare);
+  }
+
+  /**
+   * The engine to use, of those that hold the model; null when all of them are full. Nothing is remembered before `begin`.
+   */
+  pick(ask: RouteAsk, endpoints: readonly Endpoint[], maxInFlight: number, nowMs: number): Pick | null {
+    // Whoever waits asks again whenever a request ends: most get this answer.
+    if (endpoints.every(({ inFlight }) => inFlight >= maxInFlight)) return null;
+    const promptTokens = Math.ceil(ask.prefix.promptBytes / bytesPerToken);
+    const candidates = this.#candidates(ask, endpoints, nowMs);
+    const settings = { ...this.#settings, maxInFlight };
+    const found = pickEndpoint(promptTokens, candidates, settings, nowMs);
+    if (found === null) return null;
+    const { endpoint, cachedTokens, knownTokens } = found.picked;
+    return {
+      endpoint,
+      reason: found.reason,
+      knownTokens,
+      workTokens: Math.max(0, promptTokens - cachedTokens) + outputWeight * ask.outputTokens,
+    };
+  }
+
+  /** The request goes there. Returns what is to be called when it has ended. */
+  begin(ask: RouteAsk, pick: Pick, nowMs: number): () => void {
+    const memory = this.#memoryOf(pick.endpoint);
+    memory.lastTurn = ++this.#numPicks;
+    memory.workTokens += pick.workTokens;
+    memory.sent.delete(ask.name);
+    memory.sent.set(ask.name, nowMs);
+    if (memory.sent.size > maxSent) memory.sent.delete(memory.sent.keys().next().value!);
+    this.#prefixes.note(ask.prefix, pick.endpoint.id);
+    this.emit('picked', pick);
+    return () => {
+      memory.workTokens -= pick.workTokens;
+    };
+  }
+
+  /** A request came, which adds to what may be asked again. */
+  noteRequest(): void {
+    this.#budget.noteRequest();
+  }
+
+  /** Whether one more request may be asked of another engine; it counts as asked then. */
+  takeRetry(nowMs: number): boolean {
+    const isAllowed = this.#budget.take(nowMs);
+    this.emit('retried', isAllowed);
+    return isAllowed;
+  }
+
+  /** The engine answered, or failed to. */
+  noteAnswer(endpoint: Endpoint, hasFailed: boolean, nowMs: number): void {
+    const memory = this.#memoryOf(endpoint);
+    const before = memory.health;
+    memory.health = afterAnswer(before, hasFailed, nowMs, this.#settings);
+    if (memory.health.ejectedUntilMs !== before.ejectedUntilMs) this.emit('ejected', endpoint);
+  }
+
+  isEjected(endpoint: Endpoint, nowMs: number): boolean {
+    return (this.#memories.get(endpoint)?.health.ejectedUntilMs ?? 0) > nowMs;
+  }
+
+  /** What an answer cost, by the engine's own word: was the guess right, and how fast was it? */
+  noteUsage(pick: Pick, { promptTokens, cachedTokens, completionTokens }: TokenUsage, seconds: number): void {
+    const { endpoint, knownTokens } = pick;
+    // Others than our engines may leave out what was cached.
+    if (endpoint.adapterList !== null && knownTokens > 0 && promptTokens > 0) {
+      const expectedTokens = Math.min(knownTokens, promptTokens);
+      const rightShare = Math.min(1, cachedTokens / (surelyShare * expectedTokens));
+      const memory = this.#memoryOf(endpoint);
+      memory.trust = Math.max(leastTrust, memory.trust + trustPace * (rightShare - memory.trust));
+      this.emit('predicted', { expectedTokens, cachedTokens: Math.min(cachedTokens, expectedTokens) });
+    }
+    if (seconds <= 0) return;
+    const tokens = promptTokens - cachedTokens + outputWeight * completionTokens;
+    // Others were computed in the same time.
+    const speed = (tokens * Math.max(1, endpoint.inFlight)) / seconds;
+    this.#speed += speedPace * (speed - this.#speed);
+  }
+
+  #candidates(ask: RouteAsk, endpoints: readonly Endpoint[], nowMs: number): Considered[] {
+    const found = this.#prefixes.find(ask.prefix);
+    const session = this.#prefixes.ofSession(ask.prefix);
+    const loads = endpoints.map((endpoint) => this.#loadSeconds(ask.name, endpoint));
+    const home = loads.some((seconds) => seconds > 0)
+      ? homeOf(
+          ask.name,
+          endpoints.map(({ id }) => id),
+        )
+      : undefined;
+    return endpoints.map((endpoint, index) => {
+      const { id, inFlight, readySinceMs } = endpoint;
+      const { workTokens, health, lastTurn, trust } = this.#memoryOf(endpoint);
+      const knownTokens = (found.get(id) ?? 0) / bytesPerToken;
+      const cachedTokens = trust * Math.max(knownTokens, id === session ? sessionTokens : 0);
+      const costShare = loadFactor * (id === home ? homeShare : 1);
+      return {
+        endpoint,
+        knownTokens,
+        inFlight,
+        workTokens,
+        cachedTokens,
+        loadTokens: loads[index]! * this.#speed * costShare,
+        weight: rampOf(readySinceMs, nowMs, this.#settings.slowStartMs),
+        ejectedUntilMs: health.ejectedUntilMs,
+        lastTurn,
+      };
+    });
+  }
+
+  /** Until the adapter is on the device of the engine; 0 for a base model, and for what is there or already on its way for another. */
+  #loadSeconds(name: string, endpoint: Endpoint): number {
+    if (endpoint.cards.get(name)?.parent === null) return 0;
+    const { sent } = this.#memoryOf(endpoint);
+    const sentMs = sent.get(name);
+    // An engine without a list is believed to keep what it was sent.
+    if (sentMs !== undefined && (endpoint.adapterList === null || sentMs >= (endpoint.lastSeenMs ?? 0)))
+      return 0;
+    if (endpoint.adapterList === null) return loadSecondsUnknown.absent;
+    const status = endpoint.adapters.get(name);
+    return status === undefined ? loadSecondsUnknown.absent : secondsToDevice(status);
+  }
+
+  #memoryOf(endpoint: Endpoint): Memory {
+    let memory = this.#memories.get(endpoint);
+    if (memory === undefined) {
+      memory = { workTokens: 0, health: healthy, lastTurn: 0, trust: 1, sent: new Map() };
+      this.#memories.set(endpoint, memory);
+    }
+    return memory;
+  }
+}
+
+function secondsToDevice({ tier, inFlight, loadSeconds }: AdapterStatus): number {
+  // Somebody waits for it: it is on its way.
+  if (tier === 'device' || inFlight > 0) return 0;
+  const { pages = 0, host = 0, device } = loadSeconds;
+  const copy = tier === 'host' ? host : device;
+  return (copy > 0 ? copy : loadSecondsUnknown[tier]) + pages;
+}
+
+/** Grows evenly from a tenth to 1 in the time given. */
+function rampOf(readySinceMs: number | null, nowMs: number, slowStartMs: number): number {
+  if (readySinceMs === null || slowStartMs === 0) return 1;
+  return Math.min(1, Math.max(leastWeight, (nowMs - readySinceMs) / slowStartMs));
+}

@@ -1,0 +1,28 @@
+import { expect, test } from 'vitest';
+import { RetryBudget } from '../../../gateway/routing/retry-budget.ts';
+
+const takeAll = (budget: RetryBudget, atMs: number) => {
+  let count = 0;
+  while (budget.take(atMs)) count += 1;
+  return count;
+};
+
+test('has ten from the start, then one in so many requests', () => {
+  const budget = new RetryBudget(0.25);
+  expect(takeAll(budget, 0)).toBe(10);
+  for (let i = 0; i < 40; i++) budget.noteRequest();
+  expect(takeAll(budget, 0)).toBe(10);
+});
+
+test('saves up a hundred at most', () => {
+  const budget = new RetryBudget(1);
+  for (let i = 0; i < 500; i++) budget.noteRequest();
+  expect(takeAll(budget, 0)).toBe(100);
+});
+
+test('gets one a second by itself, up to ten', () => {
+  const budget = new RetryBudget(0);
+  expect(takeAll(budget, 0)).toBe(10);
+  expect(takeAll(budget, 3_000)).toBe(3);
+  expect(takeAll(budget, 60_000)).toBe(10);
+});
