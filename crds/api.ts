@@ -20,6 +20,8 @@ export interface ApiRequest {
   body?: object;
   /** Of the body. Default `application/json`; `application/apply-patch+yaml` is server-side apply. */
   contentType?: string;
+  /** Form of the answer. Default `application/json`. */
+  accept?: string;
   /** Ends the request; beside it every request ends after `timeoutMs`. */
   signal?: AbortSignal;
   /** Default 15 s: a reconcile must not hang on an API server that went away. */
@@ -31,6 +33,8 @@ export interface WatchRequest {
   path: string;
   /** `resourceVersion` says from where on; `timeoutSeconds` when the server ends the watch. */
   query: Record<string, string>;
+  /** As for callApi. */
+  accept?: string;
   signal: AbortSignal;
   /** Silence after which the other side is taken for gone. */
   maxSilenceMs: number;
@@ -89,7 +93,7 @@ export async function callApi<T>(kubeConfig: KubeConfig, request: ApiRequest): P
  */
 export async function watchApi<T>(
   kubeConfig: KubeConfig,
-  { path, query, signal, maxSilenceMs }: WatchRequest,
+  { path, query, accept, signal, maxSilenceMs }: WatchRequest,
 ): Promise<AsyncGenerator<WatchEvent<T>, void>> {
   const silence = new AbortController();
   const timer = setTimeout(
@@ -97,7 +101,7 @@ export async function watchApi<T>(
     maxSilenceMs,
   );
   try {
-    const watch = { path, query: { ...query, watch: 'true' } };
+    const watch = { path, query: { ...query, watch: 'true' }, ...(accept && { accept }) };
     const { response, explain } = await send(kubeConfig, watch, AbortSignal.any([signal, silence.signal]));
     if (!response.ok) throw toApiError(response.status, await response.text());
     return readEvents<T>(response, timer, explain);
@@ -138,7 +142,14 @@ async function* readEvents<T>(
 /** `explain` makes what is thrown while the answer is read into what the caller should see. */
 async function send(
   kubeConfig: KubeConfig,
-  { method = 'GET', path, query = {}, body, contentType = 'application/json' }: ApiRequest,
+  {
+    method = 'GET',
+    path,
+    query = {},
+    body,
+    contentType = 'application/json',
+    accept = 'application/json',
+  }: ApiRequest,
   signal: AbortSignal,
 ): Promise<{ response: Response; explain: (error: unknown) => unknown }> {
   const cluster = kubeConfig.getCurrentCluster();
@@ -170,7 +181,7 @@ async function send(
       headers: {
         'user-agent': 'motet',
         ...headers,
-        accept: 'application/json',
+        accept,
         ...(body ? { 'content-type': contentType } : {}),
       },
       ...(body ? { body: JSON.stringify(body) } : {}),

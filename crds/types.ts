@@ -576,8 +576,8 @@ export interface Tenant {
 /** What should be. */
 export interface TenantSpec {
   /**
-   * Bearer keys of the tenant. A second one lets clients change over. A changed Secret is seen within 15
-   * seconds.
+   * Bearer keys of the tenant. A second one lets clients change over. A Secret that changes is seen at once
+   * by a gateway that may watch Secrets, else within 15 seconds.
    */
   keys: {
     /** The Secret of this namespace that holds the key. */

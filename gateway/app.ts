@@ -175,10 +175,11 @@ function observe({ metrics, log }: AppParts, traffic: Traffic) {
 }
 
 function admitByKey({ directory, metrics }: AppParts) {
-  return function admitRequestByKey(req: Request, res: Response, next: NextFunction): void {
+  return async function admitRequestByKey(req: Request, res: Response, next: NextFunction): Promise<void> {
     try {
-      const tenant = directory.authenticate(req.get('authorization'));
-      if (tenant !== null) factsOf(res).tenant = tenant;
+      const caller = await directory.authenticate(req.get('authorization'));
+      res.locals.caller = caller;
+      if (caller !== null) factsOf(res).tenant = caller.tenant;
     } catch (error) {
       const { code } = error as GatewayError;
       if (code === 'missing_api_key' || code === 'invalid_api_key')

@@ -1,31 +1,58 @@
 // Who comes: the holder of a bearer key. Keys come from a file (config.ts) or from Tenants (tenants.ts); where they come
 // from no key, everybody may enter, and config.ts sees to it that this was meant.
 
-import { createHash, timingSafeEqual } from 'node:crypto';
+import { hash } from 'node:crypto';
 import { GatewayError } from './errors.ts';
 
-/** Returns the name of the key's holder for an Authorization header, null where nobody needs a key, or throws a 401. */
-export type Authenticate = (authorization: string | undefined) => string | null;
+export type Caller = {
+  tenant: string;
+  /** Tells the keys of a tenant apart and says nothing of them. */
+  keyId: string;
+};
 
-export type Holder = { name: string; digest: Buffer };
+/** Returns who shows an Authorization header, null where nobody needs a key, or throws a 401. */
+export type Authenticate = (authorization: string | undefined) => Caller | null | Promise<Caller | null>;
 
-/** @param holders  of keys as of now; the first of those with one key has it */
-export function createAuthenticate(holders: () => readonly Holder[]): (authorization?: string) => string {
+/** @param digest  of the key, as digestOfKey makes it */
+export type Holder = { name: string; digest: string };
+
+/**
+ * Callers by the digest of their key; of two holders of one key the first has it.
+ *
+ * A look-up takes a time that depends on the digests, as comparing them would not. It tells nothing of a key: who could
+ * learn a digest that way would have to find what SHA-256 makes it of, and keys have 16 characters at least.
+ */
+export function callersByDigest(holders: Iterable<Holder>): Map<string, Caller> {
+  const callers = new Map<string, Caller>();
+  for (const { name, digest } of holders) {
+    if (!callers.has(digest)) callers.set(digest, { tenant: name, keyId: `key:${digest.slice(0, 12)}` });
+  }
+  return callers;
+}
+
+/** @param callers  as of now */
+export function createAuthenticate(
+  callers: () => ReadonlyMap<string, Caller>,
+): (authorization?: string) => Caller {
   return (authorization) => {
-    const given = /^Bearer +(\S+) *$/i.exec(authorization ?? '')?.[1];
-    if (given === undefined) {
-      throw new GatewayError('missing_api_key', 'Authorization: expected `Bearer KEY`, got no bearer key');
-    }
-    const digest = digestOfKey(given);
-    // Digests are of one length, and every key is compared, so the time taken tells nothing about a key.
-    const matching = holders().filter((holder) => timingSafeEqual(holder.digest, digest));
-    if (matching[0] === undefined) {
+    const caller = callers().get(digestOfKey(bearerOf(authorization)));
+    if (caller === undefined) {
       throw new GatewayError('invalid_api_key', 'Authorization: the bearer key is not one of this gateway');
     }
-    return matching[0].name;
+    return caller;
   };
 }
 
-export function digestOfKey(key: string): Buffer {
-  return createHash('sha256').update(key).digest();
+/** @throws GatewayError missing_api_key */
+export function bearerOf(authorization: string | undefined): string {
+  const given = /^Bearer +(\S+) *$/i.exec(authorization ?? '')?.[1];
+  if (given === undefined) {
+    throw new GatewayError('missing_api_key', 'Authorization: expected `Bearer KEY`, got no bearer key');
+  }
+  return given;
+}
+
+/** SHA-256, in hexadecimal. */
+export function digestOfKey(key: string): string {
+  return hash('sha256', key);
 }

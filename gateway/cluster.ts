@@ -8,7 +8,7 @@ import { type Condition, conditionTypes, labels } from '../crds/names.ts';
 import { type AdapterRoute, type BaseModel, type LoraAdapter, plurals, type Tenant } from '../crds/types.ts';
 import { ObjectWatch } from '../crds/watch.ts';
 import type { ModelCard } from '../engine/protocol.ts';
-import { createAuthenticate, type Holder } from './auth.ts';
+import { type Caller, callersByDigest, createAuthenticate } from './auth.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import { ConfigError } from './config.ts';
 import { basesFirst, type Directory } from './directory.ts';
@@ -35,8 +35,10 @@ type RouteStatus = NonNullable<AdapterRoute['status']>;
 
 type Log = { info(fields: object, message: string): void; warn(fields: object, message: string): void };
 
-/** crds/tenants.yaml promises that a changed Secret is seen within this time. */
+/** A changed Secret is seen within this time by a gateway that may not watch Secrets, or cannot now. */
 const secretIntervalMs = 15_000;
+/** What was read is looked at again after this while a watch tells of changes. */
+const watchedSecretIntervalMs = 300_000;
 const secretTimeoutMs = 5_000;
 
 export class Cluster implements Directory {
@@ -110,7 +112,7 @@ export class Cluster implements Directory {
     );
     this.#recovery = setInterval(() => this.#noteRecovery(), 1_000);
 
-    const authenticate = createAuthenticate(() => this.#tenancy!.holders);
+    const authenticate = createAuthenticate(() => this.#tenancy!.callers);
     this.authenticate = (authorization) => {
       const failure = this.notReady();
       if (failure !== null) throw failure;
@@ -156,7 +158,7 @@ export class Cluster implements Directory {
   }
 
   numTenants(): number {
-    return new Set(this.#tenancy?.holders.map(({ name }) => name)).size;
+    return new Set([...(this.#tenancy?.callers.values() ?? [])].map(({ tenant }) => tenant)).size;
   }
 
   baseModelNames(): string[] {
@@ -165,8 +167,10 @@ export class Cluster implements Directory {
 
   staleSeconds(): Record<string, number> {
     const nowMs = Date.now();
+    const watches = new Map<string, { staleSinceMs: number | null }>(this.#watches);
+    if (this.#tenancy?.secretWatch != null) watches.set('secrets', this.#tenancy.secretWatch);
     return Object.fromEntries(
-      [...this.#watches].map(([resource, { staleSinceMs }]) => [
+      [...watches].map(([resource, { staleSinceMs }]) => [
         resource,
         staleSinceMs === null ? 0 : (nowMs - staleSinceMs) / 1000,
       ]),
@@ -270,10 +274,13 @@ const refusalLogMs = 60_000;
 class Tenancy {
   readonly watch: ObjectWatch<Tenant>;
   readonly #secrets: SecretKeys;
+  /** Tells which Secrets change, not what is in them. */
+  readonly #secretWatch: ObjectWatch<KubernetesObject>;
+  #isSecretWatchSynced = false;
   readonly #writer: TenantStatusWriter;
   readonly #log: Log;
   readonly #loggedMs = new Map<string, number>();
-  #found: { verdicts: Verdict[]; holders: Holder[] } | null = null;
+  #found: { verdicts: Verdict[]; callers: Map<string, Caller> } | null = null;
 
   constructor({ kubeConfig, namespace, onError, log, countModels }: TenancyOptions) {
     this.#log = log;
@@ -286,7 +293,22 @@ class Tenancy {
         }),
       onChange: () => this.#keysChanged(),
       onError: (secret, error) => this.#noteRefusal(`secret ${secret}`, error),
-      intervalMs: secretIntervalMs,
+      intervalMs: () => (this.#hearsOfSecrets ? watchedSecretIntervalMs : secretIntervalMs),
+    });
+    this.#secretWatch = new ObjectWatch<KubernetesObject>({
+      kubeConfig,
+      path: `/api/v1/namespaces/${namespace}/secrets`,
+      metadataOnly: true,
+      trim: ({ metadata: { name, uid, resourceVersion } = {} }) =>
+        ({ metadata: { name, uid, resourceVersion } }) as KubernetesObject,
+      onChange: (now, before) => this.#secrets.readAgain([(now ?? before)!.metadata!.name!]),
+      onError: (error) => {
+        this.#secrets.shorten();
+        this.#noteRefusal('watch of secrets', error);
+      },
+    });
+    void this.#secretWatch.synced.then(() => {
+      this.#isSecretWatchSynced = true;
     });
     this.#writer = new TenantStatusWriter({
       write: (tenant, status, signal) => applyTenantStatus(kubeConfig, namespace, tenant, status, signal),
@@ -307,8 +329,8 @@ class Tenancy {
     });
   }
 
-  get holders(): readonly Holder[] {
-    return this.#known.holders;
+  get callers(): ReadonlyMap<string, Caller> {
+    return this.#known.callers;
   }
 
   /** Every Secret that a Tenant names was read once. */
@@ -316,12 +338,21 @@ class Tenancy {
     return this.#secrets.isComplete;
   }
 
+  /** Null: the gateway may not watch Secrets, or has not begun to. */
+  get secretWatch(): { staleSinceMs: number | null } | null {
+    return this.#isSecretWatchSynced ? this.#secretWatch : null;
+  }
+
+  get #hearsOfSecrets(): boolean {
+    return this.secretWatch?.staleSinceMs === null;
+  }
+
   modelsChanged(): void {
     this.#writer.changed();
   }
 
   async close(): Promise<void> {
-    await Promise.all([this.#secrets.close(), this.#writer.close()]);
+    await Promise.all([this.#secretWatch.close(), this.#secrets.close(), this.#writer.close()]);
   }
 
   /** Made anew when it is asked for after a change. */
@@ -329,7 +360,7 @@ class Tenancy {
     if (this.#found === null) {
       const stateOf = (secret: string, entry: string) => this.#secrets.stateOf(secret, entry);
       const verdicts = judgeTenants(this.watch.list(), stateOf);
-      this.#found = { verdicts, holders: verdicts.flatMap(({ holders }) => holders) };
+      this.#found = { verdicts, callers: callersByDigest(verdicts.flatMap(({ holders }) => holders)) };
     }
     return this.#found;
   }

@@ -2,7 +2,7 @@
 // of the list says it is, and the cluster's (cluster.ts), where resources say it.
 
 import type { ModelCard } from '../engine/protocol.ts';
-import { type Authenticate, createAuthenticate, digestOfKey } from './auth.ts';
+import { type Authenticate, callersByDigest, createAuthenticate, digestOfKey } from './auth.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import type { VisibleModel } from './console/console-data.ts';
 import type { Endpoints } from './endpoints.ts';
@@ -14,7 +14,7 @@ import type { RouteRules } from './routes/route.ts';
 export interface Directory {
   authenticate: Authenticate;
   /**
-   * Who may answer to this name for this caller (as `authenticate` named it), by weight; perhaps nobody yet. Null: the
+   * Who may answer to this name for this caller (the tenant that `authenticate` named), by weight; perhaps nobody yet. Null: the
    * name means nothing to the caller.
    */
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null;
@@ -46,15 +46,14 @@ export function listedDirectory(
   limits: ReadonlyMap<string, Limits>,
 ): Directory {
   const holders = [...(apiKeys ?? [])].map(([name, key]) => ({ name, digest: digestOfKey(key) }));
-  const scopes = new Map(
-    holders.map(({ name }): [string, Scope[]] => {
-      const own = limits.get(name) ?? limits.get('*');
-      return [name, own === undefined ? [] : [{ of: 'tenant', id: name, limits: own }]];
-    }),
-  );
+  const callers = callersByDigest(holders);
+  const scopesOf = (name: string): Scope[] => {
+    const own = limits.get(name) ?? limits.get('*');
+    return own === undefined ? [] : [{ of: 'tenant', id: name, limits: own }];
+  };
   return {
-    scopesOf: (caller) => (caller === null ? [] : scopes.get(caller)!),
-    authenticate: apiKeys === null ? () => null : createAuthenticate(() => holders),
+    scopesOf: (caller) => (caller === null ? [] : scopesOf(caller)),
+    authenticate: apiKeys === null ? () => null : createAuthenticate(() => callers),
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     rulesOf: () => null,
     writeAbort: () => {},

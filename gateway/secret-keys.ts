@@ -1,6 +1,6 @@
-// Reads the Secrets that Tenants name, one by one: the gateway may get a Secret by its name and can neither list nor
-// watch them. A Secret is read when it is first named, when asked again, and every few seconds, since nothing tells when
-// it changes. While the API server is away, what was read last holds.
+// Reads the Secrets that Tenants name, one by one, each by its name. A Secret is read when it is first named, when asked
+// again (as when a watch tells that it changed), and every now and then. While the API server is away, what was read last
+// holds.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { V1Secret } from '@kubernetes/client-node';
@@ -12,8 +12,8 @@ export type SecretKeysOptions = {
   /** Something that is known of a key has changed. */
   onChange: () => void;
   onError: (secret: string, error: Error) => void;
-  /** The longest time until a change is seen. */
-  intervalMs: number;
+  /** How long what was read is good for, as of now: the longest time until a change is seen that nobody tells of. */
+  intervalMs: () => number;
 };
 
 /** What is known of one Secret: the entries that are named, or what the whole of it is. */
@@ -21,12 +21,19 @@ type Known = {
   entries: ReadonlySet<string>;
   states: Map<string, KeyState>;
   dueMs: number;
+  /** It was asked for since it was last read with success. */
+  isAsked: boolean;
 };
+
+/** `isSure`: the API server let the gateway read it, or says that there is none. */
+type Answer = { stateOf: (entry: string) => KeyState; isSure: boolean };
 
 /** Secrets that are read at a time. */
 const maxReads = 4;
-/** A Secret of which nothing is known yet is asked for again after this. */
+/** A Secret that was asked for and could not be read is read again after this: its key may have been taken away. */
 const retryMs = 1_000;
+/** One that could not be read when its time came, after this at the most. */
+const unsureMs = 15_000;
 
 export class SecretKeys {
   readonly #options: SecretKeysOptions;
@@ -50,6 +57,7 @@ export class SecretKeys {
         entries,
         states: known?.states ?? new Map(),
         dueMs: hasAll ? known.dueMs : 0,
+        isAsked: known?.isAsked ?? true,
       });
     }
     this.#wake.abort();
@@ -59,8 +67,15 @@ export class SecretKeys {
   readAgain(names: Iterable<string>): void {
     for (const name of names) {
       const known = this.#secrets.get(name);
-      if (known !== undefined) known.dueMs = 0;
+      if (known !== undefined) Object.assign(known, { dueMs: 0, isAsked: true });
     }
+    this.#wake.abort();
+  }
+
+  /** What was read is good for `intervalMs` from now on and no longer. */
+  shorten(): void {
+    for (const known of this.#secrets.values())
+      known.dueMs = Math.min(known.dueMs, Date.now() + this.#waitMs());
     this.#wake.abort();
   }
 
@@ -100,32 +115,41 @@ export class SecretKeys {
     if (asked === undefined || this.#closing.signal.aborted) return;
     // Whoever asks from now on wants a read that begins later.
     asked.dueMs = Number.POSITIVE_INFINITY;
-    const stateOf = await this.#ask(name);
+    const answer = await this.#ask(name);
     const known = this.#secrets.get(name);
     if (known === undefined) return;
-    // Spread, so that the API server is not asked for all of them at once.
-    const isUnread = stateOf === null && known.states.size === 0;
-    const intervalMs = isUnread ? retryMs : this.#options.intervalMs;
-    known.dueMs = Math.min(known.dueMs, Date.now() + intervalMs * (0.6 + 0.3 * Math.random()));
-    if (stateOf === null) return;
-    const states = new Map([...known.entries].map((entry) => [entry, stateOf(entry)]));
+    if (answer !== null) known.isAsked = false;
+    const waitMs = answer === null && known.isAsked ? retryMs : this.#waitMs(answer?.isSure ?? false);
+    known.dueMs = Math.min(known.dueMs, Date.now() + waitMs);
+    if (answer === null) return;
+    const states = new Map([...known.entries].map((entry) => [entry, answer.stateOf(entry)]));
     const isSame = [...states].every(([entry, state]) => isEqual(state, known.states.get(entry)));
     known.states = states;
     if (!isSame) this.#options.onChange();
   }
 
-  /** What the Secret says of an entry; null when it cannot be told now, and what is known holds. */
-  async #ask(name: string): Promise<((entry: string) => KeyState) | null> {
+  /** Spread, so that the API server is not asked for all of them at once. */
+  #waitMs(isSure = true): number {
+    const goodForMs = this.#options.intervalMs();
+    return (isSure ? goodForMs : Math.min(goodForMs, unsureMs)) * (0.6 + 0.3 * Math.random());
+  }
+
+  /** Null when nothing can be told now, and what is known holds. */
+  async #ask(name: string): Promise<Answer | null> {
+    const sure = (stateOf: Answer['stateOf']): Answer => ({ stateOf, isSure: true });
     try {
       const { data = {} } = await this.#options.read(name, this.#closing.signal);
-      return (entry) => readKey(Object.hasOwn(data, entry) ? Buffer.from(data[entry]!, 'base64') : undefined);
+      return sure((entry) =>
+        readKey(Object.hasOwn(data, entry) ? Buffer.from(data[entry]!, 'base64') : undefined),
+      );
     } catch (error) {
       if (this.#closing.signal.aborted) return null;
       const status = error instanceof ApiError ? error.status : null;
-      if (status === 404) return () => ({ kind: 'no_secret' });
+      if (status === 404) return sure(() => ({ kind: 'no_secret' }));
       this.#options.onError(name, error as Error);
+      if (status !== 403) return null;
       // A right that was taken away takes no key away; one that never was there leaves nothing to wait for.
-      return status === 403 ? (entry) => this.#known(name, entry) ?? { kind: 'forbidden' } : null;
+      return { stateOf: (entry) => this.#known(name, entry) ?? { kind: 'forbidden' }, isSure: false };
     }
   }
 
@@ -135,6 +159,6 @@ export class SecretKeys {
 }
 
 function isEqual(a: KeyState, b: KeyState | undefined): boolean {
-  if (a.kind === 'key' && b?.kind === 'key') return a.digest.equals(b.digest);
+  if (a.kind === 'key' && b?.kind === 'key') return a.digest === b.digest;
   return a.kind === b?.kind && (a.kind !== 'invalid' || a.problem === (b as typeof a).problem);
 }

@@ -16,7 +16,7 @@ export type KeyState =
   | { kind: 'forbidden' }
   /** `problem` says what is wrong with the value, and shows nothing of it. */
   | { kind: 'invalid'; problem: string }
-  | { kind: 'key'; digest: Buffer };
+  | { kind: 'key'; digest: string };
 
 export type Problem = { reason: string; message: string };
 
@@ -55,9 +55,8 @@ export function judgeTenants(
       if (state.kind === 'unread') verdict.isUnread = true;
       else if (state.kind !== 'key') verdict.problems.push(problemOf(state, secretRef));
       else {
-        const id = state.digest.toString('hex');
-        const owner = ownerOfKey.get(id) ?? tenant;
-        ownerOfKey.set(id, owner);
+        const owner = ownerOfKey.get(state.digest) ?? tenant;
+        ownerOfKey.set(state.digest, owner);
         if (owner === tenant) verdict.holders.push({ name: tenant.metadata.name!, digest: state.digest });
         else verdict.problems.push(taken(secretRef, owner));
       }

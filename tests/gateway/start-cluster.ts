@@ -16,9 +16,9 @@ import { enginePod } from './resources.ts';
 import { gatewayFor, type TestGateway } from './start-gateway.ts';
 
 /** What the gateway's ServiceAccount may do. */
-const rules = [
+const rulesOf = (mayWatchSecrets: boolean) => [
   { apiGroups: [''], resources: ['pods'], verbs: ['list', 'watch'] },
-  { apiGroups: [''], resources: ['secrets'], verbs: ['get'] },
+  { apiGroups: [''], resources: ['secrets'], verbs: mayWatchSecrets ? ['get', 'list', 'watch'] : ['get'] },
   { apiGroups: ['motet.dev'], resources: Object.values(plurals), verbs: ['list', 'watch'] },
   { apiGroups: ['motet.dev'], resources: ['tenants/status', 'adapterroutes/status'], verbs: ['patch'] },
 ];
@@ -56,11 +56,13 @@ export type Cluster = {
   remove(kind: Kind, name: string): Promise<void>;
   tenant(name: string): Promise<Tenant>;
   setSecret(name: string, entries: Record<string, string>): Promise<void>;
+  /** Changes a Secret and nothing that it holds. */
+  touchSecret(name: string): Promise<void>;
   engine(options?: EngineOptions): Promise<Engine>;
   gateway(settings?: Partial<Config>): Promise<TestGateway>;
 };
 
-export async function startCluster(plane: ControlPlane): Promise<Cluster> {
+export async function startCluster(plane: ControlPlane, { mayWatchSecrets = true } = {}): Promise<Cluster> {
   const namespace = await createNamespace(plane);
   const admin = new KubeConfig();
   admin.loadFromFile(plane.kubeconfig);
@@ -76,8 +78,9 @@ export async function startCluster(plane: ControlPlane): Promise<Cluster> {
   await core('/serviceaccounts', { method: 'POST', body: serviceAccount }).catch((error: ApiError) => {
     if (error.status !== 409) throw error;
   });
-  const kubeconfig = await gatewayKubeconfig(admin, plane.kubeconfig, namespace);
+  const kubeconfig = await gatewayKubeconfig(admin, plane.kubeconfig, namespace, rulesOf(mayWatchSecrets));
   let numEngines = 0;
+  let touches = 0;
 
   return {
     namespace,
@@ -100,6 +103,10 @@ export async function startCluster(plane: ControlPlane): Promise<Cluster> {
         if (error.status !== 409) throw error;
         return core(`/secrets/${name}`, merge({ stringData }));
       });
+    },
+    async touchSecret(name) {
+      touches += 1;
+      await core(`/secrets/${name}`, merge({ metadata: { annotations: { touched: String(touches) } } }));
     },
     async engine({ baseModel = 'base', base = 'base', adapters = [], isReady = true, ...options } = {}) {
       numEngines += 1;
@@ -130,7 +137,12 @@ export async function startCluster(plane: ControlPlane): Promise<Cluster> {
 }
 
 /** A kubeconfig that acts as the ServiceAccount of a gateway. */
-async function gatewayKubeconfig(admin: KubeConfig, file: string, namespace: string): Promise<string> {
+async function gatewayKubeconfig(
+  admin: KubeConfig,
+  file: string,
+  namespace: string,
+  rules: object[],
+): Promise<string> {
   const name = 'gateway';
   const path = `/apis/rbac.authorization.k8s.io/v1/namespaces/${namespace}`;
   await callApi(admin, { method: 'POST', path: `${path}/roles`, body: { metadata: { name }, rules } });

@@ -149,7 +149,7 @@ const table: Record<string, Record<string, string[]>> = {
     'tenants/status.motet.dev': ['patch'],
     'adapterroutes/status.motet.dev': ['patch'],
     pods: ['list', 'watch'],
-    secrets: ['get'],
+    secrets: ['get', 'list', 'watch'],
   },
   'motet-engine': {},
 };
