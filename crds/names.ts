@@ -36,7 +36,7 @@ export const baseModelReasons = {
   engineFailing: 'EngineFailing',
   /** Not ready: pods cannot be scheduled or their image or volumes cannot be had. */
   podsPending: 'PodsPending',
-  /** Not ready: replicas is 0. */
+  /** Not ready: replicas is 0, and nobody asks. */
   scaledToZero: 'ScaledToZero',
   /** Not ready: another resource has its served name. */
   nameConflict: 'NameConflict',
@@ -68,6 +68,8 @@ export const loraAdapterReasons = {
   noEngineReady: 'NoEngineReady',
   /** Not ready: no engine has room for it. Not pinned: pins would leave an engine too little; the message has its words. */
   noRoom: 'NoRoom',
+  /** Nobody asked for it lately, and it is loaded on demand. */
+  notAsked: 'NotAsked',
   /** Another resource has one of its served names; the older one keeps it. */
   nameConflict: 'NameConflict',
   /** Pinned: every wanted copy stays on the device. */

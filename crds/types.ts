@@ -324,6 +324,16 @@ export interface BaseModelSpec {
     bytesPerSecond?: number | string;
   };
   /**
+   * Engines that there are while somebody asks for the model or its adapters, where `replicas` is less:
+   * with replicas 0 the model wakes by a request, which waits for it. Default, `replicas` alone counts.
+   */
+  onDemand?: {
+    /** Engine pods while somebody asks. Default 1. */
+    replicas: number;
+    /** Minutes without a request after which they end. Default 30. */
+    idleMinutes: number;
+  };
+  /**
    * PersistentVolumeClaims of this namespace that adapters may be loaded from, mounted read-only into every
    * engine. Only these may stand in a LoraAdapter's `pvc://CLAIM/PATH`. Changing the list replaces the
    * pods. Default, none.
@@ -409,6 +419,11 @@ export interface BaseModelSpec {
 export interface BaseModelStatus {
   /** Generation of the spec that this status is about. */
   observedGeneration?: number;
+  /**
+   * When somebody last asked for it, to a minute or a quarter of idleMinutes. The gateways write it, with
+   * `spec.onDemand` alone.
+   */
+  askedAt?: string;
   /** Engine pods that exist. */
   replicas?: number;
   /** Engine pods that are ready. */
@@ -507,12 +522,25 @@ export interface LoraAdapterSpec {
    * condition Pinned says so. Default false.
    */
   pin: boolean;
+  /**
+   * Load it when somebody asks for it, and unload it when nobody has for a while. Who asks first waits for
+   * the load. Default, it is always loaded.
+   */
+  onDemand?: {
+    /** Minutes without a request after which it is unloaded. Default 60. */
+    idleMinutes: number;
+  };
 }
 
 /** What is, as the engines last said. */
 export interface LoraAdapterStatus {
   /** Generation of the spec that this status is about. */
   observedGeneration?: number;
+  /**
+   * When somebody last asked for it, to a minute or a quarter of idleMinutes. The gateways write it, with
+   * `spec.onDemand` alone.
+   */
+  askedAt?: string;
   /** What the adapter is, sha256 over its config and weights. */
   digest?: string;
   /** Largest rank of its modules. */

@@ -89,7 +89,8 @@ export interface ModelCard {
   root: string;
   /** The base's id for adapters, null for the base. */
   parent: string | null;
-  max_model_len: number;
+  /** Null: no engine is there that could say. Engines always say. */
+  max_model_len: number | null;
   permission: unknown[];
 }
 

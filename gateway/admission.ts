@@ -11,8 +11,9 @@ export type AdmissionLimits = {
   maxInFlightPerEngine: number;
   maxQueued: number;
   queueTimeoutMs: number;
-  /** Longest wait for a declared model that no engine holds. */
+  /** Longest wait for a declared model that no engine holds, and for one that comes only when somebody asks. */
   modelWaitMs: number;
+  wakeWaitMs: number;
 };
 
 /** A request's place in an engine. It is given back exactly once. */
@@ -81,9 +82,9 @@ export class Admission {
   }
 
   #wait(route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
-    const { queueTimeoutMs, modelWaitMs } = this.#limits;
-    const timeoutMs =
-      this.#whyNone(target, tried) === null ? queueTimeoutMs : Math.min(queueTimeoutMs, modelWaitMs);
+    const { queueTimeoutMs, modelWaitMs, wakeWaitMs } = this.#limits;
+    const absentMs = target.asks === undefined ? Math.min(queueTimeoutMs, modelWaitMs) : wakeWaitMs;
+    const timeoutMs = this.#whyNone(target, tried) === null ? queueTimeoutMs : absentMs;
     const { promise, resolve, reject } = Promise.withResolvers<Slot>();
     // Leaves the queue before anything else can run: a waiter that is admitted after it gave up would keep its
     // slot for ever.

@@ -10,15 +10,17 @@ import { consoleDataPath, consolePaths, serveConsole } from './console/console.t
 import { consoleData } from './console/console-data.ts';
 import { Traffic } from './console/traffic.ts';
 import type { Directory } from './directory.ts';
-import { asGatewayError, type ErrorCode, errorTable, GatewayError, sendError } from './errors.ts';
+import { asGatewayError, type ErrorCode, errorBody, errorTable, GatewayError, sendError } from './errors.ts';
 import { type Forward, forward, type Outcome } from './forward.ts';
 import { countTokens, type Metrics } from './metrics.ts';
+import { type HoldLimits, holdStream } from './on-demand/hold.ts';
 import { type Asked, modelNotFound, parseAsked, parseContentType } from './openai.ts';
 import { noTokens, type Quota } from './quota/quota.ts';
 import { estimatePromptTokens } from './quota/usage.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 import { type Asker, stickyKey } from './routes/route.ts';
 import { type Copied, judgedOf, type Routes } from './routes/routes.ts';
+import { errorEvent } from './sse.ts';
 import { endRequestSpan, startRequestSpan } from './tracing.ts';
 
 export type AppParts = {
@@ -30,6 +32,8 @@ export type AppParts = {
   /** Which targets of AdapterRoutes get requests, and what becomes of that. */
   routes: Routes;
   maxBodyBytes: number;
+  /** When a stream whose request waits is begun. */
+  hold: HoldLimits;
   /** Serves the console page and its data. */
   hasConsole: boolean;
   metrics: Metrics;
@@ -216,7 +220,7 @@ function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
 
 async function answer(
   path: (typeof forwardedPaths)[number],
-  { model, user }: Asked,
+  { model, user, isStream }: Asked,
   body: Buffer,
   req: Request,
   res: Response,
@@ -239,8 +243,23 @@ async function answer(
   const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
   const session = sessionOf(req, facts);
   const asked = { path, target, headers, body, session, signal };
-  const failure = await forward(parts.forward, asked, res, facts);
-  if (failure !== null) noteError(parts.log, facts, failure);
+  const isWaiting = () => facts.engine === undefined;
+  const endHold = isStream
+    ? holdStream(res, { [modelHeader]: target.name }, isWaiting, parts.hold)
+    : () => undefined;
+  res.once('close', endHold);
+  try {
+    const failure = await forward(parts.forward, asked, res, facts);
+    if (failure !== null) noteError(parts.log, facts, failure);
+  } catch (error) {
+    if (!res.headersSent) throw error;
+    // The client was told to wait, in an answer that has begun.
+    const failure = asGatewayError(error, parts.maxBodyBytes);
+    noteError(parts.log, facts, failure);
+    res.end(errorEvent(errorBody(failure)));
+  } finally {
+    endHold();
+  }
 }
 
 /** The client's word that requests belong together. Another tenant's is another. */
@@ -287,6 +306,7 @@ export async function findTarget(
   target ??= chooseTarget(shares(), mayAppear, draw);
   if (target === null) throw notServed(model, first, kind === 'served' ? 'unknown' : kind);
   facts.target = target.name;
+  if (target.asks !== undefined) directory.ask(target.asks);
   return target;
 }
 

@@ -16,8 +16,9 @@ import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
+import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
 import type { Scope } from './quota/limits.ts';
-import { resolveModel } from './resolve-model.ts';
+import { mayAppear, resolveModel } from './resolve-model.ts';
 import { type Aborted, AbortWriter } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
 import { SecretKeys } from './secret-keys.ts';
@@ -54,6 +55,7 @@ export class Cluster implements Directory {
   readonly #watches: Map<string, ObjectWatch<never>>;
   readonly #synced = new Set<string>();
   readonly #aborts: AbortWriter;
+  readonly #asks: AskWriter;
   readonly #recovery: NodeJS.Timeout;
   /** Made anew when it is asked for after a change. */
   #models: Map<string, Model> | null = null;
@@ -110,6 +112,12 @@ export class Cluster implements Directory {
       (route) => this.#adapterRoutes.get(route),
       (error) => this.#log.warn({ cause: error.message }, 'an aborted target could not be written down yet'),
     );
+    this.#asks = new AskWriter({
+      ...{ kubeConfig, namespace },
+      current: ({ kind, name }) => (kind === 'BaseModel' ? this.#baseModels : this.#loraAdapters).get(name),
+      onError: (error) =>
+        this.#log.warn({ cause: error.message }, 'that a model is asked for could not be told'),
+    });
     this.#recovery = setInterval(() => this.#noteRecovery(), 1_000);
 
     const authenticate = createAuthenticate(() => this.#tenancy!.callers);
@@ -127,6 +135,10 @@ export class Cluster implements Directory {
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null {
     const model = this.#modelsByName.get(name);
     return model !== undefined && this.#mayUse(caller, model) ? model.targets : null;
+  }
+
+  ask(asks: readonly OnDemand[]): void {
+    for (const one of asks) this.#asks.ask(one, Date.now());
   }
 
   writeAbort(route: string, aborted: Aborted): void {
@@ -180,7 +192,7 @@ export class Cluster implements Directory {
   async close(): Promise<void> {
     clearInterval(this.#recovery);
     const watches = [...this.#watches.values()].map((watch) => watch.close());
-    await Promise.all([...watches, this.#tenancy?.close(), this.#aborts.close()]);
+    await Promise.all([...watches, this.#tenancy?.close(), this.#aborts.close(), this.#asks.close()]);
   }
 
   get #modelsByName(): Map<string, Model> {
@@ -202,7 +214,10 @@ export class Cluster implements Directory {
     return [...this.#modelsByName.values()].filter((model) => mayUse(spec.access, model)).length;
   }
 
-  /** The card of an engine that holds the model; for a route one that is made of its targets'. Empty: none holds it. */
+  /**
+   * The card of an engine that holds the model; for a route one that is made of its targets'. Empty: none holds it, nor would
+   * one if somebody asked.
+   */
   #cardOf({ name, kind, created, parent, targets }: Model): ModelCard[] {
     const cards = targets
       .filter(({ weight }) => weight > 0)
@@ -210,8 +225,9 @@ export class Cluster implements Directory {
         const resolution = resolveModel(target, this.#endpoints.all, Date.now());
         return resolution.kind === 'served' ? [resolution.endpoints[0]!.cards.get(target.name)!] : [];
       });
-    if (kind !== 'route' || cards.length === 0) return cards;
-    const maxModelLen = Math.min(...cards.map(({ max_model_len }) => max_model_len));
+    const mayWake = targets.some((target) => target.asks !== undefined && mayAppear(target));
+    if (cards.length > 0 ? kind !== 'route' : !mayWake) return cards;
+    const lengths = cards.map(({ max_model_len }) => max_model_len).filter((length) => length !== null);
     return [
       {
         id: name,
@@ -220,7 +236,7 @@ export class Cluster implements Directory {
         owned_by: 'motet',
         root: name,
         parent,
-        max_model_len: maxModelLen,
+        max_model_len: lengths.length === 0 ? null : Math.min(...lengths),
         permission: [],
       },
     ];
@@ -397,10 +413,16 @@ class Tenancy {
 
 /** Of a status only what models.ts asks for: the rest changes often and would be kept a thousand times. */
 function withoutDetails<T extends KubernetesObject>(object: T): T {
-  const kept = object as { status?: { conditions?: Condition[] } & Pick<RouteStatus, 'aborted' | 'step'> };
-  const { conditions: all = [], aborted, step } = kept.status ?? {};
+  type Kept = { conditions?: Condition[]; askedAt?: string } & Pick<RouteStatus, 'aborted' | 'step'>;
+  const kept = object as { status?: Kept };
+  const { conditions: all = [], aborted, step, askedAt } = kept.status ?? {};
   const conditions = all.filter(({ type }) => type === conditionTypes.ready);
-  kept.status = { conditions, ...(aborted && { aborted }), ...(step && { step }) };
+  kept.status = {
+    conditions,
+    ...(aborted && { aborted }),
+    ...(step && { step }),
+    ...(askedAt && { askedAt }),
+  };
   return object;
 }
 

@@ -83,6 +83,12 @@ export const settings = {
   'model-wait-ms': milliseconds(10_000).describe(
     'longest wait for a declared model that no engine holds, as while pods are replaced',
   ),
+  'wake-wait-ms': milliseconds(120_000).describe(
+    'longest wait for a model or adapter that comes only when somebody asks (spec.onDemand)',
+  ),
+  'hold-after-ms': milliseconds(10_000).describe(
+    'when a stream that waits for an engine is begun with comments, so that nothing gives up on it',
+  ),
   'connect-timeout-ms': milliseconds(2_000).describe('longest wait for a connection to an engine'),
   'first-byte-timeout-ms': milliseconds(300_000).describe("longest wait for an engine's first byte"),
   'idle-timeout-ms': milliseconds(60_000).describe('longest pause within an answer, of engine or client'),
@@ -180,6 +186,8 @@ export type Config = {
   maxQueued: number;
   queueTimeoutMs: number;
   modelWaitMs: number;
+  wakeWaitMs: number;
+  holdAfterMs: number;
   connectTimeoutMs: number;
   firstByteTimeoutMs: number;
   idleTimeoutMs: number;
@@ -250,6 +258,8 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     maxQueued: values['max-queued'],
     queueTimeoutMs: values['queue-timeout-ms'],
     modelWaitMs: values['model-wait-ms'],
+    wakeWaitMs: values['wake-wait-ms'],
+    holdAfterMs: values['hold-after-ms'],
     connectTimeoutMs: values['connect-timeout-ms'],
     firstByteTimeoutMs: values['first-byte-timeout-ms'],
     idleTimeoutMs: values['idle-timeout-ms'],

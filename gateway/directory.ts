@@ -7,6 +7,7 @@ import type { WeightedTarget } from './choose-target.ts';
 import type { VisibleModel } from './console/console-data.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import type { OnDemand } from './on-demand/ask-writer.ts';
 import type { Limits, Scope } from './quota/limits.ts';
 import type { Aborted } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
@@ -20,6 +21,8 @@ export interface Directory {
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null;
   /** What an AdapterRoute of this name says beside its targets; null when the name is none of a route. */
   rulesOf(name: string): RouteRules | null;
+  /** Somebody asks for what is there only on demand. Returns at once. */
+  ask(asks: readonly OnDemand[]): void;
   /** A target of a route was found too bad: the other gateways are to know. */
   writeAbort(route: string, aborted: Aborted): void;
   /** The models that the caller may use and that an engine holds now, bases first. */
@@ -56,6 +59,7 @@ export function listedDirectory(
     authenticate: apiKeys === null ? () => null : createAuthenticate(() => callers),
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     rulesOf: () => null,
+    ask: () => {},
     writeAbort: () => {},
     cards: () => listCards(endpoints),
     models: () =>

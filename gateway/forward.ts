@@ -108,7 +108,7 @@ export function forward(
   outcome: Outcome,
 ): Promise<GatewayError | null> {
   return tryEngines(parts, req, outcome, async (answer, attempt) => {
-    res.setHeader(modelHeader, req.target.name);
+    if (!res.headersSent) res.setHeader(modelHeader, req.target.name);
     const failure = await relay(answer, res, attempt, outcome);
     // What the client has not read yet is held for it, and not for ever.
     res.setTimeout(parts.limits.idleTimeoutMs);
@@ -277,10 +277,8 @@ async function relay(
   attempt: Attempt,
   outcome: Outcome,
 ): Promise<GatewayError | null> {
-  res.status(answer.status);
-  for (const [name, value] of Object.entries(answer.headers)) {
-    if (value !== undefined && !headersNotPassedOn.has(name)) res.setHeader(name, value);
-  }
+  if (res.headersSent && answer.kind === 'whole') return relayLate(answer.body, res, outcome);
+  if (!res.headersSent) copyHead(answer, res);
   outcome.firstByteMs = performance.now();
   if (answer.kind === 'whole') {
     outcome.responseBytes = answer.body.length;
@@ -288,6 +286,21 @@ async function relay(
     return null;
   }
   return relayStream(answer, res, attempt, outcome);
+}
+
+function copyHead({ status, headers }: Answer, res: Response): void {
+  res.status(status);
+  for (const [name, value] of Object.entries(headers)) {
+    if (value !== undefined && !headersNotPassedOn.has(name)) res.setHeader(name, value);
+  }
+}
+
+/** An engine's refusal for a client whose stream was begun while it waited: it can only be an event. */
+function relayLate(body: Buffer, res: Response, outcome: Outcome): null {
+  const event = Buffer.from(`data: ${JSON.stringify(JSON.parse(body.toString()))}\n\n`);
+  outcome.responseBytes = event.length;
+  res.end(event);
+  return null;
 }
 
 async function relayStream(
@@ -310,7 +323,7 @@ async function relayStream(
     attempt.allowIdle();
   };
 
-  res.flushHeaders();
+  if (!res.headersSent) res.flushHeaders();
   try {
     attempt.allowIdle();
     await send(events.push(first));

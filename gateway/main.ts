@@ -15,6 +15,7 @@ import { keyHeaders, tokenFileHeaders } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
 import { createMetrics, watchRouting, watchState } from './metrics.ts';
+import { commentEveryMs } from './on-demand/hold.ts';
 import { LocalMeters } from './quota/meter-store.ts';
 import { Quota } from './quota/quota.ts';
 import { RedisMeters } from './quota/redis-meters.ts';
@@ -104,6 +105,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     batches: batches?.routes ?? null,
     quota,
     maxBodyBytes: config.maxBodyBytes,
+    hold: { holdAfterMs: config.holdAfterMs, everyMs: commentEveryMs },
     hasConsole: config.hasConsole,
     metrics,
     log,

@@ -6,6 +6,7 @@ import { conditionTypes, loraAdapterReasons, servedNameOf, servedNamesOf } from 
 import type { AdapterRoute, BaseModel, LoraAdapter, TenantSpec } from '../crds/types.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import { selects } from './label-selector.ts';
+import type { OnDemand } from './on-demand/ask-writer.ts';
 import { type RouteRules, routeRules, steppedWeights } from './routes/route.ts';
 
 export type Resources = {
@@ -45,10 +46,11 @@ export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resourc
   const models = new Map<string, Model>();
   const targetOfBase = new Map<string, WeightedTarget>();
   const targetOfAdapter = new Map<string, WeightedTarget>();
+  const wakes = new Map(baseModels.map((resource) => [resource.metadata.name!, onDemandOf(resource)]));
   for (const resource of baseModels) {
     const baseModel = resource.metadata.name!;
     for (const name of ownedBy(resource, [servedNameOf(resource)])) {
-      const target = { name, baseModel, weight: 1 };
+      const target = { name, baseModel, weight: 1, ...asksOf(wakes.get(baseModel)) };
       targetOfBase.set(baseModel, target);
       models.set(name, { ...common(resource, name), kind: 'baseModel', parent: null, targets: [target] });
     }
@@ -57,7 +59,11 @@ export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resourc
   for (const resource of loraAdapters) {
     const { baseModel } = resource.spec;
     for (const name of ownedBy(resource, servedNamesOf(resource))) {
-      const target = { name, baseModel, weight: 1, ...(isHopeless(resource) ? { isHopeless: true } : {}) };
+      const target = {
+        ...{ name, baseModel, weight: 1 },
+        ...(isHopeless(resource) && { isHopeless: true }),
+        ...asksOf(wakes.get(baseModel), onDemandOf(resource)),
+      };
       // The first of its names is as good as any: engines know the adapter by each.
       if (!targetOfAdapter.has(resource.metadata.name!)) targetOfAdapter.set(resource.metadata.name!, target);
       const parent = parentOf(baseModel);
@@ -90,6 +96,15 @@ export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resourc
     }
   }
   return models;
+}
+
+function onDemandOf({ kind, metadata, spec }: BaseModel | LoraAdapter): OnDemand | undefined {
+  return spec.onDemand && { kind, name: metadata.name!, idleMinutes: spec.onDemand.idleMinutes };
+}
+
+function asksOf(...resources: (OnDemand | undefined)[]): Pick<WeightedTarget, 'asks'> {
+  const asks = resources.filter((one) => one !== undefined);
+  return asks.length === 0 ? {} : { asks };
 }
 
 function copies(said: LoraAdapter['spec']['copies']): number | 'all' {

@@ -3,6 +3,7 @@
 
 import type { Endpoint } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import type { OnDemand } from './on-demand/ask-writer.ts';
 import { modelNotFound, noEngineReady } from './openai.ts';
 
 /** Who answers: a base model or an adapter, as engines know it. */
@@ -13,6 +14,8 @@ export type Target = {
   baseModel: string | null;
   /** The operator says that no engine will have it before somebody changes something. Default false. */
   isHopeless?: boolean;
+  /** Resources behind it that are there only while somebody asks. Default none. */
+  asks?: readonly OnDemand[];
 };
 
 export type Resolution =
@@ -48,12 +51,25 @@ export function mayAppear({ baseModel, isHopeless = false }: Target): boolean {
   return baseModel !== null && !isHopeless;
 }
 
+/** An engine that starts, or an adapter that is fetched, takes longer than one that is away for a moment. */
+const wakeRetryAfterS = 15;
+
 /**
  * What the client is told when no engine can answer.
  *
  * @param name  as the client asked for it
  */
-export function notServed(name: string, { baseModel }: Target, kind: Exclude<Resolution['kind'], 'served'>) {
+export function notServed(
+  name: string,
+  { baseModel, asks }: Target,
+  kind: Exclude<Resolution['kind'], 'served'>,
+) {
+  if (asks !== undefined) {
+    return new GatewayError('model_unavailable', 'this model is on its way to an engine, since you ask', {
+      param: 'model',
+      retryAfterS: wakeRetryAfterS,
+    });
+  }
   if (kind === 'no_engine') return noEngineReady();
   if (kind === 'away') {
     return new GatewayError('model_unavailable', 'the engines that have this model are away', {

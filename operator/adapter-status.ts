@@ -17,6 +17,8 @@ export interface AdapterFacts {
   nameConflict: string | null;
   /** A claim that its source names and the base model does not. */
   missingClaim: string | null;
+  /** It is to be loaded now. */
+  isWanted: boolean;
   /** Served names that are its own. */
   names: readonly string[];
   /** The wanted version; null while nobody knows it. */
@@ -88,6 +90,9 @@ function isServed(facts: AdapterFacts): Verdict {
       reasons.claimNotMounted,
       `Engines of BaseModel ${baseModel} do not mount the claim ${facts.missingClaim}. Add it to its spec.adapterClaims.`,
     );
+  }
+  if (!facts.isWanted) {
+    return no(reasons.notAsked, 'Nobody asked for it lately. It is loaded when somebody does.');
   }
   if (numDesired === 0 && facts.silence !== null) {
     return no(

@@ -33,6 +33,8 @@ type Verdict = Pick<Finding, 'status' | 'reason' | 'message'>;
 
 interface Engines {
   wanted: number;
+  /** A request may bring more. */
+  isOnDemand: boolean;
   ready: number;
   troubles: { name: string; trouble: PodTrouble }[];
 }
@@ -47,6 +49,7 @@ export function baseModelStatus(observed: Observed): BaseModelStatus {
   const troubles = pods.map((pod) => ({ name: nameOf(pod), trouble: troubleOf(pod) }));
   const engines: Engines = {
     wanted: baseModel.spec.replicas,
+    isOnDemand: baseModel.spec.onDemand !== undefined,
     ready: pods.filter(isReady).length,
     troubles: troubles.filter((one): one is Engines['troubles'][number] => one.trouble !== null),
   };
@@ -77,14 +80,17 @@ function isCounted({ metadata, status }: V1Pod): boolean {
 }
 
 function isServing({ nameConflict, refusals, deployment }: Observed, engines: Engines): Verdict {
-  const { wanted, ready, troubles } = engines;
+  const { wanted, isOnDemand, ready, troubles } = engines;
   const no = (reason: string, message: string): Verdict => ({ status: 'False', reason, message });
   if (nameConflict !== null) {
     const advice = 'Delete one of the two; the name of a base model cannot be changed.';
     return no(reasons.nameConflict, `${nameConflict}. ${advice}`);
   }
   if (refusals.length > 0) return no(reasons.applyRefused, refusals.join('; '));
-  if (wanted === 0) return no(reasons.scaledToZero, 'replicas is 0');
+  if (wanted === 0) {
+    const more = isOnDemand ? ', and nobody asked lately; a request wakes it' : '';
+    return no(reasons.scaledToZero, `replicas is 0${more}`);
+  }
   if (ready >= wanted) {
     return {
       status: 'True',

@@ -95,7 +95,7 @@ export function keysOfOwned(now: KubernetesObject | undefined, before: Kubernete
 /** What gateways write into a status is not our own. */
 function hasNewSignal(now: Claimant | undefined, before: Claimant | undefined): boolean {
   const signalOf = (one: Claimant | undefined) =>
-    JSON.stringify(one?.kind === 'AdapterRoute' ? one.status?.aborted : undefined);
+    one?.kind === 'AdapterRoute' ? JSON.stringify(one.status?.aborted) : one?.status?.askedAt;
   return signalOf(now) !== signalOf(before);
 }
 

@@ -313,7 +313,7 @@ export function isReady({ metadata, status }: V1Pod): boolean {
 }
 
 /** What gateways write into statuses, with a field manager of their own. */
-const fieldsOfGateways: ReadonlySet<string> = new Set(['aborted']);
+const fieldsOfGateways: ReadonlySet<string> = new Set(['aborted', 'askedAt']);
 
 /** Equal but for the times of conditions whose status is the same, and for what is not the operator's to say. */
 export function saysTheSame(a: object | undefined, b: object): boolean {

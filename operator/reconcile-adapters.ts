@@ -13,6 +13,7 @@ import { conditionOf } from './conditions.ts';
 import { claimOf } from './engine-client.ts';
 import { type Engine, type EngineMemory, type Look, lifeOf } from './engines.ts';
 import { namesOf, sayTaken, takenNames } from './names.ts';
+import { isWanted } from './on-demand.ts';
 import { inParallel } from './parallel.ts';
 import { type PlacementAdapter, place } from './placement.ts';
 
@@ -32,6 +33,8 @@ interface Found {
   /** Served names that are its own. */
   names: string[];
   missingClaim: string | null;
+  /** It is to be loaded now: always, or since somebody asks for it. */
+  isWanted: boolean;
   wanted: WantedAdapter;
   bytes: number;
   numDesired: number;
@@ -64,7 +67,7 @@ export async function reconcileAdapters(name: string, parts: Parts): Promise<Rec
   return { requeueAfterMs: Math.min(config.engineCheckSeconds * 1000, retryInMs) };
 }
 
-function lookAt(adapter: LoraAdapter, baseModel: BaseModel | undefined, { cluster }: Parts): Found {
+function lookAt(adapter: LoraAdapter, baseModel: BaseModel | undefined, { cluster, clock }: Parts): Found {
   const { metadata, spec } = adapter;
   const claim = claimOf(spec.source.uri);
   const taken = new Set(takenNames(adapter, cluster.nameHolders).map(({ name }) => name));
@@ -81,6 +84,7 @@ function lookAt(adapter: LoraAdapter, baseModel: BaseModel | undefined, { cluste
     },
     names,
     missingClaim: claim === null || baseModel?.spec.adapterClaims?.includes(claim) ? null : claim,
+    isWanted: isWanted(adapter, clock.date()),
     wanted: { id, names, digest: null, pods: [], isPinned: spec.pin },
     bytes: 0,
     numDesired: 0,
@@ -128,7 +132,7 @@ function decide(found: Found[], engines: readonly Engine[], memory: EngineMemory
   );
   const guess = median([...sizes.values()]) ?? (engines[0]?.arena.totalBytes ?? 0) * firstGuessShare;
   // One whose names are all somebody else's cannot be loaded at all.
-  const placed = found.filter(({ names }) => names.length > 0);
+  const placed = found.filter(({ names, isWanted }) => names.length > 0 && isWanted);
   for (const one of placed) {
     const { digest } = one.wanted;
     const known = digest === null ? undefined : (sizes.get(digest) ?? knownBytes(one.before, digest));
@@ -177,7 +181,10 @@ function act(
   const { cluster, clock } = parts;
   const sources = new Map(found.map(({ wanted, source }) => [wanted.id, source]));
   const byPod = new Map(engines.map((engine) => [engine.pod, engine]));
-  const wanted = found.map((one) => (one.missingClaim === null ? one.wanted : { ...one.wanted, pods: [] }));
+  // What is not wanted now is not in the list, so it goes from wherever it is.
+  const wanted = found
+    .filter((one) => one.isWanted)
+    .map((one) => (one.missingClaim === null ? one.wanted : { ...one.wanted, pods: [] }));
   let isFull = false;
   for (const step of planSteps(
     wanted,
@@ -247,6 +254,7 @@ function statusOf(
     baseModelExists: memory !== null,
     nameConflict: taken.length > 0 ? sayTaken(taken) : null,
     missingClaim: one.missingClaim,
+    isWanted: one.isWanted,
     names,
     digest: memory === null ? (before?.digest ?? null) : wanted.digest,
     engines,
@@ -262,7 +270,11 @@ function statusOf(
 }
 
 /** A base model's own events tell of engines that are not ready; that each of its adapters waits for them is no news. */
-const untold: string[] = [loraAdapterReasons.loading, loraAdapterReasons.noEngineReady];
+const untold: string[] = [
+  loraAdapterReasons.loading,
+  loraAdapterReasons.noEngineReady,
+  loraAdapterReasons.notAsked,
+];
 
 function tellTransition({ adapter, before }: Found, now: LoraAdapterStatus, { cluster, log }: Parts): void {
   const { reason, message } = conditionOf({ status: now }, 'Ready')!;

@@ -7,6 +7,7 @@ import type { Parts, ReconcileResult } from './cluster.ts';
 import { conditionOf } from './conditions.ts';
 import { desiredObjects, serviceName } from './desired.ts';
 import { sayTaken, takenNames } from './names.ts';
+import { wantedReplicas } from './on-demand.ts';
 
 /** What the API server refused it may take later, when a quota or a webhook changed; no watch tells. */
 const refusedRetryMs = 60_000;
@@ -14,13 +15,15 @@ const refusedRetryMs = 60_000;
 /** @throws as `Cluster.write` */
 export async function reconcileBaseModel(name: string, parts: Parts): Promise<ReconcileResult> {
   const { cluster, clock, metrics } = parts;
-  const baseModel = cluster.baseModels.get(name);
-  if (baseModel === undefined) {
+  const live = cluster.baseModels.get(name);
+  if (live === undefined) {
     // What it owned is collected by the cluster.
     metrics.forgetBaseModel(name);
     return {};
   }
-  if (baseModel.metadata.deletionTimestamp) return {};
+  if (live.metadata.deletionTimestamp) return {};
+  const { replicas, askAgainInMs } = wantedReplicas(live, clock.date());
+  const baseModel = { ...live, spec: { ...live.spec, replicas } };
 
   const taken = takenNames(baseModel, cluster.nameHolders);
   // A newcomer without a name gets no engines; engines that there are already are left as they are.
@@ -43,7 +46,11 @@ export async function reconcileBaseModel(name: string, parts: Parts): Promise<Re
   if (isNews) tellTransitions(baseModel, before, status, parts);
   metrics.baseModelEngines.set({ base_model: name, state: 'ready' }, status.readyReplicas!);
   metrics.baseModelEngines.set({ base_model: name, state: 'wanted' }, baseModel.spec.replicas);
-  return refusals.length > 0 ? { requeueAfterMs: refusedRetryMs } : {};
+  const againMs = Math.min(
+    refusals.length > 0 ? refusedRetryMs : Number.POSITIVE_INFINITY,
+    askAgainInMs ?? Number.POSITIVE_INFINITY,
+  );
+  return Number.isFinite(againMs) ? { requeueAfterMs: againMs } : {};
 }
 
 /** @returns what was refused and what has to wait, for a person */

@@ -8,7 +8,13 @@ import { type RouteAsk, Router } from '../../gateway/routing/router.ts';
 import { routing } from './start-gateway.ts';
 
 const declared: Target = { name: 'sql', baseModel: 'base' };
-const limits = { maxInFlightPerEngine: 1, maxQueued: 2, queueTimeoutMs: 10_000, modelWaitMs: 10_000 };
+const limits = {
+  maxInFlightPerEngine: 1,
+  maxQueued: 2,
+  queueTimeoutMs: 10_000,
+  wakeWaitMs: 50,
+  modelWaitMs: 10_000,
+};
 const route: RouteAsk = { name: 'sql', prefix: prefixOf('sql', Buffer.from('')), outputTokens: 1 };
 const noOne = new AbortController().signal;
 

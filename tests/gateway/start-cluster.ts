@@ -20,7 +20,11 @@ const rulesOf = (mayWatchSecrets: boolean) => [
   { apiGroups: [''], resources: ['pods'], verbs: ['list', 'watch'] },
   { apiGroups: [''], resources: ['secrets'], verbs: mayWatchSecrets ? ['get', 'list', 'watch'] : ['get'] },
   { apiGroups: ['motet.dev'], resources: Object.values(plurals), verbs: ['list', 'watch'] },
-  { apiGroups: ['motet.dev'], resources: ['tenants/status', 'adapterroutes/status'], verbs: ['patch'] },
+  {
+    apiGroups: ['motet.dev'],
+    resources: Object.values(plurals).map((kind) => `${kind}/status`),
+    verbs: ['patch'],
+  },
 ];
 
 export type Engine = {

@@ -103,6 +103,8 @@ const defaults: Config = {
   maxQueued: 8,
   queueTimeoutMs: 10_000,
   modelWaitMs: 300,
+  wakeWaitMs: 10_000,
+  holdAfterMs: 10_000,
   connectTimeoutMs: 2_000,
   firstByteTimeoutMs: 10_000,
   idleTimeoutMs: 10_000,

@@ -10,6 +10,7 @@ import { parseAllDocuments } from 'yaml';
 import type { AdapterRoute } from '../../crds/types.ts';
 import { parseConfig as parseGatewayConfig } from '../../gateway/config.ts';
 import { startGateway } from '../../gateway/main.ts';
+import { AskWriter } from '../../gateway/on-demand/ask-writer.ts';
 import { AbortWriter } from '../../gateway/routes/abort-writer.ts';
 import { parseConfig as parseOperatorConfig } from '../../operator/config.ts';
 import { startOperator } from '../../operator/main.ts';
@@ -79,9 +80,19 @@ test('operator and gateway use every verb of their Roles, and miss none', { time
   const { generation } = metadata;
   aborts.write('sql-stable', { target: 'sql-v2', generation, message: 'x', at: '2026-01-01T00:00:00Z' });
   onTestFinished(() => aborts.close());
+  // And when somebody asks for what is there on demand.
+  const asks = new AskWriter({
+    ...{ kubeConfig: gatewayConfig, namespace, onError: fail },
+    current: ({ kind, name }) => ours.find((one) => one.kind === kind && one.metadata.name === name) as never,
+  });
+  onTestFinished(() => asks.close());
 
   const ours = objects.filter(({ apiVersion }) => apiVersion.startsWith('motet.dev/'));
   expect(new Set(ours.map(({ kind }) => kind)).size).toBe(4);
+  for (const kind of ['BaseModel', 'LoraAdapter'] as const) {
+    const { name } = ours.find((one) => one.kind === kind)!.metadata;
+    asks.ask({ kind, name, idleMinutes: 1 }, Date.now());
+  }
   await vi.waitFor(
     async () => {
       for (const { kind, metadata } of ours) {
@@ -146,8 +157,7 @@ const table: Record<string, Record<string, string[]>> = {
   },
   'motet-gateway': {
     ...Object.fromEntries(motetKinds.map((kind) => [kind, ['list', 'watch']])),
-    'tenants/status.motet.dev': ['patch'],
-    'adapterroutes/status.motet.dev': ['patch'],
+    ...Object.fromEntries(motetKinds.map((kind) => [kind.replace('.', '/status.'), ['patch']])),
     pods: ['list', 'watch'],
     secrets: ['get', 'list', 'watch'],
   },

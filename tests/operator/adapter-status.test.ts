@@ -44,6 +44,7 @@ function statusFor(parts: Partial<AdapterFacts> = {}) {
     baseModelExists: true,
     nameConflict: null,
     missingClaim: null,
+    isWanted: true,
     names: ['sql'],
     digest,
     engines: [engine('one')],
@@ -212,4 +213,11 @@ test('what is known about a version stays while nobody has it, and goes with the
   expect(statusFor(gone)).toMatchObject({ digest, rank: 16, bytes: 4096, placements: [] });
   expect(statusFor({ ...gone, digest: 'sha256:new' })).not.toHaveProperty('rank');
   expect(statusFor({ ...gone, digest: null })).not.toHaveProperty('digest');
+});
+
+test('an adapter that nobody asked for is not loaded, and that is said', () => {
+  expect(statusFor({ isWanted: false, engines: [], numDesired: 0, numReady: 0 })).toMatchObject({
+    copies: '0/0',
+    conditions: [{ status: 'False', reason: 'NotAsked' }],
+  });
 });
