@@ -134,8 +134,8 @@ export const settings = {
       'where /v1/files and /v1/batches keep what they have: a folder, or s3://BUCKET/PREFIX, with keys and endpoint from the variables of AWS; default, nowhere: there are no such routes',
     ),
   'batch-jobs': count(4).describe('batches that this gateway runs at a time'),
-  'batch-lines-per-engine': count(64).describe(
-    'requests that an engine is sent at a time when lines of batches fill what online traffic leaves',
+  'batch-lines-per-engine': count(48).describe(
+    'requests that an engine is sent at a time when lines of batches fill what online traffic leaves; fewer than its --max-sequences, so that an online request finds a seat',
   ),
   'batch-max-file-bytes': z.coerce
     .number()

@@ -3,6 +3,8 @@
 // first. Whatever the cache of an engine holds, no other order finds more of it again. Idea: global prefixes first, then
 // request by request below each, as in BatchLLM (Zheng et al., 2024).
 
+import { setImmediate } from 'node:timers/promises';
+
 /** A line that is to be run: where it is in the file, and what it is ordered by. */
 export type PlannedLine = {
   /** Of the lines that are not empty, from 0: by this a result knows its line. */
@@ -48,21 +50,51 @@ export function prefixKey({ tools, messages, prompt, input }: Record<string, unk
   return Buffer.from(units.buffer).toString('utf16le');
 }
 
-/** The lanes of a job, the one with the most bytes first: with several engines the short ones fill the end. */
-export function planLanes(lines: readonly PlannedLine[]): Lane[] {
-  const byModel = Map.groupBy(lines, ({ model }) => model);
-  const numBytes = (lane: Lane) => lane.lines.reduce((sum, { length }) => sum + length, 0);
-  return [...byModel]
-    .map(([model, ofModel]): Lane => {
-      // The next is taken from the end.
-      const sorted = ofModel.toSorted((a, b) =>
-        a.prefix === b.prefix ? b.index - a.index : a.prefix < b.prefix ? 1 : -1,
-      );
-      return { model, lines: sorted, numInFlight: 0, pausedUntilMs: 0, pauseMs: 0 };
-    })
-    .map((lane) => ({ lane, bytes: numBytes(lane) }))
-    .sort((a, b) => b.bytes - a.bytes)
-    .map(({ lane }) => lane);
+/**
+ * The lanes of a job, the one with the most bytes first: with several engines the short ones fill the end. A large job is sorted
+ * in small parts: requests of others are not to wait for it.
+ */
+export async function planLanes(lines: readonly PlannedLine[]): Promise<Lane[]> {
+  const lanes: { lane: Lane; bytes: number }[] = [];
+  for (const [model, ofModel] of Map.groupBy(lines, ({ model }) => model)) {
+    // The next is taken from the end.
+    const sorted = (await sortInParts(ofModel)).reverse();
+    const bytes = ofModel.reduce((sum, { length }) => sum + length, 0);
+    lanes.push({ lane: { model, lines: sorted, numInFlight: 0, pausedUntilMs: 0, pauseMs: 0 }, bytes });
+  }
+  return lanes.sort((a, b) => b.bytes - a.bytes).map(({ lane }) => lane);
+}
+
+/** Lines sorted at a time: some milliseconds. */
+const linesPerPart = 1024;
+
+function byPrefix(a: PlannedLine, b: PlannedLine): number {
+  if (a.prefix === b.prefix) return a.index - b.index;
+  return a.prefix < b.prefix ? -1 : 1;
+}
+
+async function sortInParts(lines: readonly PlannedLine[]): Promise<PlannedLine[]> {
+  let parts: PlannedLine[][] = [];
+  for (let begin = 0; begin < lines.length; begin += linesPerPart) {
+    parts.push(lines.slice(begin, begin + linesPerPart).sort(byPrefix));
+    await setImmediate();
+  }
+  while (parts.length > 1) {
+    const merged: PlannedLine[][] = [];
+    for (let i = 0; i < parts.length; i += 2) {
+      merged.push(merge(parts[i]!, parts[i + 1] ?? []));
+      await setImmediate();
+    }
+    parts = merged;
+  }
+  return parts[0] ?? [];
+}
+
+function merge(a: readonly PlannedLine[], b: readonly PlannedLine[]): PlannedLine[] {
+  const merged: PlannedLine[] = [];
+  let [i, j] = [0, 0];
+  while (i < a.length && j < b.length) merged.push(byPrefix(a[i]!, b[j]!) < 0 ? a[i++]! : b[j++]!);
+  return merged.concat(a.slice(i), b.slice(j));
 }
 
 /**

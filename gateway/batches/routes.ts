@@ -6,7 +6,7 @@ import { GatewayError } from '../errors.ts';
 import { parseContentType, parseJsonObject } from '../openai.ts';
 import type { Files } from './files.ts';
 import type { Jobs, NewBatch } from './jobs.ts';
-import { batchObject, fileObject, isId, type Page } from './objects.ts';
+import { batchObject, fileObject, isId, type Page, unixSeconds } from './objects.ts';
 import { keepFrom, receiveUpload } from './upload.ts';
 
 export type BatchRoutes = {
@@ -118,6 +118,9 @@ export function addBatchRoutes(
         throw new GatewayError('file_not_found', message, { param: 'input_file_id' });
       }
       if (file.purpose !== 'batch') throw invalid('input_file_id', 'a file with the purpose `batch`');
+      if (file.expires_at < unixSeconds(Date.now()) + asked.windowSeconds) {
+        throw invalid('input_file_id', 'a file that is kept until the window ends');
+      }
       const parts = await jobs.create(callerOf(res), asked);
       routes.onChange();
       res.json(batchObject(parts));

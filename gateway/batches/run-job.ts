@@ -127,7 +127,7 @@ class Job {
       this.#state.in_progress_at = before?.in_progress_at ?? this.#state.in_progress_at;
       await jobs.writeState(this.#record, this.#state);
 
-      await this.#runLines(planLanes(lines.filter(({ index }) => this.#done[index] === 0)));
+      await this.#runLines(await planLanes(lines.filter(({ index }) => this.#done[index] === 0)));
       const ending = this.#ending as Ending | null;
       if (ending === 'left') return null;
       // From here on it is not cancelled and does not expire any more.

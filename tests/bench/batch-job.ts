@@ -2,9 +2,9 @@
  * What does a batch gain over the same requests asked online, and does each line stay answered once when the gateway is killed
  * while it runs? Engine and gateway are processes of their own.
  *
- *   node tests/bench/batch-job.ts                                5,000 lines, 6 adapters, 5 kills
+ *   node tests/bench/batch-job.ts                                5,000 lines, 6 adapters, 5 kills: about a quarter of an hour
  *   node tests/bench/batch-job.ts --lines 600 --documents 30 --rounds 3
- *   node tests/bench/batch-job.ts --model tiny --rounds 0        kills alone, with a model of two layers
+ *   node tests/bench/batch-job.ts --model tiny --rounds 0 --online 0    kills alone, with a model of two layers
  *
  * A line is a system prompt, its adapter's own, then a document that some other lines of the adapter share, then a question of its
  * own. Online, clients in a closed loop ask the lines in a random order, as many at a time as the job has in flight: what a
@@ -18,11 +18,12 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import OpenAI, { toFile } from 'openai';
+import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
 import { cpuInfo } from '../../native/index.ts';
-import { prepare, smollm2Path } from '../fixtures/models.ts';
+import { open, prepare, smollm2Path } from '../fixtures/models.ts';
 import { type RunningProcess, startGatewayOver, startProcess } from '../fixtures/processes.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
-import { ratios, showSpread, spread } from './peers/spread.ts';
+import { percentile, ratios, showSpread, spread } from './peers/spread.ts';
 import { allLinear, writeRandomAdapter } from './random-adapter.ts';
 
 const { values: options } = parseArgs({
@@ -31,13 +32,14 @@ const { values: options } = parseArgs({
     lines: { type: 'string', default: '5000' },
     adapters: { type: 'string', default: '6' },
     documents: { type: 'string', default: '240' },
-    'system-words': { type: 'string', default: '100' },
-    'document-words': { type: 'string', default: '200' },
-    'kv-tokens': { type: 'string', default: '16384' },
+    'system-words': { type: 'string', default: '40' },
+    'document-words': { type: 'string', default: '80' },
+    'kv-tokens': { type: 'string', default: '12288' },
     'output-tokens': { type: 'string', default: '8' },
-    'in-flight': { type: 'string', default: '64' },
+    'in-flight': { type: 'string', default: '48' },
     rounds: { type: 'string', default: '1' },
     kills: { type: 'string', default: '5' },
+    online: { type: 'string', default: '20' },
   },
 });
 function countOf(name: keyof typeof options, least: number): number {
@@ -57,6 +59,9 @@ const kvTokens = countOf('kv-tokens', 1024);
 const numInFlight = countOf('in-flight', 1);
 const numRounds = countOf('rounds', 0);
 const numKills = countOf('kills', 0);
+const numOnline = countOf('online', 0);
+/** Of the engine, beside those that lines take. */
+const numSpareSeats = 16;
 const endpoint = '/v1/chat/completions' as const;
 
 const paths = { smollm2: smollm2Path, tiny: join(import.meta.dirname, '../goldens/tiny/llama3') };
@@ -199,6 +204,45 @@ async function compare(gateway: RunningProcess): Promise<void> {
   console.log(`\nMedians of ${numRounds} rounds (lowest–highest); ratios round by round.\n`);
 }
 
+/** Seconds of online requests for one token, one after the other. */
+async function askOneByOne(gateway: RunningProcess, bodies: Body[]): Promise<number[]> {
+  const client = clientOf(gateway);
+  const seconds: number[] = [];
+  for (const body of bodies) {
+    const beginMs = performance.now();
+    await client.chat.completions.create({ ...body, max_tokens: 1 });
+    seconds.push((performance.now() - beginMs) / 1000);
+  }
+  return seconds;
+}
+
+/** What an online request sees of a job that runs beside it. */
+async function compareOnline(gateway: RunningProcess): Promise<void> {
+  const bodies = makeLines(2001).slice(0, 2 * numOnline);
+  const alone = await askOneByOne(gateway, bodies.slice(0, numOnline));
+  const id = await beginBatch(gateway, makeLines(2002));
+  const client = clientOf(gateway);
+  while ((await client.batches.retrieve(id)).request_counts!.completed < numInFlight) {
+    await new Promise((resolve) => setTimeout(resolve, 100));
+  }
+  const beside = await askOneByOne(gateway, bodies.slice(numOnline));
+  if ((await client.batches.retrieve(id)).status !== 'in_progress') {
+    throw new Error('the job ended before the online requests did; take more lines');
+  }
+  await client.batches.cancel(id);
+  console.log('| an online request for one token, s | median | p95 |');
+  console.log('|---|---|---|');
+  for (const [name, seconds] of [
+    ['alone', alone],
+    ['beside a batch', beside],
+  ] as const) {
+    console.log(
+      `| ${name} | ${percentile(seconds, 50).toFixed(2)} | ${percentile(seconds, 95).toFixed(2)} |`,
+    );
+  }
+  console.log();
+}
+
 /** One job, and a gateway that is killed at even distances through it. */
 async function killOften(engineUrl: string, settings: string[]): Promise<void> {
   const killed = ['--batch-lease-ms', '1000', ...settings];
@@ -229,18 +273,22 @@ async function killOften(engineUrl: string, settings: string[]): Promise<void> {
 const folder = await mkdtemp(join(tmpdir(), 'motet-batch-job-'));
 const children: RunningProcess[] = [];
 try {
-  const { dims } = await prepare(modelPath);
+  const model = await prepare(modelPath);
+  const { dims } = model;
+  const probe = await open(model, { deviceMemoryBytes: 64 << 20 });
+  let numPages = Math.ceil(kvTokens / probe.blockTokens);
   const adapters: string[] = [];
   for (let i = 0; i < numAdapters; i++) {
     await writeRandomAdapter(join(folder, `${i}`), dims, 16, allLinear, i);
     adapters.push('--adapter', `adapter-${i}=${join(folder, `${i}`)}`);
+    const { modules } = await readAdapterFile(join(folder, `${i}`), dims, { maxRank: 16 });
+    numPages += probe.adapterPages(modules);
   }
-  // Keys and values in two bytes.
-  const kvBytes = kvTokens * dims.numLayers * 2 * dims.numKvHeads * dims.headDim * 2;
-  const adapterBytes = numAdapters * (16 << 20);
+  const deviceBytes = numPages * probe.pageBytes;
+  probe.close();
   const engine = await startProcess('engine', [
     ...['--model', modelPath, '--served-name', 'base', '--port', '0', '--host-memory', '0'],
-    ...['--device-memory', String(kvBytes + adapterBytes), '--max-sequences', String(numInFlight)],
+    ...['--device-memory', String(deviceBytes), '--max-sequences', String(numInFlight + numSpareSeats)],
     ...adapters,
   ]);
   children.push(engine);
@@ -252,6 +300,7 @@ try {
       `KV for ${kvTokens} tokens; ${cpuInfo().isa}\n`,
   );
   if (numRounds > 0) await compare(gateway);
+  if (numOnline > 0) await compareOnline(gateway);
   await gateway.stop();
   if (numKills > 0) await killOften(engine.url, settings);
 } finally {

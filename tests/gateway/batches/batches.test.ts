@@ -285,6 +285,12 @@ describe('a batch', () => {
       await expect(refused).rejects.toThrow(BadRequestError);
       await expect(refused).rejects.toMatchObject({ param });
     }
+    const soonGone = await client.files.create({
+      ...{ purpose: 'batch', expires_after: { anchor: 'created_at', seconds: 3600 } },
+      file: await toFile(Buffer.from(jsonl([line('1')])), 'x'),
+    });
+    const tooLong = client.batches.create({ ...good, completion_window: '24h', input_file_id: soonGone.id });
+    await expect(tooLong).rejects.toMatchObject({ code: 'invalid_value', param: 'input_file_id' });
     const nowhere = client.batches.create({ ...good, completion_window: '24h', input_file_id: 'file-1' });
     await expect(nowhere).rejects.toMatchObject({ status: 404, code: 'file_not_found' });
     expect((await client.batches.list()).data).toEqual([]);

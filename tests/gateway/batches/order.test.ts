@@ -39,7 +39,7 @@ test('a completion, tools and embeddings have keys too', () => {
   expect(prefixKey({})).toBe('');
 });
 
-test('lines of one model stand together, the most bytes first, and in a lane those that begin alike', () => {
+test('lines of one model stand together, the most bytes first, and in a lane those that begin alike', async () => {
   const [p, q] = ['p'.repeat(300), 'q'.repeat(300)];
   const lines = [
     line(0, 'a', `${p}1`),
@@ -49,7 +49,7 @@ test('lines of one model stand together, the most bytes first, and in a lane tho
     line(4, 'a', `${p}3`),
     line(5, 'a', `${q}4`),
   ];
-  const lanes = planLanes(lines);
+  const lanes = await planLanes(lines);
   expect(lanes.map(({ model }) => model)).toEqual(['a', 'b']);
   expect([
     [0, 4, 2, 5],
@@ -58,12 +58,12 @@ test('lines of one model stand together, the most bytes first, and in a lane tho
   expect(indexes(lanes[1])).toEqual([1, 3]);
 });
 
-test('whatever the order of a file, each prefix at each depth is a run', () => {
+test('whatever the order of a file, each prefix at each depth is a run', async () => {
   const random = seededRandom(7);
-  const prompts = Array.from({ length: 500 }, () =>
+  const prompts = Array.from({ length: 7000 }, () =>
     [3, 4, 5].map((count) => String(random.below(count)).repeat(128)).join(''),
   );
-  const [only] = planLanes(prompts.map((prompt, index) => line(index, 'a', prompt)));
+  const [only] = await planLanes(prompts.map((prompt, index) => line(index, 'a', prompt)));
   const taken = only!.lines.map(({ index }) => prompts[index]!);
   for (const depth of [128, 256, 384]) {
     const prefixes = taken.map((prompt) => prompt.slice(0, depth));
