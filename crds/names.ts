@@ -6,6 +6,8 @@ import type { BaseModel, LoraAdapter } from './types.ts';
 export const labels = {
   /** On engine pods and what belongs to them: the name of their BaseModel. */
   baseModel: 'motet.dev/base-model',
+  /** On LoraAdapters that a request declared: the name of the BaseModel whose `spec.autoLoad` let the name in. */
+  autoLoad: 'motet.dev/auto-load',
   name: 'app.kubernetes.io/name',
   instance: 'app.kubernetes.io/instance',
   component: 'app.kubernetes.io/component',

@@ -334,6 +334,27 @@ export interface BaseModelSpec {
     idleMinutes: number;
   };
   /**
+   * Names of adapters that no resource declares and that may be asked for. The first request for such a
+   * name declares a LoraAdapter that is loaded on demand. Only a Tenant whose access selects the rule's
+   * labels may ask. The gateway needs the right to create LoraAdapters (chart: gateway.autoLoad). Default,
+   * none.
+   */
+  autoLoad?: {
+    /**
+     * The names, with one `*` that stands for a part of letters, digits, dots, dashes and underscores, as
+     * `acme/*`.
+     */
+    names: string;
+    /** Where the adapter is, as in a LoraAdapter's source, with `{name}` for what `*` stands for. */
+    uri: string;
+    /** Labels of the adapter, by which Tenants select. Default, none. */
+    labels?: Record<string, string>;
+    /** Most adapters that the rule may declare; delete some to make room. Default 100. */
+    most: number;
+    /** Minutes without a request after which such an adapter is unloaded. Default 60. */
+    idleMinutes: number;
+  }[];
+  /**
    * PersistentVolumeClaims of this namespace that adapters may be loaded from, mounted read-only into every
    * engine. Only these may stand in a LoraAdapter's `pvc://CLAIM/PATH`. Changing the list replaces the
    * pods. Default, none.

@@ -279,7 +279,9 @@ export async function findTarget(
   { directory, forward, routes }: Pick<AppParts, 'directory' | 'forward' | 'routes'>,
   asker: Asker,
 ): Promise<WeightedTarget> {
-  const targets = directory.targetsOf(model, facts.tenant ?? null);
+  const caller = facts.tenant ?? null;
+  if (directory.targetsOf(model, caller) === null) await directory.autoLoad(model, caller);
+  const targets = directory.targetsOf(model, caller);
   if (targets === null) throw modelNotFound(model);
   const [first] = targets;
   if (first === undefined || first.baseModel !== null) facts.model = model;

@@ -15,8 +15,10 @@ import { basesFirst, type Directory } from './directory.ts';
 import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import { selects } from './label-selector.ts';
 import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
 import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
+import { AutoLoader, planAutoLoad } from './on-demand/auto-load.ts';
 import type { Scope } from './quota/limits.ts';
 import { mayAppear, resolveModel } from './resolve-model.ts';
 import { type Aborted, AbortWriter } from './routes/abort-writer.ts';
@@ -56,6 +58,7 @@ export class Cluster implements Directory {
   readonly #synced = new Set<string>();
   readonly #aborts: AbortWriter;
   readonly #asks: AskWriter;
+  readonly #autoLoads: AutoLoader;
   readonly #recovery: NodeJS.Timeout;
   /** Made anew when it is asked for after a change. */
   #models: Map<string, Model> | null = null;
@@ -118,6 +121,11 @@ export class Cluster implements Directory {
       onError: (error) =>
         this.#log.warn({ cause: error.message }, 'that a model is asked for could not be told'),
     });
+    this.#autoLoads = new AutoLoader({
+      ...{ kubeConfig, namespace },
+      isKnown: (name) => this.#modelsByName.has(name),
+      onError: (error) => this.#noteUndeclared(error),
+    });
     this.#recovery = setInterval(() => this.#noteRecovery(), 1_000);
 
     const authenticate = createAuthenticate(() => this.#tenancy!.callers);
@@ -135,6 +143,19 @@ export class Cluster implements Directory {
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null {
     const model = this.#modelsByName.get(name);
     return model !== undefined && this.#mayUse(caller, model) ? model.targets : null;
+  }
+
+  async autoLoad(name: string, caller: string | null): Promise<void> {
+    if (this.#modelsByName.has(name)) return;
+    const access = caller === null ? null : this.#tenancy?.watch.get(caller)?.spec.access;
+    const mayUse = (labels: Readonly<Record<string, string>>) =>
+      access === null ? this.#tenancy === null : selects(access?.adapters, labels);
+    const plan = planAutoLoad(name, this.#baseModels.list(), this.#loraAdapters.list(), mayUse);
+    if (plan.kind === 'full') {
+      const message = `of such adapters there are ${plan.most} already, as many as there may be`;
+      throw new GatewayError('model_unavailable', message, { param: 'model', retryAfterS: 60 });
+    }
+    if (plan.kind === 'load') await this.#autoLoads.load(name, plan.adapter);
   }
 
   ask(asks: readonly OnDemand[]): void {
@@ -252,6 +273,10 @@ export class Cluster implements Directory {
     if (isSame) return;
     this.#models = null;
     this.#tenancy?.modelsChanged();
+  }
+
+  #noteUndeclared(error: Error): void {
+    this.#log.warn({ cause: error.message }, 'an adapter that was asked for could not be declared');
   }
 
   /** One line, however many watches fail however often. */

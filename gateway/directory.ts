@@ -21,6 +21,13 @@ export interface Directory {
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null;
   /** What an AdapterRoute of this name says beside its targets; null when the name is none of a route. */
   rulesOf(name: string): RouteRules | null;
+  /**
+   * Declares an adapter of this name if a BaseModel lets it in for this caller; afterwards `targetsOf` knows it. Does nothing
+   * for other names.
+   *
+   * @throws model_unavailable, queue_full
+   */
+  autoLoad(name: string, caller: string | null): Promise<void>;
   /** Somebody asks for what is there only on demand. Returns at once. */
   ask(asks: readonly OnDemand[]): void;
   /** A target of a route was found too bad: the other gateways are to know. */
@@ -59,6 +66,7 @@ export function listedDirectory(
     authenticate: apiKeys === null ? () => null : createAuthenticate(() => callers),
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     rulesOf: () => null,
+    autoLoad: async () => {},
     ask: () => {},
     writeAbort: () => {},
     cards: () => listCards(endpoints),

@@ -20,6 +20,7 @@ const rulesOf = (mayWatchSecrets: boolean) => [
   { apiGroups: [''], resources: ['pods'], verbs: ['list', 'watch'] },
   { apiGroups: [''], resources: ['secrets'], verbs: mayWatchSecrets ? ['get', 'list', 'watch'] : ['get'] },
   { apiGroups: ['motet.dev'], resources: Object.values(plurals), verbs: ['list', 'watch'] },
+  { apiGroups: ['motet.dev'], resources: ['loraadapters'], verbs: ['create'] },
   {
     apiGroups: ['motet.dev'],
     resources: Object.values(plurals).map((kind) => `${kind}/status`),
