@@ -181,7 +181,7 @@ function observe({ metrics, log }: AppParts, traffic: Traffic) {
 function admitByKey({ directory, metrics }: AppParts) {
   return async function admitRequestByKey(req: Request, res: Response, next: NextFunction): Promise<void> {
     try {
-      const caller = await directory.authenticate(req.get('authorization'));
+      const caller = await directory.authenticate(soleAuthorization(req));
       res.locals.caller = caller;
       if (caller !== null) factsOf(res).tenant = caller.tenant;
     } catch (error) {
@@ -192,6 +192,15 @@ function admitByKey({ directory, metrics }: AppParts) {
     }
     next();
   };
+}
+
+/** Of several Node would take the first, and what is in front of us perhaps the last. */
+function soleAuthorization(req: Request): string | undefined {
+  const given = req.get('authorization');
+  if (given === undefined) return undefined;
+  const names = req.rawHeaders.filter((name, i) => i % 2 === 0 && name.toLowerCase() === 'authorization');
+  if (names.length === 1) return given;
+  throw new GatewayError('invalid_api_key', `Authorization: expected one such header, got ${names.length}`);
 }
 
 function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {

@@ -2,9 +2,12 @@
 // goes to the engine byte for byte, so a field that only the engine knows needs no change here.
 
 import { GatewayError } from './errors.ts';
+import { isNestedDeeper } from './protocols/nesting.ts';
 
 /** A longer name is cut in messages, so that an error is not a way to make the gateway repeat a whole body. */
 const shownNameLength = 200;
+/** Arrays and objects within each other; JSON schemas of tools are the deepest that clients have cause to send. */
+const maxNesting = 128;
 
 export function parseContentType(value: string | undefined): void {
   const type = value?.split(';')[0]?.trim().toLowerCase();
@@ -70,6 +73,12 @@ function parseJson(body: Uint8Array): unknown {
     text = new TextDecoder('utf-8', { fatal: true }).decode(body);
   } catch (cause) {
     throw new GatewayError('invalid_utf8', 'request body: expected UTF-8, got other bytes', { cause });
+  }
+  if (isNestedDeeper(body, maxNesting)) {
+    throw new GatewayError(
+      'invalid_json',
+      `request body: expected at most ${maxNesting} arrays and objects within each other, got more`,
+    );
   }
   try {
     return JSON.parse(text);

@@ -28,9 +28,44 @@ const unusedGraceMs = 500;
 /** For error events to leave. */
 const farewellMs = 500;
 
-export async function serve(listener: RequestListener, port: number, host: string): Promise<Serving> {
-  const server = createServer({ keepAliveTimeout: keepAliveMs }, listener);
-  // Connections on which nothing was asked yet. Node puts no bound on them.
+/** What one client may take of the server. Beyond it the answer is 408 or 431, and its connection is closed. */
+export type ClientBounds = {
+  /** Request line and headers together. */
+  maxHeaderBytes: number;
+  /** From the connection, or the end of the request before, to the last header; also for a client that sends nothing. */
+  headersMs: number;
+  /** From there to the last byte of the body. A file of 200 MB needs 5.3 Mbit/s. */
+  requestMs: number;
+  /** Between two looks at who is too slow. */
+  checkMs: number;
+};
+
+const clientBounds: ClientBounds = {
+  maxHeaderBytes: 16 << 10,
+  headersMs: 20_000,
+  requestMs: 300_000,
+  checkMs: 5_000,
+};
+
+export async function serve(
+  listener: RequestListener,
+  port: number,
+  host: string,
+  { maxHeaderBytes, headersMs, requestMs, checkMs }: ClientBounds = clientBounds,
+): Promise<Serving> {
+  const server = createServer(
+    {
+      keepAliveTimeout: keepAliveMs,
+      maxHeaderSize: maxHeaderBytes,
+      headersTimeout: headersMs,
+      requestTimeout: requestMs,
+      connectionsCheckingInterval: checkMs,
+      insecureHTTPParser: false,
+      requireHostHeader: true,
+    },
+    listener,
+  );
+  // Connections on which nothing was asked yet.
   const unused = new Set<Socket>();
   const unanswered = new Set<ServerResponse>();
   let isDraining = false;
