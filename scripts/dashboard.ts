@@ -33,7 +33,7 @@ const here = 'namespace="$namespace"';
 /** Of what knows the name of its BaseModel. */
 const ofBase = `${here}, base_model=~"$base_model"`;
 /** Requests of clients; probes and scrapes are counted by the gateway too. */
-const asked = `${here}, route!~"/livez|/readyz|/metrics"`;
+const asked = `${here}, route!~"/livez|/readyz|/metrics|/console.*"`;
 
 // --- PromQL -----------------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,9 @@ const warmUpEveryMs = 5_000;
 /** A route that was deleted is forgotten when so many others came after it. */
 const maxRoutes = 10_000;
 
+/** What an engine says about itself and not about a request. */
+const statusesOfEngines: ReadonlySet<number> = new Set([401, 403, 404, 429, 503]);
+
 type RouteState = {
   /** Targets, by name, that were warm once and are still held. */
   isIn: Set<string>;
@@ -174,10 +177,12 @@ export class Routes {
       for await (const chunk of answer.body as AsyncIterable<Buffer>) {
         tail = (tail + chunk.toString('latin1')).slice(-256);
       }
+      // It is going, has no room, or has let go of the model: nothing about the target.
+      if (statusesOfEngines.has(answer.statusCode)) return null;
       const isStream = String(answer.headers['content-type'] ?? '').startsWith('text/event-stream');
       return answer.statusCode < 500 && (!isStream || tail.trimEnd().endsWith('data: [DONE]'));
     } catch {
-      return draining.aborted ? null : false;
+      return draining.aborted || slot.endpoint.gone.aborted ? null : false;
     } finally {
       this.#numOwnRequests -= 1;
       slot.release();
