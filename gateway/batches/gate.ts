@@ -17,7 +17,7 @@ export class Gate {
   readonly #room: (numInFlight: number, sinceGrantMs: number) => Room;
   readonly #waiters = new Set<Waiter>();
   #numInFlight = 0;
-  #lastGrantMs = Number.NEGATIVE_INFINITY;
+  #lastGrantMs = performance.now();
   #timer: NodeJS.Timeout | null = null;
 
   /** @param room  as of now, given how many lines are in flight and when the last one was let through */
