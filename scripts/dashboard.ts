@@ -182,6 +182,28 @@ const queues: Panel[] = [
       ],
     ],
   ),
+  graph(
+    'Why this engine',
+    'reqps',
+    'Requests sent to an engine, by why to it: its KV (prefix), the adapter is nearer to its device, a better one was hot (bounded), load, turn, or it was the only one with room.',
+    [[perSecond('motet_gateway_picks_total', here, 'reason'), '{{reason}}']],
+  ),
+  graph(
+    'KV that was expected',
+    'short',
+    'Prompt tokens per second that an engine was expected to have when it was picked: those that it had (true), and had not (false).',
+    [[perSecond('motet_gateway_expected_cached_tokens_total', here, 'found'), '{{found}}']],
+  ),
+  graph(
+    'Asked again, left alone',
+    'ops',
+    'Requests whose engine broke off before the first byte and that another was asked for, or not because too many were; engines left alone because they failed.',
+    [
+      [perSecond('motet_gateway_retries_total', `${here}, allowed="true"`), 'asked again'],
+      [perSecond('motet_gateway_retries_total', `${here}, allowed="false"`), 'not asked again'],
+      [orZero(perSecond('motet_gateway_engine_ejections_total', here), requestsPerSecond), 'left alone'],
+    ],
+  ),
   graph('Requests by tenant', 'reqps', 'The ten tenants with the most requests.', [
     [`topk(10, ${perSecond('motet_gateway_requests_total', asked, 'tenant')})`, '{{tenant}}'],
   ]),
