@@ -165,6 +165,7 @@ async function tryEngines(
     const attempt = new Attempt(req.signal, [endpoint.gone, endpoint.silent], limits);
     try {
       const answer = await ask(parts, slot, req, attempt);
+      router.noteFirstByte(pick);
       if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.target, tried)) continue;
       // The engine was on its way out, or has let go of the model: it is waited for elsewhere.
       if (statusesOfLeaving.has(answer.status) && mayAppear(req.target) && tried.size < maxEnginesTried)

@@ -44,8 +44,9 @@ export type Pick = {
   readonly reason: PickReason;
   /** Of the prompt, those that the engine got before. */
   readonly knownTokens: number;
-  /** What the engine has more to do until the request ends. */
-  readonly workTokens: number;
+  /** What the engine has more to do: before the first byte of the answer, and until its end. */
+  promptWorkTokens: number;
+  readonly outputWorkTokens: number;
 };
 
 type Considered = Candidate & { endpoint: Endpoint; knownTokens: number };
@@ -65,8 +66,8 @@ type Memory = {
 const maxPrefixes = 1 << 17;
 /** Bytes of a prompt in JSON that make a token, about. */
 const bytesPerToken = 4;
-/** A token of an answer takes a step of its own; a prompt's go through many at a time. */
-const outputWeight = 4;
+/** A step carries many sequences and takes little longer for one more; a prompt takes all of what an engine can compute. */
+const outputWeight = 0.25;
 /** Seconds that an adapter takes to the device where nobody has measured it. */
 const loadSecondsUnknown = { host: 0.01, disk: 0.1, absent: 0.1 };
 /** What it pushes out has to come back too. */
@@ -130,7 +131,8 @@ export class Router extends EventEmitter<{
       endpoint,
       reason: found.reason,
       knownTokens,
-      workTokens: Math.max(0, promptTokens - cachedTokens) + outputWeight * ask.outputTokens,
+      promptWorkTokens: Math.max(0, promptTokens - cachedTokens),
+      outputWorkTokens: outputWeight * ask.outputTokens,
     };
   }
 
@@ -138,15 +140,21 @@ export class Router extends EventEmitter<{
   begin(ask: RouteAsk, pick: Pick, nowMs: number): () => void {
     const memory = this.#memoryOf(pick.endpoint);
     memory.lastTurn = ++this.#numPicks;
-    memory.workTokens += pick.workTokens;
+    memory.workTokens += pick.promptWorkTokens + pick.outputWorkTokens;
     memory.sent.delete(ask.name);
     memory.sent.set(ask.name, nowMs);
     if (memory.sent.size > maxSent) memory.sent.delete(memory.sent.keys().next().value!);
     this.#prefixes.note(ask.prefix, pick.endpoint.id);
     this.emit('picked', pick);
     return () => {
-      memory.workTokens -= pick.workTokens;
+      memory.workTokens -= pick.promptWorkTokens + pick.outputWorkTokens;
     };
+  }
+
+  /** The prompt is computed. */
+  noteFirstByte(pick: Pick): void {
+    this.#memoryOf(pick.endpoint).workTokens -= pick.promptWorkTokens;
+    pick.promptWorkTokens = 0;
   }
 
   /** A request came, which adds to what may be asked again. */

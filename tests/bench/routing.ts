@@ -72,8 +72,9 @@ async function ask(url: string, model: string, messages: object[]): Promise<Turn
   let ttftMs: number | null = null;
   let all = '';
   for await (const chunk of body) {
-    ttftMs ??= performance.now() - beganMs;
     all += chunk;
+    // The first event has the role alone.
+    if (/"content":"[^"]/.test(all)) ttftMs ??= performance.now() - beganMs;
   }
   if (statusCode !== 200) throw new Error(`status ${statusCode}: ${all}`);
   const events = all

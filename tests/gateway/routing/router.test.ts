@@ -46,7 +46,7 @@ function send(router: Router, asked: RouteAsk, engines: Endpoint[], nowMs = 2_00
     picked.endpoint.inFlight -= 1;
     forget();
   };
-  return { ...picked, end };
+  return Object.assign(picked, { end });
 }
 const text = (letter: string, numBlocks: number) => letter.repeat(numBlocks * blockBytes);
 
@@ -79,6 +79,18 @@ test('requests without anything in common are spread by what is under way', () =
   expect(new Set(sent.map(({ endpoint }) => endpoint)).size).toBe(3);
   sent[1]!.end();
   expect(pick(router, ask('base', text('s', 4)), engines).endpoint).toBe(sent[1]!.endpoint);
+});
+
+test('a prompt is work until the first byte of its answer', () => {
+  const router = start();
+  const engines = [engine('a'), engine('b')];
+  const long = send(router, ask('base', text('p', 20)), engines);
+  const short = send(router, ask('base', text('q', 4)), engines);
+  expect(pick(router, ask('base', 'x'), engines).endpoint).toBe(short.endpoint);
+  router.noteFirstByte(long);
+  expect(pick(router, ask('base', 'x'), engines).endpoint).toBe(long.endpoint);
+  for (const { end } of [long, short]) end();
+  expect(pick(router, ask('base', 'x'), engines).reason).toBe('turn');
 });
 
 test.each<[string, Adapters | null, Adapters | null]>([
@@ -156,7 +168,7 @@ test('an engine whose cache does not keep what it was sent is trusted less', () 
   const first = send(router, asked, engines);
   first.end();
   const again = () => pick(router, asked, engines);
-  const workBefore = again().workTokens;
+  const workBefore = again().promptWorkTokens;
   const told: object[] = [];
   router.on('predicted', (predicted) => told.push(predicted));
   for (let i = 0; i < 100; i++) {
@@ -167,7 +179,7 @@ test('an engine whose cache does not keep what it was sent is trusted less', () 
     );
   }
   expect(told[0]).toEqual({ expectedTokens: 512, cachedTokens: 0 });
-  expect(pick(router, asked, [first.endpoint]).workTokens).toBeGreaterThan(workBefore + 400);
+  expect(pick(router, asked, [first.endpoint]).promptWorkTokens).toBeGreaterThan(workBefore + 400);
 });
 
 test('an engine that fails again and again gets nothing for a while, and says so once', () => {
@@ -185,7 +197,9 @@ test('an engine that has just become ready gets less, and its share in the end',
   const router = start({ slowStartMs: 10_000 });
   const engines = [engine('old'), engine('new', {}, { readySinceMs: 100_000 })];
   const count = (nowMs: number) => {
-    const sent = Array.from({ length: 12 }, () => send(router, ask('base', text('x', 1)), engines, nowMs));
+    const sent = Array.from({ length: 12 }, () =>
+      send(router, ask('base', 'short'.repeat(40)), engines, nowMs),
+    );
     for (const { end } of sent) end();
     return sent.filter(({ endpoint }) => endpoint.url === 'new').length;
   };
