@@ -283,14 +283,14 @@ test('a long stream may take longer than the idle timeout', async () => {
   const engine = await startFakeEngine({
     script: async ({ res }) => {
       beginStream(res);
-      for (let i = 0; i < 10; i += 1) {
+      for (let i = 0; i < 30; i += 1) {
         res.write(chunkEvent(String(i)));
         await new Promise((resolve) => setTimeout(resolve, 30));
       }
       res.end('data: [DONE]\n\n');
     },
   });
-  const gateway = await gatewayFor([engine], { idleTimeoutMs: 200 });
+  const gateway = await gatewayFor([engine], { idleTimeoutMs: 800 });
   expect(await (await gateway.chat(streaming)).text()).toMatch(/\[DONE\]\n\n$/);
 });
 
