@@ -226,6 +226,9 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
       if (it == adapters_.end()) throw Napi::RangeError::New(info.Env(), "batch.adapterHandles: expected a loaded adapter's handle, got " + std::to_string(handle));
       adapters.push_back(it->second);
     }
+    if (batch.matcher_handles.size() != batch.sample_rows.size())
+      throw Napi::RangeError::New(info.Env(), "batch.matchers: expected one per sample, " + std::to_string(batch.sample_rows.size()) + ", got " +
+                                                  std::to_string(batch.matcher_handles.size()));
     std::vector<std::shared_ptr<GrammarMatcher>> matchers;
     std::set<int32_t> seen;
     for (const int32_t handle : batch.matcher_handles) {

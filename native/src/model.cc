@@ -197,8 +197,9 @@ void Model::check(const Batch& b) const {
     require(b.sample_rows[i] >= 0 && static_cast<size_t>(b.sample_rows[i]) < num_tokens && (i == 0 || b.sample_rows[i] > b.sample_rows[i - 1]),
             "sampleRows: expected ascending row indices");
   for (const size_t n : {b.temperature.size(), b.top_p.size(), b.min_p.size(), b.repetition_penalty.size(), b.presence_penalty.size(),
-                         b.frequency_penalty.size(), b.top_k.size(), b.num_top.size(), b.seeds.size(), b.history_prompt_counts.size(), b.matcher_handles.size()})
+                         b.frequency_penalty.size(), b.top_k.size(), b.num_top.size(), b.seeds.size(), b.history_prompt_counts.size()})
     require(n == num_samples, "sampling parameters: expected one per sample");
+  require(b.matchers.empty() || b.matchers.size() == num_samples, "matchers: expected one per sample, or none");
   starts(b.bias_starts, num_samples, b.bias_ids.size(), "biasStarts");
   require(b.bias_values.size() == b.bias_ids.size(), "biasValues: expected one per biasIds");
   starts(b.history_starts, num_samples, b.history_ids.size(), "historyStarts");
