@@ -1,61 +1,245 @@
 /**
- * What does the gateway cost? The same requests to an engine that computes nothing, directly and through the gateway, in
- * turns, so that a busy moment of the machine hits both alike. Each is a process of its own. The client is in a third and
- * takes as much processor time as they do, so requests per second on few cores are a lower bound.
+ * What does the gateway cost? An engine that computes nothing is asked directly, through nginx (the floor) and through the
+ * gateway, in turns, so that a busy moment of the machine hits all alike. nginx has one worker and the gateway one thread, each
+ * pinned to core 0; engine and load are on core 1. Load is wrk's: it takes little of its core.
+ *
+ *   node tests/bench/gateway-overhead.ts [--rounds 5] [--seconds 3] [--streams 2000] [--only whole,events,streams] [--profile FOLDER]
+ *
+ * Wants wrk and taskset; without nginx its rows are left out, and the engine is a Node that serves less than the gateway
+ * could. `--profile` writes a CPU profile of the gateway.
  */
-import { spawn } from 'node:child_process';
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
-import type { AddressInfo } from 'node:net';
+import { type AddressInfo, createServer as createTcpServer } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { parseArgs } from 'node:util';
 import { Agent, request } from 'undici';
 import type { ModelList } from '../../engine/protocol.ts';
-import { startGatewayOver } from '../fixtures/processes.ts';
+import { memoryOf } from '../fixtures/processes.ts';
 
-const numRounds = 7;
-const numWhole = 400;
+const { values: options } = parseArgs({
+  options: {
+    rounds: { type: 'string', default: '5' },
+    seconds: { type: 'string', default: '3' },
+    streams: { type: 'string', default: '2000' },
+    only: { type: 'string', default: 'whole,events,streams' },
+    profile: { type: 'string' },
+    engine: { type: 'boolean', default: false },
+  },
+});
+const numRounds = Number(options.rounds);
+const secondsPerRun = Number(options.seconds);
+const numOpen = Number(options.streams);
+const parts = new Set(options.only.split(','));
 const numStreams = 8;
 const eventsPerStream = 500;
-const event = `data: ${JSON.stringify({ object: 'chat.completion.chunk', choices: [{ index: 0, delta: { content: ' word' } }] })}\n\n`;
 
-if (process.argv.includes('--engine')) await serveEngine();
+const root = join(import.meta.dirname, '../..');
+const key = 'key-of-the-bench-0123';
+const chat = { model: 'base', messages: [{ role: 'user', content: 'hello, what can you do for me today?' }] };
+const event = `data: ${JSON.stringify({ object: 'chat.completion.chunk', choices: [{ index: 0, delta: { content: ' word' } }] })}\n\n`;
+const usage = { prompt_tokens: 12, completion_tokens: 34, total_tokens: 46 };
+const whole = JSON.stringify({
+  object: 'chat.completion',
+  choices: [
+    { index: 0, message: { role: 'assistant', content: 'words '.repeat(34) }, finish_reason: 'stop' },
+  ],
+  usage,
+});
+const cards = JSON.stringify({
+  object: 'list',
+  data: [{ id: 'base', object: 'model', parent: null }],
+} as unknown as ModelList);
+
+const staticEngine = `
+  location = /v1/models { default_type application/json; return 200 '${cards}'; }
+  location = /readyz { return 200 '{}'; }
+  location = /v1/chat/completions { default_type application/json; return 200 '${whole}'; }`;
+
+if (options.engine) await serveEngine();
 else await measure();
 
-async function measure(): Promise<void> {
-  const engine = spawn(process.execPath, [import.meta.filename, '--engine'], {
-    stdio: ['ignore', 'pipe', 'inherit'],
-  });
-  const [line] = (await once(engine.stdout, 'data')) as [Buffer];
-  const engineUrl = line.toString().trim();
-  const gateway = await startGatewayOver([engineUrl]);
-  const ways = [
-    { name: 'direct', url: engineUrl },
-    { name: 'gateway', url: gateway.url },
-  ];
+type Way = { name: string; url: string };
 
+async function measure(): Promise<void> {
+  if (!hasProgram('wrk') || !hasProgram('taskset'))
+    throw new Error('wanted: wrk and taskset (Debian: wrk, util-linux)');
+  const folder = mkdtempSync(join(tmpdir(), 'motet-overhead-'));
+  const children: ChildProcess[] = [];
+  try {
+    const nodeEngine = await startNode(1, [import.meta.filename, '--engine'], children);
+    const hasNginx = hasProgram('nginx');
+    if (!hasNginx) console.log('not measured: nginx, which is not installed (Debian: nginx-light)');
+    const engineUrl = hasNginx
+      ? await startNginx(folder, 'engine', 1, staticEngine, children)
+      : nodeEngine.url;
+    const ways: Way[] = [{ name: 'direct', url: engineUrl }];
+    if (hasNginx) {
+      const proxied = (url: string) => proxyTo(new URL(url).port);
+      ways.push({ name: 'nginx', url: await startNginx(folder, 'proxy', 0, proxied(engineUrl), children) });
+    }
+    const keys = join(folder, 'keys');
+    writeFileSync(keys, `bench ${key}\n`);
+    const startGateway = (url: string) =>
+      startNode(
+        0,
+        [
+          ...(options.profile ? ['--cpu-prof', `--cpu-prof-dir=${options.profile}`] : []),
+          ...[join(root, 'gateway/main.ts'), '--engine', url, '--port', '0', '--api-keys-file', keys],
+          ...['--max-in-flight-per-engine', String(numOpen + 256), '--max-queued', String(numOpen)],
+        ],
+        children,
+      );
+    if (parts.has('whole')) {
+      const gateway = await startGateway(engineUrl);
+      ways.push({ name: 'gateway', url: gateway.url });
+      await measureWhole(ways, folder);
+      await tellStalls(gateway.url);
+      await stop(gateway.child);
+    }
+    if (parts.has('events') || parts.has('streams')) {
+      const gateway = await startGateway(nodeEngine.url);
+      const streamed: Way[] = [
+        { name: 'direct', url: nodeEngine.url },
+        { name: 'gateway', url: gateway.url },
+      ];
+      if (parts.has('events')) await measureEvents(streamed);
+      if (parts.has('streams')) await measureOpenStreams(gateway);
+      await tellStalls(gateway.url);
+      await stop(gateway.child);
+    }
+  } finally {
+    await Promise.all(children.map(stop));
+    rmSync(folder, { recursive: true });
+  }
+}
+
+/** Latency with one request at a time, and requests a second with many. */
+async function measureWhole(ways: Way[], folder: string): Promise<void> {
+  const script = join(folder, 'post.lua');
+  writeFileSync(
+    script,
+    `wrk.method = 'POST'\nwrk.body = ${JSON.stringify(JSON.stringify(chat))}\n` +
+      `wrk.headers = { ['content-type'] = 'application/json', ['authorization'] = 'Bearer ${key}' }\n` +
+      `function done(summary, latency)\n  io.write(string.format('%d %d %d %d %d %d\\n', summary.requests, summary.duration, ` +
+      `latency:percentile(50), latency:percentile(99), latency.max, summary.errors.status + summary.errors.connect + ` +
+      `summary.errors.read + summary.errors.timeout))\nend\n`,
+  );
   const rows: Record<string, Record<string, string>> = {};
-  for (const inFlight of [1, 16]) {
-    const figures = await inTurns(ways, (url) => wholeAnswers(url, inFlight));
-    for (const [name, rounds] of figures) {
+  for (const inFlight of [1, 16, 64]) {
+    const figures = await inTurns(ways, (url) => runWrk(url, inFlight, script));
+    for (const [name, runs] of figures) {
       rows[`whole, ${inFlight} in flight, ${name}`] = {
-        'per second': median(rounds.map(({ perSecond }) => perSecond)).toFixed(0),
-        'p50 ms': median(rounds.map(({ latenciesMs }) => percentile(latenciesMs, 0.5))).toFixed(2),
-        'p99 ms': median(rounds.map(({ latenciesMs }) => percentile(latenciesMs, 0.99))).toFixed(2),
+        'per second': spread(
+          runs.map(({ perSecond }) => perSecond),
+          0,
+        ),
+        'p50 µs': spread(
+          runs.map(({ p50Us }) => p50Us),
+          0,
+        ),
+        'p99 µs': spread(
+          runs.map(({ p99Us }) => p99Us),
+          0,
+        ),
+        'max ms': spread(
+          runs.map(({ maxUs }) => maxUs / 1000),
+          1,
+        ),
       };
     }
   }
-  for (const [name, rounds] of await inTurns(ways, events)) {
-    rows[`events, ${numStreams} streams, ${name}`] = { 'per second': median(rounds).toFixed(0) };
+  console.table(rows);
+}
+
+async function runWrk(url: string, inFlight: number, script: string) {
+  const wrk = spawn(
+    'taskset',
+    [
+      ...['-c', '1', 'wrk', '-t', '1', '-c', String(inFlight), '-d', `${secondsPerRun}s`],
+      '-s',
+      script,
+      `${url}/v1/chat/completions`,
+    ],
+    { stdio: ['ignore', 'pipe', 'inherit'] },
+  );
+  let output = '';
+  wrk.stdout.on('data', (bytes) => {
+    output += bytes;
+  });
+  await once(wrk, 'close');
+  const [requests, durationUs, p50Us, p99Us, maxUs, errors] = output
+    .trim()
+    .split('\n')
+    .at(-1)!
+    .split(' ')
+    .map(Number);
+  if (errors !== 0) throw new Error(`${url}: ${errors} requests failed: ${output}`);
+  return { perSecond: requests! / (durationUs! / 1e6), p50Us: p50Us!, p99Us: p99Us!, maxUs: maxUs! };
+}
+
+/** Events a second over some streams that run as fast as they can. The engine writes each event by itself. */
+async function measureEvents(ways: Way[]): Promise<void> {
+  const rows: Record<string, Record<string, string>> = {};
+  const figures = await inTurns(ways, async (url) => {
+    const dispatcher = new Agent({ connections: numStreams });
+    const startMs = performance.now();
+    const read = async () => {
+      const text = await (await ask(url, dispatcher)).text();
+      if (text.length !== event.length * eventsPerStream) throw new Error('a stream was not whole');
+    };
+    await Promise.all(Array.from({ length: numStreams }, read));
+    const perSecond = (numStreams * eventsPerStream * 1000) / (performance.now() - startMs);
+    await dispatcher.close();
+    return perSecond;
+  });
+  for (const [name, perSecond] of figures) {
+    rows[`events, ${numStreams} streams, ${name}`] = { 'per second': spread(perSecond, 0) };
   }
   console.table(rows);
-  await gateway.stop();
-  engine.kill();
+}
+
+/** Memory of the gateway with many streams that are open and wait for their next event. */
+async function measureOpenStreams({ url, child }: Started): Promise<void> {
+  const dispatcher = new Agent({ connections: numOpen, headersTimeout: 0, bodyTimeout: 0 });
+  const before = memoryOf(child.pid!).rssBytes;
+  const startMs = performance.now();
+  const bodies: AsyncIterator<Buffer>[] = [];
+  while (bodies.length < numOpen) {
+    const some = Array.from({ length: Math.min(100, numOpen - bodies.length) }, async () => {
+      const body = await ask(url, dispatcher, { waits: true });
+      const chunks = body[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
+      await chunks.next();
+      return chunks;
+    });
+    bodies.push(...(await Promise.all(some)));
+  }
+  const openedMs = performance.now() - startMs;
+  await sleep(2_000);
+  const after = memoryOf(child.pid!).rssBytes;
+  const mib = (bytes: number) => (bytes / 2 ** 20).toFixed(0);
+  console.log(
+    `${numOpen} open streams: ${mib(after)} MiB resident, ${mib(before)} before; opened in ${(openedMs / 1000).toFixed(1)} s`,
+  );
+  await dispatcher.destroy();
+}
+
+/** Of the whole run: the gateway's own measure, by monitorEventLoopDelay. */
+async function tellStalls(url: string): Promise<void> {
+  const text = await (await request(`${url}/metrics`)).body.text();
+  const of = (name: string) =>
+    Number(new RegExp(`^nodejs_eventloop_lag_${name}_seconds (\\S+)$`, 'm').exec(text)![1]) * 1000;
+  console.log(
+    `event loop of the gateway: p99 ${of('p99').toFixed(1)} ms late, at most ${of('max').toFixed(1)} ms`,
+  );
 }
 
 /** One warm-up round, then `numRounds` in which every way has its turn. */
-async function inTurns<T>(
-  ways: { name: string; url: string }[],
-  run: (url: string) => Promise<T>,
-): Promise<Map<string, T[]>> {
+async function inTurns<T>(ways: Way[], run: (url: string) => Promise<T>): Promise<Map<string, T[]>> {
   const figures = new Map(ways.map(({ name }): [string, T[]] => [name, []]));
   for (let round = -1; round < numRounds; round++) {
     for (const { name, url } of ways) {
@@ -66,61 +250,26 @@ async function inTurns<T>(
   return figures;
 }
 
-async function wholeAnswers(url: string, inFlight: number) {
-  const dispatcher = new Agent({ connections: inFlight });
-  const latenciesMs: number[] = [];
-  let numLeft = numWhole;
-  const startMs = performance.now();
-  const client = async () => {
-    while (numLeft-- > 0) {
-      const sentMs = performance.now();
-      await (await ask(url, false, dispatcher)).text();
-      latenciesMs.push(performance.now() - sentMs);
-    }
-  };
-  await Promise.all(Array.from({ length: inFlight }, client));
-  const perSecond = (numWhole * 1000) / (performance.now() - startMs);
-  await dispatcher.close();
-  return { perSecond, latenciesMs };
-}
-
-/** Events per second over all streams. The engine writes each event by itself. */
-async function events(url: string): Promise<number> {
-  const dispatcher = new Agent({ connections: numStreams });
-  const startMs = performance.now();
-  const read = async () => {
-    const text = await (await ask(url, true, dispatcher)).text();
-    if (text.length !== event.length * eventsPerStream) throw new Error('a stream was not whole');
-  };
-  await Promise.all(Array.from({ length: numStreams }, read));
-  const perSecond = (numStreams * eventsPerStream * 1000) / (performance.now() - startMs);
-  await dispatcher.close();
-  return perSecond;
-}
-
-async function ask(url: string, stream: boolean, dispatcher: Agent) {
+async function ask(url: string, dispatcher: Agent, more: object = {}) {
   const { statusCode, body } = await request(`${url}/v1/chat/completions`, {
     method: 'POST',
-    headers: { 'content-type': 'application/json' },
-    body: JSON.stringify({ model: 'base', stream, messages: [{ role: 'user', content: 'hello' }] }),
+    headers: { 'content-type': 'application/json', authorization: `Bearer ${key}` },
+    body: JSON.stringify({ ...chat, stream: true, ...more }),
     dispatcher,
   });
-  if (statusCode !== 200) throw new Error(`${url} answered ${statusCode}`);
+  if (statusCode !== 200) throw new Error(`${url} answered ${statusCode}: ${await body.text()}`);
   return body;
 }
 
 async function serveEngine(): Promise<void> {
-  const cards = {
-    object: 'list',
-    data: [{ id: 'base', object: 'model', parent: null }],
-  } as unknown as ModelList;
-  const whole = JSON.stringify({ object: 'chat.completion', choices: [{ message: { content: 'words' } }] });
   const server = createServer(async (req, res) => {
     let body = '';
     for await (const part of req) body += part;
-    const isStream = body !== '' && JSON.parse(body).stream === true;
-    res.setHeader('content-type', isStream ? 'text/event-stream' : 'application/json');
-    if (!isStream) return res.end(body === '' ? JSON.stringify(cards) : whole);
+    if (req.url === '/v1/adapters') return res.writeHead(404).end();
+    const { stream, waits } = body === '' ? {} : JSON.parse(body);
+    res.setHeader('content-type', stream ? 'text/event-stream' : 'application/json');
+    if (!stream) return res.end(req.url === '/v1/models' ? cards : whole);
+    if (waits) return res.write(event);
     for (let i = 0; i < eventsPerStream; i++) {
       res.write(event);
       await new Promise(setImmediate);
@@ -129,14 +278,107 @@ async function serveEngine(): Promise<void> {
   });
   server.listen(0, '127.0.0.1');
   await once(server, 'listening');
-  console.log(`http://127.0.0.1:${(server.address() as AddressInfo).port}`);
+  console.log(JSON.stringify({ msg: 'ready', port: (server.address() as AddressInfo).port }));
 }
 
-function median(values: number[]): number {
-  return percentile(values, 0.5);
+/** @param port  of the engine */
+function proxyTo(port: string): string {
+  return `location / { proxy_pass http://127.0.0.1:${port}; proxy_http_version 1.1; proxy_set_header Connection ''; proxy_buffering off; }`;
 }
 
-function percentile(values: number[], fraction: number): number {
+async function startNginx(
+  folder: string,
+  name: string,
+  core: number,
+  locations: string,
+  children: ChildProcess[],
+): Promise<string> {
+  const port = await freePort();
+  const upstream = locations.includes('proxy_pass')
+    ? `upstream engine { server ${/proxy_pass http:\/\/([\d.:]+)/.exec(locations)![1]}; keepalive 128; }`
+    : '';
+  const server = locations.replace(/proxy_pass http:\/\/[\d.:]+/, 'proxy_pass http://engine');
+  const temporary = ['client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'].map(
+    (kind) => `${kind}_temp_path ${join(folder, kind)};`,
+  );
+  const file = join(folder, `${name}.conf`);
+  writeFileSync(
+    file,
+    `daemon off; worker_processes 1; pid ${join(folder, name)}.pid; error_log stderr crit;
+events { worker_connections 8192; }
+http { access_log off; keepalive_requests 100000000; ${temporary.join(' ')} ${upstream}
+  server { listen 127.0.0.1:${port}; ${server} } }`,
+  );
+  const child = spawn('taskset', ['-c', String(core), 'nginx', '-c', file], {
+    stdio: ['ignore', 'ignore', 'inherit'],
+  });
+  children.push(child);
+  const url = `http://127.0.0.1:${port}`;
+  for (let tries = 0; ; tries += 1) {
+    try {
+      await (await request(url)).body.dump();
+      return url;
+    } catch (error) {
+      if (tries === 100) throw error;
+      await sleep(50);
+    }
+  }
+}
+
+type Started = { url: string; child: ChildProcess };
+
+/** Starts a process that says `ready` and its port in a line of JSON. */
+async function startNode(core: number, args: string[], children: ChildProcess[]): Promise<Started> {
+  const child = spawn('taskset', ['-c', String(core), process.execPath, ...args], {
+    cwd: root,
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  children.push(child);
+  let text = '';
+  const port = await new Promise<number>((resolve, reject) => {
+    child.once('close', () => reject(new Error(`${args.join(' ')} ended: ${text}`)));
+    child.stdout!.on('data', function find(bytes) {
+      text += bytes;
+      const line = text.split('\n').find((line) => line.includes('"msg":"ready"'));
+      if (line === undefined) return;
+      child.stdout!.off('data', find);
+      // Its log is read, as in a container.
+      child.stdout!.resume();
+      resolve(JSON.parse(line).port);
+    });
+  });
+  return { url: `http://127.0.0.1:${port}`, child };
+}
+
+async function stop(child: ChildProcess): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null) return;
+  const closed = once(child, 'close');
+  child.kill('SIGTERM');
+  await closed;
+}
+
+async function freePort(): Promise<number> {
+  const server = createTcpServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address() as AddressInfo;
+  server.close();
+  await once(server, 'close');
+  return port;
+}
+
+function hasProgram(name: string): boolean {
+  try {
+    execFileSync('sh', ['-c', `command -v ${name}`], { stdio: 'ignore' });
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** The median, and from where to where. */
+function spread(values: number[], digits: number): string {
   const sorted = values.toSorted((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * fraction))]!;
+  const at = (fraction: number) =>
+    sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * fraction))]!.toFixed(digits);
+  return `${at(0.5)} (${at(0)}–${at(1)})`;
 }
