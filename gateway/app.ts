@@ -249,7 +249,7 @@ async function answer(
   res.once('close', () => endRequestSpan(span, res.statusCode, facts));
 
   followRoute(model, target, { path, headers, body }, res, parts);
-  const signal = AbortSignal.any([hangUpSignal(res), parts.cutOff]);
+  const signal = endSignal(res, parts.cutOff);
   const session = sessionOf(req, facts);
   const asked = { path, target, headers, body, session, signal };
   const isWaiting = () => facts.engine === undefined;
@@ -352,15 +352,35 @@ function baseModelsOf(targets: readonly Target[]): Set<string | null> | null {
   return names.has(null) ? null : names;
 }
 
-/** Aborted when the client goes away before it has the whole answer. */
-function hangUpSignal(res: Response): AbortSignal {
-  const hangUp = new AbortController();
-  const abort = () => {
-    if (!res.writableFinished) hangUp.abort(new GatewayError('client_closed_request', 'the client hung up'));
+/** Requests that end with the gateway, by the signal that says so. It has one listener: more are searched one by one. */
+const openUntil = new WeakMap<AbortSignal, Set<AbortController>>();
+
+function openRequests(cutOff: AbortSignal): Set<AbortController> {
+  let open = openUntil.get(cutOff);
+  if (open === undefined) {
+    const all = new Set<AbortController>();
+    cutOff.addEventListener('abort', () => {
+      for (const end of all) end.abort(cutOff.reason);
+    });
+    openUntil.set(cutOff, all);
+    open = all;
+  }
+  return open;
+}
+
+/** Aborted when the client goes away before it has the whole answer, or when the time to drain is over. */
+function endSignal(res: Response, cutOff: AbortSignal): AbortSignal {
+  const end = new AbortController();
+  const open = openRequests(cutOff);
+  const close = () => {
+    open.delete(end);
+    if (!res.writableFinished) end.abort(new GatewayError('client_closed_request', 'the client hung up'));
   };
-  if (res.destroyed) abort();
-  else res.once('close', abort);
-  return hangUp.signal;
+  open.add(end);
+  if (cutOff.aborted) end.abort(cutOff.reason);
+  if (res.destroyed) close();
+  else res.once('close', close);
+  return end.signal;
 }
 
 function onlyMethod(method: string) {

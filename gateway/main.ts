@@ -2,7 +2,7 @@
 
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
-import { type Logger, pino } from 'pino';
+import { destination, type Logger, pino } from 'pino';
 import { Agent } from 'undici';
 import { Admission } from './admission.ts';
 import { createApp } from './app.ts';
@@ -140,7 +140,11 @@ async function main(): Promise<void> {
     return;
   }
   const config = parseConfig(process.argv.slice(2), process.env);
-  const log = pino({ level: config.logLevel, base: { process: 'gateway' } });
+  // Written beside the event loop, so that a slow reader of the log holds no request up. What is left is written at exit.
+  const log = pino(
+    { level: config.logLevel, base: { process: 'gateway' } },
+    destination({ dest: 1, sync: false }),
+  );
   // Listened for from now on: the first process of a container would not even be ended by a signal that comes earlier.
   const stopSignal = Promise.race(['SIGTERM', 'SIGINT'].map((name) => once(process, name).then(() => name)));
   const stopTracing = await startTracing('motet-gateway');
