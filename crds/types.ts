@@ -639,6 +639,15 @@ export interface TenantSpec {
        */
       key: string;
     };
+    /** How much may be used by this key, beside the limits of the tenant. Default, without limits. */
+    limits?: {
+      /** Requests a minute. */
+      requestsPerMinute?: number;
+      /** Tokens a minute, of prompts and of answers. */
+      tokensPerMinute?: number;
+      /** Requests at a time, those that wait for an engine among them. */
+      concurrency?: number;
+    };
   }[];
   /**
    * How much the tenant may use, by all its keys together. Default, without limits. What is over a limit is

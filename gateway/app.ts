@@ -4,6 +4,7 @@ import { randomUUID } from 'node:crypto';
 import express, { type Express, type NextFunction, type Request, type Response } from 'express';
 import type { Logger } from 'pino';
 import { enginePaths, modelHeader, type TokenUsage } from '../engine/protocol.ts';
+import type { Caller } from './auth.ts';
 import { addBatchRoutes, type BatchRoutes, batchRouteOf } from './batches/routes.ts';
 import { chooseTarget, type WeightedTarget } from './choose-target.ts';
 import { consoleDataPath, consolePaths, serveConsole } from './console/console.ts';
@@ -15,6 +16,7 @@ import { type Forward, forward, type Outcome } from './forward.ts';
 import { countTokens, type Metrics } from './metrics.ts';
 import { type HoldLimits, holdStream } from './on-demand/hold.ts';
 import { type Asked, modelNotFound, parseAsked, parseContentType } from './openai.ts';
+import type { Scope } from './quota/limits.ts';
 import { noTokens, type Quota } from './quota/quota.ts';
 import { estimatePromptTokens } from './quota/usage.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
@@ -209,7 +211,7 @@ function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
     parseContentType(req.get('content-type'));
     const body: Buffer = Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0);
     const asked = parseAsked(body);
-    const scopes = parts.directory.scopesOf(facts.tenant ?? null);
+    const scopes = scopesOf(res, parts.directory);
     const entry = await parts.quota.enter(facts.tenant ?? null, scopes, estimatePromptTokens(body.length));
     for (const [name, value] of entry.headers) res.setHeader(name, value);
     if (entry.refusal !== null) throw entry.refusal;
@@ -219,6 +221,15 @@ function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
       entry.settle(costOf(facts));
     }
   };
+}
+
+/** Whose limits hold: the tenant's, and those of the key that was shown. */
+function scopesOf(res: Response, directory: Directory): readonly Scope[] {
+  const caller = res.locals.caller as Caller | null;
+  if (caller === null) return [];
+  const { tenant, keyId, limits } = caller;
+  const ofTenant = directory.scopesOf(tenant);
+  return limits === undefined ? ofTenant : [...ofTenant, { of: 'key', id: keyId, limits }];
 }
 
 /** What a request that has ended costs its caller; null when it cannot be told, since the caller did not wait for it. */

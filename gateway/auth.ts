@@ -3,18 +3,21 @@
 
 import { hash } from 'node:crypto';
 import { GatewayError } from './errors.ts';
+import type { Limits } from './quota/limits.ts';
 
 export type Caller = {
   tenant: string;
   /** Tells the keys of a tenant apart and says nothing of them. */
   keyId: string;
+  /** Of the key, beside those of its tenant. */
+  limits?: Limits;
 };
 
 /** Returns who shows an Authorization header, null where nobody needs a key, or throws a 401. */
 export type Authenticate = (authorization: string | undefined) => Caller | null | Promise<Caller | null>;
 
 /** @param digest  of the key, as digestOfKey makes it */
-export type Holder = { name: string; digest: string };
+export type Holder = { name: string; digest: string; limits?: Limits };
 
 /**
  * Callers by the digest of their key; of two holders of one key the first has it.
@@ -24,8 +27,9 @@ export type Holder = { name: string; digest: string };
  */
 export function callersByDigest(holders: Iterable<Holder>): Map<string, Caller> {
   const callers = new Map<string, Caller>();
-  for (const { name, digest } of holders) {
-    if (!callers.has(digest)) callers.set(digest, { tenant: name, keyId: `key:${digest.slice(0, 12)}` });
+  for (const { name, digest, limits } of holders) {
+    if (callers.has(digest)) continue;
+    callers.set(digest, { tenant: name, keyId: `key:${digest.slice(0, 12)}`, ...(limits && { limits }) });
   }
   return callers;
 }

@@ -38,7 +38,7 @@ export interface Directory {
   models(caller: string | null): VisibleModel[];
   /** Why requests cannot be taken; null when they can. */
   notReady(): GatewayError | null;
-  /** Whose limits hold for this caller: its own, and those of its key. */
+  /** Whose limits hold for this caller, whichever of its keys it shows. */
   scopesOf(caller: string | null): readonly Scope[];
   /** Callers that have a key. */
   numTenants(): number;

@@ -50,14 +50,19 @@ export function judgeTenants(
   const ownerOfKey = new Map<string, Tenant>();
   return [...tenants].sort(byAge).map((tenant) => {
     const verdict: Verdict = { tenant, holders: [], problems: [], isUnread: false };
-    for (const { secretRef } of tenant.spec.keys) {
+    for (const { secretRef, limits } of tenant.spec.keys) {
       const state = stateOf(secretRef.name, secretRef.key);
       if (state.kind === 'unread') verdict.isUnread = true;
       else if (state.kind !== 'key') verdict.problems.push(problemOf(state, secretRef));
       else {
         const owner = ownerOfKey.get(state.digest) ?? tenant;
         ownerOfKey.set(state.digest, owner);
-        if (owner === tenant) verdict.holders.push({ name: tenant.metadata.name!, digest: state.digest });
+        if (owner === tenant)
+          verdict.holders.push({
+            name: tenant.metadata.name!,
+            digest: state.digest,
+            ...(limits && { limits }),
+          });
         else verdict.problems.push(taken(secretRef, owner));
       }
     }

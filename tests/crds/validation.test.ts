@@ -94,7 +94,14 @@ const full: Record<Kind, object> = {
     ],
   } satisfies AdapterRoute['spec'],
   Tenant: {
-    keys: [{ secretRef: { name: 'acme', key: 'old' } }, { secretRef: { name: 'acme', key: 'new' } }],
+    keys: [
+      {
+        secretRef: { name: 'acme', key: 'old' },
+        limits: { requestsPerMinute: 10, tokensPerMinute: 1000, concurrency: 2 },
+      },
+      { secretRef: { name: 'acme', key: 'new' } },
+    ],
+    limits: { requestsPerMinute: 60, tokensPerMinute: 9000, concurrency: 4 },
     access: {
       adapters: {
         matchLabels: { team: 'acme' },
@@ -485,6 +492,16 @@ const cases: Record<Kind, Case[]> = {
     ['spec.keys.0.secretRef.name', long(254), /Too long/],
     ['spec.keys.0.secretRef.key', 'a/b', /should match/],
     ['spec.keys.0.secretRef.key', long(254), /Too long/],
+    ...['spec.limits', 'spec.keys.0.limits'].flatMap((limits): Case[] => [
+      [limits, undefined, null],
+      [limits, { concurrency: 1 }, null],
+      [`${limits}.requestsPerMinute`, 0, /greater than or equal to 1/],
+      [`${limits}.requestsPerMinute`, 10_000_001, /less than or equal to 10000000/],
+      [`${limits}.tokensPerMinute`, 0, /greater than or equal to 1/],
+      [`${limits}.tokensPerMinute`, 10_000_001, /less than or equal to 10000000/],
+      [`${limits}.concurrency`, 0, /greater than or equal to 1/],
+      [`${limits}.concurrency`, 100_001, /less than or equal to 100000/],
+    ]),
     ['spec.access', undefined, null],
     ...['adapters', 'baseModels', 'routes'].flatMap((which): Case[] => {
       const expressions = `spec.access.${which}.matchExpressions`;

@@ -1,4 +1,5 @@
 import { expect, test } from 'vitest';
+import { callersByDigest, digestOfKey } from '../../gateway/auth.ts';
 import { startFakeEngine } from '../fixtures/fake-engine.ts';
 import { chatBody, errorOf, gatewayFor } from './start-gateway.ts';
 
@@ -67,4 +68,11 @@ test('shows every engine the key that was configured for engines', async () => {
   await gateway.chat(chatBody(), bearer('key-of-the-client'));
   expect(engine.received[0]?.headers.authorization).toBe('Bearer key-of-the-engines');
   expect(engine.lastLookHeaders.authorization).toBe('Bearer key-of-the-engines');
+});
+
+test('limits of a key come with it', () => {
+  const limits = { requestsPerMinute: 5 };
+  const digest = digestOfKey('key-0123456789abcdef');
+  const callers = callersByDigest([{ name: 'a', digest, limits }]);
+  expect(callers.get(digest)).toMatchObject({ tenant: 'a', limits });
 });

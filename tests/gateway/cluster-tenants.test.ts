@@ -258,6 +258,31 @@ describe('keys', () => {
   });
 });
 
+test('a tenant and its key each have their limit', async () => {
+  const cluster = await startCluster(plane);
+  await cluster.create(baseModel('base'));
+  await cluster.setSecret('red', { one: keyOf('red', 1), two: keyOf('red', 2) });
+  const red = tenant('red', { access: { baseModels: {} } });
+  const keys = [
+    { secretRef: { name: 'red', key: 'one' }, limits: { requestsPerMinute: 1 } },
+    { secretRef: { name: 'red', key: 'two' } },
+  ];
+  Object.assign(red.spec, { keys, limits: { requestsPerMinute: 2 } });
+  await cluster.create(red);
+  await cluster.engine({});
+  const gateway = await cluster.gateway();
+  await ready(gateway);
+
+  const first = await ask(gateway, 'base', keyOf('red', 1));
+  expect(first.status).toBe(200);
+  expect(first.headers.get('ratelimit-policy')).toBe('"tenant-requests";q=2;w=60, "key-requests";q=1;w=60');
+  expect((await errorOf(await ask(gateway, 'base', keyOf('red', 1)))).message).toMatch('this key may use 1 ');
+  expect(await statusOf(gateway, 'base', keyOf('red', 2))).toBe(200);
+  expect((await errorOf(await ask(gateway, 'base', keyOf('red', 2)))).message).toMatch(
+    'this tenant may use 2 ',
+  );
+});
+
 describe('status', () => {
   test('says what was accepted and how many names there are, and follows both', longer, async () => {
     const { cluster } = await twoTeams();

@@ -319,7 +319,7 @@ test('closes the connection to the engine when the client stops reading', async 
       while (!res.destroyed) if (!res.write(event)) await once(res, 'drain');
     },
   });
-  const gateway = await gatewayFor([engine], { idleTimeoutMs: 100 });
+  const gateway = await gatewayFor([engine], { idleTimeoutMs: 500 });
   const received = engine.nextReceived();
   const body = JSON.stringify(streaming);
   const socket = createConnection(gateway.port, '127.0.0.1').pause();
