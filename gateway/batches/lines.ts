@@ -1,6 +1,7 @@
 // The lines of an input file: where each is, and whether it is a request that can be sent. Nothing of a line is kept but
 // where it is and what it is ordered by, so that a file of any size is read in little memory.
 
+import { isNestedDeeper } from '../protocols/nesting.ts';
 import type { LineError } from './objects.ts';
 
 /** A line of the file as it is found: `bytes` is null when it is longer than allowed. */
@@ -14,6 +15,8 @@ export type LineProblem = Pick<LineError, 'code' | 'message' | 'param'>;
 /** As OpenAI has it. */
 export const maxLines = 50_000;
 const maxCustomIdLength = 512;
+/** What a request may have, and the line around it. */
+const maxNesting = 129;
 
 /** Splits at line feeds; lines of white space alone are left out. `number` counts from 1. */
 export async function* splitLines(
@@ -54,6 +57,10 @@ export async function* splitLines(
 
 /** The request of a line, or what is wrong with it. */
 export function parseLine(bytes: Buffer, endpoint: string): ParsedLine | LineProblem {
+  if (isNestedDeeper(bytes, maxNesting)) {
+    const expected = `expected at most ${maxNesting} arrays and objects within each other, got more`;
+    return problem('invalid_json_line', expected, null);
+  }
   let value: unknown;
   try {
     value = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes));

@@ -181,7 +181,7 @@ class Job {
     });
     if (content === null) return { lines, errors };
     for await (const { number, offset, length, bytes } of splitLines(content, maxLineBytes)) {
-      if (this.#ending !== null || errors.length >= maxErrors) break;
+      if (this.#ending === 'left' || errors.length >= maxErrors) break;
       if (lines.length === maxLines) {
         add('too_many_lines', number, `expected at most ${maxLines} lines, got more`);
         break;
@@ -201,7 +201,7 @@ class Job {
         lines.push({ index, offset, length, model, prefix: prefixKey(body), numFailed: 0 });
       }
     }
-    if (lines.length === 0 && errors.length === 0 && this.#ending === null) {
+    if (lines.length === 0 && errors.length === 0 && this.#ending !== 'left') {
       add('empty_file', null, 'expected at least one line, got none');
     }
     return { lines, errors };

@@ -56,6 +56,7 @@ test('a line is a request', () => {
 test.each([
   ['invalid_json_line', '{"a": a secret}'],
   ['invalid_json_line', '[]'],
+  ['invalid_json_line', `{"body": ${'['.repeat(100_000)}${']'.repeat(100_000)}}`],
   ['invalid_custom_id', { ...good, custom_id: undefined }],
   ['invalid_custom_id', { ...good, custom_id: 7 }],
   ['invalid_custom_id', { ...good, custom_id: 'x'.repeat(513) }],
@@ -64,7 +65,7 @@ test.each([
   ['invalid_body', { ...good, body: 'text' }],
   ['missing_model', { ...good, body: {} }],
   ['stream_not_supported', { ...good, body: { ...good.body, stream: true } }],
-])('%s: %j', (code, value) => {
+])('%s (%#)', (code, value) => {
   expect(parse(value)).toHaveProperty('code', code);
   expect(JSON.stringify(parse(value))).not.toContain('a secret');
 });

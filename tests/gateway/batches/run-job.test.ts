@@ -102,6 +102,17 @@ test('what is left when the window ends is told line by line', async () => {
   }
 });
 
+test('a job that nobody ran before its window ended says so of every line', async () => {
+  let nowMs = Date.now();
+  const { run, begin, final, linesOf } = await setup({ nowMs: () => nowMs });
+  const { id } = await begin(numbered(7), 60);
+  nowMs += 61_000;
+  run();
+  const ended = await final(id);
+  expect(ended).toMatchObject({ status: 'expired', request_counts: { total: 7, completed: 0, failed: 7 } });
+  expect(ids(await linesOf(ended.error_file_id))).toEqual(all(7));
+});
+
 test('a gateway that is stopped leaves the job, and the next asks only what is not recorded', async () => {
   const { run, begin, final, linesOf } = await setup();
   const numAsked = new Map<string, number>();
