@@ -96,7 +96,8 @@ function envOf({ kind, spec }: Manifest): Record<string, string> {
   writeFileSync(token, 'a token');
   const entries = (container.env as { name: string; value?: string }[]).map(({ name, value = 'motet' }) => [
     name,
-    name.endsWith('_TOKEN_FILE') ? token : value,
+    // What the kubelet or a Secret would bring.
+    name.endsWith('_FILE') ? token : value,
   ]);
   return Object.fromEntries(entries);
 }
