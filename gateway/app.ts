@@ -188,7 +188,7 @@ function admitByKey({ directory, metrics }: AppParts) {
       if (caller !== null) factsOf(res).tenant = caller.tenant;
     } catch (error) {
       const { code } = error as GatewayError;
-      if (code === 'missing_api_key' || code === 'invalid_api_key')
+      if (code === 'missing_api_key' || code === 'invalid_api_key' || code === 'invalid_token')
         metrics.authFailures.inc({ reason: code });
       throw error;
     }

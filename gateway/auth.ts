@@ -1,9 +1,10 @@
-// Who comes: the holder of a bearer key. Keys come from a file (config.ts) or from Tenants (tenants.ts); where they come
-// from no key, everybody may enter, and config.ts sees to it that this was meant.
+// Who comes: the holder of a bearer key, or of a token (identity/oidc.ts). Keys come from a file (config.ts) or from
+// Tenants (tenants.ts); where they come from no key, everybody may enter, and config.ts sees to it that this was meant.
 
 import { hash } from 'node:crypto';
 import { GatewayError } from './errors.ts';
 import type { Limits } from './quota/limits.ts';
+import { isTokenShaped, type Tokens } from './identity/oidc.ts';
 
 export type Caller = {
   tenant: string;
@@ -34,16 +35,20 @@ export function callersByDigest(holders: Iterable<Holder>): Map<string, Caller> 
   return callers;
 }
 
-/** @param callers  as of now */
+/**
+ * @param callers  as of now
+ * @param tokens   null: there is no issuer, and bearers of tokens are strangers
+ */
 export function createAuthenticate(
   callers: () => ReadonlyMap<string, Caller>,
-): (authorization?: string) => Caller {
+  tokens: Tokens | null,
+): (authorization?: string) => Caller | Promise<Caller> {
   return (authorization) => {
-    const caller = callers().get(digestOfKey(bearerOf(authorization)));
-    if (caller === undefined) {
-      throw new GatewayError('invalid_api_key', 'Authorization: the bearer key is not one of this gateway');
-    }
-    return caller;
+    const given = bearerOf(authorization);
+    const caller = callers().get(digestOfKey(given));
+    if (caller !== undefined) return caller;
+    if (tokens !== null && isTokenShaped(given)) return tokens.callerOf(given);
+    throw new GatewayError('invalid_api_key', 'Authorization: the bearer key is not one of this gateway');
   };
 }
 

@@ -15,6 +15,7 @@ import { basesFirst, type Directory } from './directory.ts';
 import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import type { Tokens } from './identity/oidc.ts';
 import { selects } from './label-selector.ts';
 import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
 import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
@@ -32,6 +33,8 @@ export type ClusterOptions = {
   namespace: string;
   /** Everybody may enter and use every model; Tenants are not looked at. */
   isOpen: boolean;
+  /** A token names one of the Tenants. Null: there is no issuer. */
+  tokens: Tokens | null;
 };
 
 type RouteStatus = NonNullable<AdapterRoute['status']>;
@@ -128,11 +131,17 @@ export class Cluster implements Directory {
     });
     this.#recovery = setInterval(() => this.#noteRecovery(), 1_000);
 
-    const authenticate = createAuthenticate(() => this.#tenancy!.callers);
-    this.authenticate = (authorization) => {
+    const authenticate = createAuthenticate(() => this.#tenancy!.callers, options.tokens);
+    this.authenticate = async (authorization) => {
       const failure = this.notReady();
       if (failure !== null) throw failure;
-      return this.#tenancy === null ? null : authenticate(authorization);
+      if (this.#tenancy === null) return null;
+      const caller = await authenticate(authorization);
+      if (this.#tenancy.watch.get(caller.tenant) !== undefined) return caller;
+      throw new GatewayError(
+        'invalid_token',
+        'Authorization: the bearer token names no Tenant of this namespace',
+      );
     };
   }
 

@@ -8,6 +8,7 @@ import { parseArgs } from 'node:util';
 import { parse } from 'yaml';
 import { z } from 'zod';
 import type { BatchSettings } from './batches/start.ts';
+import { isSafeUrl, type OidcSettings } from './identity/oidc.ts';
 import type { Limits } from './quota/limits.ts';
 import { routingRules } from './routing/pick-endpoint.ts';
 import type { RouterSettings } from './routing/router.ts';
@@ -64,6 +65,17 @@ export const settings = {
     .optional()
     .describe('PEM file of who signed its certificate; default, those that Node knows'),
   'redis-timeout-ms': milliseconds(100).describe('longest wait for Redis; then limits are kept alone'),
+  'oidc-issuer': z
+    .url()
+    .refine(isSafeUrl, 'expected an https URL, or http to this machine')
+    .optional()
+    .describe('issuer of OpenID Connect whose tokens are taken beside keys, as they have it in `iss`'),
+  'oidc-audience': z.string().min(1).optional().describe('what tokens must have in `aud`'),
+  'oidc-tenant-claim': z
+    .string()
+    .min(1)
+    .default('sub')
+    .describe('claim that names the tenant; with --kubernetes, a Tenant'),
   insecure: z
     .stringbool()
     .default(false)
@@ -179,6 +191,8 @@ export type Config = {
   gatewayReplicas: number;
   /** Where they share them; null: each has its part. */
   redis: { url: string; password: string | null; ca: string | null; timeoutMs: number } | null;
+  /** Whose tokens are taken beside keys; null: nobody's. */
+  oidc: OidcSettings | null;
   /** Everybody may enter, and that is meant. */
   isInsecure: boolean;
   maxBodyBytes: number;
@@ -232,7 +246,8 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
   if (cluster === null && values.engine.length === 0) {
     throw new ConfigError('--engine (MOTET_ENGINES): expected at least one URL, or --kubernetes');
   }
-  if (cluster === null && apiKeys === null && !values.insecure && !isLoopback(values.host)) {
+  const oidc = parseOidc(values);
+  if (cluster === null && apiKeys === null && oidc === null && !values.insecure && !isLoopback(values.host)) {
     throw new ConfigError(
       `no API keys are configured, so anyone who reaches ${values.host} could use every model. ` +
         'Give --api-keys-file, or listen on 127.0.0.1, or say --insecure if that is meant.',
@@ -252,6 +267,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
         : parseLimits(readSetting('limits-file', limitsFile), limitsFile, apiKeys),
     gatewayReplicas: values['gateway-replicas'],
     redis: parseRedis(values),
+    oidc,
     isInsecure: values.insecure,
     maxBodyBytes: values['max-body-bytes'],
     maxInFlightPerEngine: values['max-in-flight-per-engine'],
@@ -302,6 +318,14 @@ function parseCluster(values: Values): Config['cluster'] {
     );
   }
   return { namespace, kubeconfig };
+}
+
+function parseOidc(values: Values): OidcSettings | null {
+  const { 'oidc-issuer': issuer, 'oidc-audience': audience, 'oidc-tenant-claim': tenantClaim } = values;
+  if ((issuer === undefined) !== (audience === undefined)) {
+    throw new ConfigError('--oidc-issuer, --oidc-audience: expected both or none, got one');
+  }
+  return issuer === undefined || audience === undefined ? null : { issuer, audience, tenantClaim };
 }
 
 function parseBatches(values: Values): BatchSettings | null {

@@ -7,6 +7,7 @@ import type { WeightedTarget } from './choose-target.ts';
 import type { VisibleModel } from './console/console-data.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import type { Tokens } from './identity/oidc.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
 import type { Limits, Scope } from './quota/limits.ts';
 import type { Aborted } from './routes/abort-writer.ts';
@@ -54,6 +55,7 @@ export function listedDirectory(
   endpoints: Endpoints,
   apiKeys: Map<string, string> | null,
   limits: ReadonlyMap<string, Limits>,
+  tokens: Tokens | null,
 ): Directory {
   const holders = [...(apiKeys ?? [])].map(([name, key]) => ({ name, digest: digestOfKey(key) }));
   const callers = callersByDigest(holders);
@@ -63,7 +65,8 @@ export function listedDirectory(
   };
   return {
     scopesOf: (caller) => (caller === null ? [] : scopesOf(caller)),
-    authenticate: apiKeys === null ? () => null : createAuthenticate(() => callers),
+    authenticate:
+      apiKeys === null && tokens === null ? () => null : createAuthenticate(() => callers, tokens),
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     rulesOf: () => null,
     autoLoad: async () => {},

@@ -26,6 +26,7 @@ export const errorTable = {
   incomplete_body: { status: 400, type: invalid },
   missing_api_key: { status: 401, type: 'authentication_error' },
   invalid_api_key: { status: 401, type: 'authentication_error' },
+  invalid_token: { status: 401, type: 'authentication_error' },
   model_not_found: { status: 404, type: invalid },
   route_not_found: { status: 404, type: invalid },
   method_not_allowed: { status: 405, type: invalid },
@@ -49,6 +50,7 @@ export const errorTable = {
   engine_unreachable: { status: 503, type: 'server_error', retryAfterS: 2 },
   engine_failed: { status: 502, type: 'server_error' },
   engine_timeout: { status: 504, type: 'server_error' },
+  issuer_unavailable: { status: 503, type: 'server_error', retryAfterS: 10 },
   starting: { status: 503, type: 'server_error', retryAfterS: 1 },
   shutting_down: { status: 503, type: 'server_error', retryAfterS: 1 },
   // Nobody reads this one: the client is gone. The status is for logs and metrics.

@@ -14,6 +14,7 @@ import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
+import { Tokens } from './identity/oidc.ts';
 import { createMetrics, watchRouting, watchState } from './metrics.ts';
 import { commentEveryMs } from './on-demand/hold.ts';
 import { LocalMeters } from './quota/meter-store.ts';
@@ -38,14 +39,16 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     config.engineTokenFile === null ? keyHeaders(config.engineKey) : tokenFileHeaders(config.engineTokenFile);
   const endpoints = new Endpoints(engineHeaders, config.pollIntervalMs, config.silentAfterMs, log);
   for (const url of config.engineUrls) endpoints.offer(listedEngine(url));
+  const tokens = config.oidc && new Tokens({ ...config.oidc, log });
   const directory =
     config.cluster === null
-      ? listedDirectory(endpoints, config.apiKeys, config.limits)
+      ? listedDirectory(endpoints, config.apiKeys, config.limits, tokens)
       : new Cluster(
           {
             kubeConfig: loadKubeConfig(config.cluster.kubeconfig),
             namespace: config.cluster.namespace,
             isOpen: config.isInsecure,
+            tokens,
           },
           endpoints,
           log,

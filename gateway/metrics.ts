@@ -27,7 +27,8 @@ export function createMetrics() {
     labelNames: ['reason'],
     registers,
   });
-  for (const reason of ['missing_api_key', 'invalid_api_key']) authFailures.inc({ reason }, 0);
+  for (const reason of ['missing_api_key', 'invalid_api_key', 'invalid_token'])
+    authFailures.inc({ reason }, 0);
 
   const batchLines = new Counter({
     name: 'motet_gateway_batch_lines_total',

@@ -7,6 +7,7 @@ import type { Tenant } from '../../crds/types.ts';
 import { installCrds } from '../crds/install-crds.ts';
 import { type ControlPlane, sharedControlPlane, startControlPlane } from '../fixtures/control-plane.ts';
 import { answer, answerForever } from '../fixtures/fake-engine.ts';
+import { newKey, sign, startIssuer } from './identity/issuer.ts';
 import { adapterRoute, baseModel, loraAdapter, tenant } from './resources.ts';
 import { bearer, type Cluster, type Engine, metricOf, modelIds, startCluster } from './start-cluster.ts';
 import { chatBody, errorOf, type TestGateway, until } from './start-gateway.ts';
@@ -226,6 +227,30 @@ describe('keys', () => {
     expect(await statusOf(gateway, 'base', keyOf('red'))).toBe(401);
     expect(gateway.logLines.filter(({ what }) => what === 'watch of secrets')).toHaveLength(1);
     expect(await metricOf(gateway, 'motet_gateway_watch_stale_seconds{resource="secrets"}')).toBe(null);
+  });
+
+  test('a token names its Tenant, whose rights it has, and enters no more when that is deleted', async () => {
+    const { cluster } = await twoTeams();
+    const key = await newKey('1');
+    const issuer = await startIssuer(key);
+    const gateway = await cluster.gateway({
+      oidc: { issuer: issuer.url, audience: 'motet', tenantClaim: 'team' },
+    });
+    await ready(gateway);
+    const token = (team: string) => sign(issuer, key, { team }, { nowMs: Date.now() });
+    const red = await token('red');
+    await served(gateway, 'red-sql', red);
+    expect(await modelIds(gateway, red)).toEqual(['red-sql']);
+    expect(await statusOf(gateway, 'blue-sql', red)).toBe(404);
+    expect(await errorOf(await ask(gateway, 'red-sql', await token('green')))).toMatchObject({
+      status: 401,
+      code: 'invalid_token',
+    });
+    await cluster.remove('Tenant', 'red');
+    await until(
+      () => statusOf(gateway, 'red-sql', red),
+      (status) => status === 401,
+    );
   });
 
   test('the older tenant keeps a key that two have', longer, async () => {

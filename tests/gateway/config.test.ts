@@ -38,6 +38,8 @@ test.each([
   ['an engine with a query', ['--engine', 'http://a:1/?b'], 'without ?'],
   ['a port out of range', [...engine, '--port', '70000'], '--port'],
   ['a limit that is no number', [...engine, '--max-queued', 'many'], '--max-queued'],
+  ['an issuer without TLS', [...engine, '--oidc-issuer', 'http://example.org'], '--oidc-issuer'],
+  ['an issuer without an audience', [...engine, '--oidc-issuer', 'https://example.org'], '--oidc-audience'],
   ['a flag that does not exist', [...engine, '--colour', 'red'], '--colour'],
 ])('refuses %s and names the setting', (_, args, named) => {
   expect(() => parseConfig(args, {})).toThrow(ConfigError);
@@ -47,6 +49,15 @@ test.each([
 test.each(['0.0.0.0', '::', '10.0.0.1', 'example.org'])('refuses to listen on %s without keys', (host) => {
   expect(() => parseConfig([...engine, '--host', host], {})).toThrow('no API keys are configured');
   expect(parseConfig([...engine, '--host', host, '--insecure'], {}).host).toBe(host);
+});
+
+test('listens anywhere with tokens', () => {
+  const tokens = ['--oidc-issuer', 'https://example.org', '--oidc-audience', 'motet'];
+  expect(parseConfig([...engine, '--host', '0.0.0.0', ...tokens], {}).oidc).toEqual({
+    issuer: 'https://example.org',
+    audience: 'motet',
+    tenantClaim: 'sub',
+  });
 });
 
 test('listens anywhere with keys', () => {

@@ -94,6 +94,7 @@ const defaults: Config = {
   host: '127.0.0.1',
   port: 0,
   apiKeys: null,
+  oidc: null,
   limits: new Map(),
   gatewayReplicas: 1,
   redis: null,
