@@ -3,8 +3,8 @@
 
 import { hash } from 'node:crypto';
 import { GatewayError } from './errors.ts';
-import type { Limits } from './quota/limits.ts';
 import { isTokenShaped, type Tokens } from './identity/oidc.ts';
+import type { Limits } from './quota/limits.ts';
 
 export type Caller = {
   tenant: string;

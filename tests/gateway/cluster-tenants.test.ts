@@ -378,7 +378,6 @@ describe('the API server', () => {
     const gateway = await cluster.gateway();
     await ready(gateway);
     await served(gateway, 'base', keyOf('red'));
-    await cluster.setSecret('red', { key: keyOf('red', 2) });
     await own.stopApiserver();
     for (const resource of ['tenants', 'secrets']) {
       await until(
@@ -391,6 +390,7 @@ describe('the API server', () => {
     expect(await statusOf(gateway, 'base', keyOf('green'))).toBe(401);
     expect((await fetch(`${gateway.url}/readyz`)).status).toBe(200);
     await own.startApiserver();
+    await cluster.setSecret('red', { key: keyOf('red', 2) });
     await served(gateway, 'base', keyOf('red', 2), secretMs);
     expect(await statusOf(gateway, 'base', keyOf('red'))).toBe(401);
   });
