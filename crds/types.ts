@@ -665,6 +665,13 @@ export interface TenantSpec {
     /** Requests at a time, those that wait for an engine among them. */
     concurrency?: number;
   };
+  /** The tenant's share of busy engines against others that wait; 2 gets twice what 1 gets. Default 1. */
+  weight?: number;
+  /**
+   * Requests of a higher priority go first when engines are busy. One that waits rises by one with every
+   * second in which no request of its priority was sent, so that none waits for ever. Default 0.
+   */
+  priority?: number;
   /** What the tenant sees, lists and calls. Default, nothing. */
   access: {
     /** Selects LoraAdapters by their labels. `{}` selects all. Default, none. */

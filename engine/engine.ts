@@ -215,6 +215,10 @@ export class Engine {
     return this.#waiting.length;
   }
 
+  get maxSequences(): number {
+    return this.#options.limits.maxSequences;
+  }
+
   get maxModelLen(): number {
     return this.#options.limits.maxModelLen;
   }

@@ -53,6 +53,8 @@ export interface BaseStatus {
   name: string;
   /** Prompt tokens asked of it, and those that the prefix cache had. */
   prefixCache: { promptTokens: number; cachedTokens: number };
+  /** Most sequences in one step. Not there in older engines. */
+  maxSequences?: number;
 }
 
 /** An arena: total and free bytes, and how the others are used. */

@@ -406,7 +406,7 @@ function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, star
   };
 }
 
-function adapterList({ arena, baseName, blocks, hostArena, tiers }: ServerOptions): AdapterList {
+function adapterList({ arena, baseName, blocks, engine, hostArena, tiers }: ServerOptions): AdapterList {
   const prefixCacheOf = (voice: string) => {
     const { queries, hits } = blocks.countsOf(voice);
     return { promptTokens: queries, cachedTokens: hits };
@@ -415,7 +415,7 @@ function adapterList({ arena, baseName, blocks, hostArena, tiers }: ServerOption
     object: 'list',
     arena: arenaUse(arena, blocks.numReclaimablePages),
     ...(hostArena && { hostArena: arenaUse(hostArena, 0) }),
-    base: { name: baseName, prefixCache: prefixCacheOf(baseVoice) },
+    base: { name: baseName, prefixCache: prefixCacheOf(baseVoice), maxSequences: engine.maxSequences },
     data: tiers.statuses().map((status) => ({ ...status, prefixCache: prefixCacheOf(status.digest) })),
     loading: [...tiers.loadingNames].sort(),
   };

@@ -1,15 +1,25 @@
-// When a request may go to an engine: each engine has a bound on requests in flight, and the requests that wait
-// for room stand in one bounded queue, first come first served among those whose engines have room. A declared model that
-// no engine holds is waited for in the same queue, since it may be on its way from an engine that went to another.
+// When a request may go to an engine: each engine has a bound on requests in flight, and the requests that wait for room stand
+// in one bounded queue, in the order of queue/fair-queue.ts. A declared model that no engine holds is waited for in the same
+// queue, since it may be on its way from an engine that went to another.
+//
+// An engine is sent what it says it can run at once and a quarter more, which keeps it busy while answers travel. What else would
+// wait in it waits here, where all tenants and all engines are seen.
 
+import type { TokenUsage } from '../engine/protocol.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import { type Ask, costOf, expectedCost, lowestPriority } from './queue/ask.ts';
+import { type Charge, type Entry, FairQueue } from './queue/fair-queue.ts';
+import { Pace } from './queue/pace.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 import type { Pick, RouteAsk, Router } from './routing/router.ts';
 
 export type AdmissionLimits = {
   maxInFlightPerEngine: number;
   maxQueued: number;
+  maxQueuedPerTenant: number;
+  /** A priority that waits rises by one for each of these in which it was sent nothing. */
+  queueAgeingMs: number;
   queueTimeoutMs: number;
   /** Longest wait for a declared model that no engine holds, and for one that comes only when somebody asks. */
   modelWaitMs: number;
@@ -17,7 +27,16 @@ export type AdmissionLimits = {
 };
 
 /** A request's place in an engine. It is given back exactly once. */
-export type Slot = { endpoint: Endpoint; pick: Pick; release(): void };
+export type Slot = {
+  endpoint: Endpoint;
+  pick: Pick;
+  /** @param usage  what it cost; null: nobody knows, and the guess at its cost stands */
+  release(usage?: TokenUsage | null): void;
+};
+
+/** Why a request was not let wait, or not any longer. */
+export const shedReasons = ['queue_full', 'tenant_full', 'made_room', 'deadline', 'timeout'] as const;
+export type ShedReason = (typeof shedReasons)[number];
 
 type Waiter = {
   route: RouteAsk;
@@ -31,17 +50,38 @@ export class Admission {
   readonly #endpoints: Endpoints;
   readonly #router: Router;
   readonly #limits: AdmissionLimits;
-  readonly #queue = new Set<Waiter>();
+  readonly #onShed: (tenant: string, reason: ShedReason) => void;
+  readonly #queue: FairQueue<Waiter>;
+  readonly #pace = new Pace();
 
-  constructor(endpoints: Endpoints, router: Router, limits: AdmissionLimits) {
+  constructor(
+    endpoints: Endpoints,
+    router: Router,
+    limits: AdmissionLimits,
+    onShed: (tenant: string, reason: ShedReason) => void = () => {},
+  ) {
     this.#endpoints = endpoints;
     this.#router = router;
     this.#limits = limits;
-    endpoints.on('change', () => this.#admitWaiting());
+    this.#onShed = onShed;
+    this.#queue = new FairQueue(limits.queueAgeingMs);
+    endpoints.on('change', () => {
+      this.#dismissHopeless();
+      this.#admitWaiting();
+    });
   }
 
   get numQueued(): number {
     return this.#queue.size;
+  }
+
+  /** Without those of the lowest priority, as lines of batches are. */
+  get numOnlineQueued(): number {
+    return this.#queue.numFrom(lowestPriority + 1);
+  }
+
+  get queue(): { readonly numByTenant: ReadonlyMap<string, number>; readonly lag: number } {
+    return this.#queue;
   }
 
   /**
@@ -49,31 +89,30 @@ export class Admission {
    *
    * @throws model_not_found, model_unavailable, no_engine_ready at once or when that becomes so while waiting; for a
    *   model that may appear, when it did not within `modelWaitMs`
-   * @throws queue_full, queue_timeout, and the signal's reason when it is aborted
+   * @throws queue_full at once, or when room is made for another; deadline_unmeetable at once; queue_timeout; and the signal's reason
+   *   when it is aborted
    */
   async enter(
+    ask: Ask,
     route: RouteAsk,
     target: Target,
     tried: ReadonlySet<Endpoint>,
     signal: AbortSignal,
   ): Promise<Slot> {
     signal.throwIfAborted();
-    const slot = this.#tryEnter(route, target, tried);
-    if (slot !== null) return slot;
-    const { maxQueued } = this.#limits;
-    if (this.#queue.size >= maxQueued) {
-      throw new GatewayError('queue_full', `every engine is busy and ${maxQueued} requests wait already`);
-    }
-    return this.#wait(route, target, tried, signal);
+    const pick = this.#tryPick(route, target, tried);
+    if (pick !== null) return this.#take(route, pick, this.#queue.charge(ask, performance.now()));
+    this.#makeRoom(ask, this.#whyNone(target, tried) === null);
+    return this.#wait(ask, route, target, tried, signal);
   }
 
   /** A place in an engine that has room to spare: nobody waits, and half of it is free. Null when there is none. */
   trySpare(route: RouteAsk, target: Target, where: (endpoint: Endpoint) => boolean): Slot | null {
     if (this.#queue.size > 0) return null;
     const engines = this.#untried(target, new Set()).filter(where);
-    const half = Math.ceil(this.#limits.maxInFlightPerEngine / 2);
-    const pick = this.#router.pick(route, engines, half, Date.now());
-    return pick === null ? null : this.#take(route, pick);
+    const free = engines.filter((endpoint) => endpoint.inFlight < Math.ceil(this.#mostOf(endpoint) / 2));
+    const pick = this.#router.pick(route, free, this.#limits.maxInFlightPerEngine, Date.now());
+    return pick === null ? null : this.#take(route, pick, null);
   }
 
   /** True when another engine than those tried could take the request, now or later. */
@@ -81,26 +120,84 @@ export class Admission {
     return this.#whyNone(target, tried) === null;
   }
 
-  #wait(route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>, signal: AbortSignal): Promise<Slot> {
+  /** Lets one more wait, at the cost of another if need be. @param isHeld  an engine has its model, so that the queue's pace is its own */
+  #makeRoom(ask: Ask, isHeld: boolean): void {
+    const { maxQueued, maxQueuedPerTenant, queueTimeoutMs } = this.#limits;
+    const nowMs = performance.now();
+    const waitMs = this.#pace.msFor(this.#queue.workAhead(ask));
+    const retryAfterS = Math.max(1, Math.ceil(Math.min(waitMs ?? 1_000, 60_000) / 1_000));
+    const refuse = (
+      reason: ShedReason,
+      code: 'queue_full' | 'deadline_unmeetable',
+      message: string,
+    ): never => {
+      this.#onShed(ask.tenant, reason);
+      throw new GatewayError(code, message, { retryAfterS });
+    };
+    if (this.#queue.numOf(ask.tenant) >= maxQueuedPerTenant)
+      refuse(
+        'tenant_full',
+        'queue_full',
+        `${maxQueuedPerTenant} requests with this key's tenant wait already`,
+      );
+    const leftMs = Math.min(queueTimeoutMs, (ask.deadlineMs ?? Number.POSITIVE_INFINITY) - nowMs);
+    if (isHeld && waitMs !== null && waitMs > leftMs) {
+      const [wait, left] = [waitMs, leftMs].map((ms) => Math.max(0, Math.round(ms)));
+      refuse(
+        'deadline',
+        'deadline_unmeetable',
+        `expected to wait ${wait} ms for an engine, of at most ${left}`,
+      );
+    }
+    if (this.#queue.size < maxQueued) return;
+    const victim = this.#queue.victimFor(ask);
+    if (victim === null) {
+      refuse('queue_full', 'queue_full', `every engine is busy and ${maxQueued} requests wait already`);
+      return;
+    }
+    this.#onShed(victim.ask.tenant, 'made_room');
+    victim.waiter.reject(
+      new GatewayError(
+        'queue_full',
+        'every engine is busy, and a request with a better claim took its place',
+        {
+          retryAfterS,
+        },
+      ),
+    );
+  }
+
+  #wait(
+    ask: Ask,
+    route: RouteAsk,
+    target: Target,
+    tried: ReadonlySet<Endpoint>,
+    signal: AbortSignal,
+  ): Promise<Slot> {
     const { queueTimeoutMs, modelWaitMs, wakeWaitMs } = this.#limits;
+    const nowMs = performance.now();
     const absentMs = target.asks === undefined ? Math.min(queueTimeoutMs, modelWaitMs) : wakeWaitMs;
-    const timeoutMs = this.#whyNone(target, tried) === null ? queueTimeoutMs : absentMs;
+    const mostMs = this.#whyNone(target, tried) === null ? queueTimeoutMs : absentMs;
+    const timeoutMs = Math.max(0, Math.min(mostMs, (ask.deadlineMs ?? Number.POSITIVE_INFINITY) - nowMs));
     const { promise, resolve, reject } = Promise.withResolvers<Slot>();
     // Leaves the queue before anything else can run: a waiter that is admitted after it gave up would keep its
     // slot for ever.
     const giveUp = (error: GatewayError) => {
-      this.#queue.delete(waiter);
+      this.#queue.remove(entry);
       reject(error);
     };
     const waiter: Waiter = { route, target, tried, resolve, reject: giveUp };
     const onAbort = () => giveUp(signal.reason as GatewayError);
     const timer = setTimeout(() => {
       const reason = this.#whyNone(target, tried);
-      giveUp(reason ?? new GatewayError('queue_timeout', `no engine had room within ${timeoutMs} ms`));
+      if (reason === null) this.#onShed(ask.tenant, 'timeout');
+      const waited = `no engine had room within ${Math.round(timeoutMs)} ms`;
+      giveUp(reason ?? new GatewayError('queue_timeout', waited));
     }, timeoutMs);
 
     signal.addEventListener('abort', onAbort);
-    this.#queue.add(waiter);
+    if (this.#queue.size === 0) this.#pace.restart(nowMs);
+    const entry: Entry<Waiter> = this.#queue.add(ask, waiter, nowMs);
     return promise.finally(() => {
       clearTimeout(timer);
       signal.removeEventListener('abort', onAbort);
@@ -108,27 +205,66 @@ export class Admission {
   }
 
   #admitWaiting(): void {
-    for (const waiter of this.#queue) {
-      try {
-        const slot = this.#tryEnter(waiter.route, waiter.target, waiter.tried);
-        if (slot === null) continue;
-        this.#queue.delete(waiter);
-        waiter.resolve(slot);
-      } catch (error) {
-        waiter.reject(error as GatewayError);
+    if (this.#queue.size === 0) return;
+    const nowMs = performance.now();
+    // An adapter has room as long as an engine that says it holds it has; each that is sent may take the last place.
+    const rooms = new Map<string, boolean>();
+    const hasRoom = (adapter: string) => {
+      let room = rooms.get(adapter);
+      if (room === undefined) {
+        room = this.#endpoints.all.some(
+          (endpoint) =>
+            endpoint.isReady && endpoint.cards.has(adapter) && endpoint.inFlight < this.#mostOf(endpoint),
+        );
+        rooms.set(adapter, room);
       }
+      return room;
+    };
+    for (;;) {
+      rooms.clear();
+      let chosen: { waiter: Waiter; pick: Pick } | null = null;
+      const charge = this.#queue.sendNext(nowMs, hasRoom, ({ waiter }) => {
+        const { route, target, tried } = waiter;
+        const pick = this.#pickAmong(route, this.#untried(target, tried));
+        if (pick !== null) chosen = { waiter, pick };
+        return pick !== null;
+      });
+      if (charge === null) return;
+      this.#pace.noteSent(expectedCost(charge.ask), nowMs);
+      const { waiter, pick } = chosen!;
+      waiter.resolve(this.#take(waiter.route, pick, charge));
     }
   }
 
-  /** A slot, or null when it has to be waited for. Throws when there is nothing to wait for. */
-  #tryEnter(route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>): Slot | null {
-    const untried = this.#untried(target, tried);
-    if (untried.length === 0) {
-      if (mayAppear(target)) return null;
-      throw this.#whyNone(target, tried)!;
+  /** Tells those that wait for nothing any more. */
+  #dismissHopeless(): void {
+    for (const { waiter } of this.#queue.entries()) {
+      const { target, tried } = waiter;
+      const reason = mayAppear(target) ? null : this.#whyNone(target, tried);
+      if (reason !== null) waiter.reject(reason);
     }
-    const pick = this.#router.pick(route, untried, this.#limits.maxInFlightPerEngine, Date.now());
-    return pick === null ? null : this.#take(route, pick);
+  }
+
+  /** Where it can go at once; null when that has to be waited for. Throws when there is nothing to wait for. */
+  #tryPick(route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>): Pick | null {
+    const untried = this.#untried(target, tried);
+    if (untried.length > 0) return this.#pickAmong(route, untried);
+    if (mayAppear(target)) return null;
+    throw this.#whyNone(target, tried)!;
+  }
+
+  #pickAmong(route: RouteAsk, endpoints: readonly Endpoint[]): Pick | null {
+    const free = endpoints.filter((endpoint) => endpoint.inFlight < this.#mostOf(endpoint));
+    if (free.length === 0) return null;
+    return this.#router.pick(route, free, this.#limits.maxInFlightPerEngine, Date.now());
+  }
+
+  /** Requests that this engine is sent at a time. */
+  #mostOf({ adapterList }: Endpoint): number {
+    const { maxInFlightPerEngine } = this.#limits;
+    const numAtOnce = adapterList?.base?.maxSequences;
+    if (numAtOnce === undefined) return maxInFlightPerEngine;
+    return Math.min(maxInFlightPerEngine, numAtOnce + Math.ceil(numAtOnce / 4));
   }
 
   /** Engines that hold the target and were not tried. */
@@ -146,17 +282,18 @@ export class Admission {
     return notServed(target.name, target, kind === 'served' ? 'away' : kind);
   }
 
-  #take(route: RouteAsk, pick: Pick): Slot {
+  #take(route: RouteAsk, pick: Pick, charge: Charge | null): Slot {
     const { endpoint } = pick;
     const end = this.#router.begin(route, pick, Date.now());
     endpoint.inFlight += 1;
     endpoint.numSent += 1;
     let isHeld = true;
-    const release = () => {
+    const release = (usage: TokenUsage | null = null) => {
       if (!isHeld) return;
       isHeld = false;
       endpoint.inFlight -= 1;
       end();
+      if (charge !== null) this.#queue.settle(charge, usage && costOf(usage));
       this.#admitWaiting();
     };
     return { endpoint, pick, release };

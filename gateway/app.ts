@@ -16,6 +16,7 @@ import { type Forward, forward, type Outcome } from './forward.ts';
 import { countTokens, type Metrics } from './metrics.ts';
 import { type HoldLimits, holdStream } from './on-demand/hold.ts';
 import { type Asked, modelNotFound, parseAsked, parseContentType } from './openai.ts';
+import { askOf, lowered, parseWaitMs } from './queue/ask.ts';
 import type { Scope } from './quota/limits.ts';
 import { noTokens, type Quota } from './quota/quota.ts';
 import { estimatePromptTokens } from './quota/usage.ts';
@@ -240,7 +241,7 @@ function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
 
 async function answer(
   path: (typeof forwardedPaths)[number],
-  { model, user, isStream }: Asked,
+  { model, user, isStream, maxTokens, numChoices }: Asked,
   body: Buffer,
   req: Request,
   res: Response,
@@ -262,7 +263,21 @@ async function answer(
   followRoute(model, target, { path, headers, body }, res, parts);
   const signal = endSignal(res, parts.cutOff);
   const session = sessionOf(req, facts);
-  const asked = { path, target, headers, body, session, signal };
+  const standing = parts.directory.standingOf(facts.tenant ?? null);
+  const ask = askOf(
+    {
+      tenant: facts.tenant ?? null,
+      standing: { ...standing, priority: lowered(standing.priority, req.get('x-motet-priority')) },
+      adapter: target.name,
+      bodyBytes: body.length,
+      maxTokens: isGeneration(path) ? maxTokens : 0,
+      numChoices,
+      waitMs: parseWaitMs(req.get('x-llm-d-slo-ttft-ms')),
+    },
+    parts.forward.lengths,
+    performance.now(),
+  );
+  const asked = { path, target, headers, body, session, ask, signal };
   const isWaiting = () => facts.engine === undefined;
   const endHold = isStream
     ? holdStream(res, { [modelHeader]: target.name }, isWaiting, parts.hold)

@@ -20,6 +20,7 @@ import { selects } from './label-selector.ts';
 import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
 import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
 import { AutoLoader, planAutoLoad } from './on-demand/auto-load.ts';
+import { defaultStanding, type Standing } from './queue/ask.ts';
 import type { Scope } from './quota/limits.ts';
 import { mayAppear, resolveModel } from './resolve-model.ts';
 import { type Aborted, AbortWriter } from './routes/abort-writer.ts';
@@ -188,6 +189,12 @@ export class Cluster implements Directory {
   scopesOf(caller: string | null): Scope[] {
     const limits = caller === null ? undefined : this.#tenancy?.watch.get(caller)?.spec.limits;
     return limits === undefined ? [] : [{ of: 'tenant', id: caller!, limits }];
+  }
+
+  standingOf(caller: string | null): Standing {
+    const spec = caller === null ? undefined : this.#tenancy?.watch.get(caller)?.spec;
+    const { weight, priority } = defaultStanding;
+    return { weight: spec?.weight ?? weight, priority: spec?.priority ?? priority };
   }
 
   notReady(): GatewayError | null {

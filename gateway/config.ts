@@ -91,6 +91,10 @@ export const settings = {
     .describe('largest request body, in bytes'),
   'max-in-flight-per-engine': count(256).describe('requests that one engine is sent at a time'),
   'max-queued': count(1024).describe('requests that wait for an engine with room; more are refused with 429'),
+  'max-queued-per-tenant': count(512).describe('those of them that one tenant may have'),
+  'queue-ageing-ms': milliseconds(1_000).describe(
+    'a priority that waits rises by one each time that it was sent nothing for this long',
+  ),
   'queue-timeout-ms': milliseconds(30_000).describe('longest wait for an engine with room'),
   'model-wait-ms': milliseconds(10_000).describe(
     'longest wait for a declared model that no engine holds, as while pods are replaced',
@@ -198,6 +202,8 @@ export type Config = {
   maxBodyBytes: number;
   maxInFlightPerEngine: number;
   maxQueued: number;
+  maxQueuedPerTenant: number;
+  queueAgeingMs: number;
   queueTimeoutMs: number;
   modelWaitMs: number;
   wakeWaitMs: number;
@@ -272,6 +278,8 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     maxBodyBytes: values['max-body-bytes'],
     maxInFlightPerEngine: values['max-in-flight-per-engine'],
     maxQueued: values['max-queued'],
+    maxQueuedPerTenant: values['max-queued-per-tenant'],
+    queueAgeingMs: values['queue-ageing-ms'],
     queueTimeoutMs: values['queue-timeout-ms'],
     modelWaitMs: values['model-wait-ms'],
     wakeWaitMs: values['wake-wait-ms'],

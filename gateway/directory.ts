@@ -9,6 +9,7 @@ import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import type { Tokens } from './identity/oidc.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
+import { defaultStanding, type Standing } from './queue/ask.ts';
 import type { Limits, Scope } from './quota/limits.ts';
 import type { Aborted } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
@@ -41,6 +42,8 @@ export interface Directory {
   notReady(): GatewayError | null;
   /** Whose limits hold for this caller, whichever of its keys it shows. */
   scopesOf(caller: string | null): readonly Scope[];
+  /** What the caller is entitled to when requests wait. */
+  standingOf(caller: string | null): Standing;
   /** Callers that have a key. */
   numTenants(): number;
   /** BaseModels that exist, with engines or without. */
@@ -67,6 +70,7 @@ export function listedDirectory(
     scopesOf: (caller) => (caller === null ? [] : scopesOf(caller)),
     authenticate:
       apiKeys === null && tokens === null ? () => null : createAuthenticate(() => callers, tokens),
+    standingOf: () => defaultStanding,
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     rulesOf: () => null,
     autoLoad: async () => {},

@@ -44,6 +44,7 @@ export const errorTable = {
   // The world's: they pass.
   rate_limit_exceeded: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
   queue_full: { status: 429, type: 'rate_limit_error', retryAfterS: 1 },
+  deadline_unmeetable: { status: 503, type: 'server_error', retryAfterS: 1 },
   queue_timeout: { status: 503, type: 'server_error', retryAfterS: 1 },
   model_unavailable: { status: 503, type: 'server_error', retryAfterS: 2 },
   no_engine_ready: { status: 503, type: 'server_error', retryAfterS: 2 },

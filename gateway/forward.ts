@@ -13,6 +13,9 @@ import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
+import type { Ask } from './queue/ask.ts';
+import type { LengthPredictor } from './queue/length-predictor.ts';
+import { noTokens } from './quota/quota.ts';
 import { StreamUsage, type Usage, usageOfAnswer } from './quota/usage.ts';
 import { mayAppear, type Target } from './resolve-model.ts';
 import type { PickReason } from './routing/pick-endpoint.ts';
@@ -25,12 +28,15 @@ export type Forward = {
   admission: Admission;
   endpoints: Endpoints;
   router: Router;
+  lengths: LengthPredictor;
   dispatcher: Dispatcher;
   /** Sent with every request: who the gateway is. */
   engineHeaders: EngineHeaders;
   limits: ForwardLimits;
   /** Called for each engine that failed a request, with the reason's code. */
   onEngineError(engine: string, code: string): void;
+  /** Called for each answer that ended by itself: its tokens as they were expected and as they were. */
+  onLength(expected: number, actual: number): void;
 };
 
 export type ForwardRequest = {
@@ -40,8 +46,7 @@ export type ForwardRequest = {
   body: Buffer;
   /** The caller's word that requests belong together, made its own by the tenant's name. */
   session?: string | null;
-  /** Of the answer, by a guess. */
-  outputTokens?: number;
+  ask: Ask;
   /** Aborted with a GatewayError: the client hung up, or the gateway's time to drain is over. */
   signal: AbortSignal;
 };
@@ -144,7 +149,7 @@ async function tryEngines(
   deliver: (answer: Answer, attempt: Attempt) => Promise<GatewayError | null>,
 ): Promise<GatewayError | null> {
   const { admission, router, limits } = parts;
-  const route = routeAsk(req.target.name, req.body, req);
+  const route = routeAsk(req.target.name, req.body, { ...req, outputTokens: req.ask.outputTokens });
   router.noteRequest();
   const tried = new Set<Endpoint>();
   const report = (failure: GatewayError | null) => {
@@ -154,7 +159,7 @@ async function tryEngines(
     return failure;
   };
   for (;;) {
-    const slot = await admission.enter(route, req.target, tried, req.signal);
+    const slot = await admission.enter(req.ask, route, req.target, tried, req.signal);
     const { endpoint, pick } = slot;
     tried.add(endpoint);
     outcome.engine = endpoint.name;
@@ -176,6 +181,7 @@ async function tryEngines(
       const isEngines = cut !== null && engineFailures.has(cut.code);
       router.noteAnswer(endpoint, isEngines || statusesOfFailing.has(answer.status), Date.now());
       const usage = outcome.usage?.();
+      if (usage !== undefined && cut === null) noteLength(parts, req.ask, usage);
       if (usage?.isEstimate === false) router.noteUsage(pick, usage, (performance.now() - askedMs) / 1000);
       return cut;
     } catch (error) {
@@ -189,9 +195,16 @@ async function tryEngines(
       if (failure.code === 'engine_failed' && !router.takeRetry(Date.now())) throw failure;
     } finally {
       attempt.end();
-      slot.release();
+      // What was left for another engine's answer costs nothing. Of a whole answer that nobody waited for the cost is not known.
+      slot.release(outcome.usage?.() ?? (req.signal.aborted ? null : noTokens));
     }
   }
+}
+
+function noteLength({ lengths, onLength }: Forward, ask: Ask, { completionTokens }: Usage): void {
+  if (completionTokens === 0) return;
+  lengths.note(ask.adapter, ask.promptTokens, completionTokens / ask.numChoices);
+  onLength(ask.outputTokens, completionTokens);
 }
 
 /** Asks one engine. Returns when the answer is complete, or, for a stream, when its first bytes are here. */

@@ -17,6 +17,7 @@ import type { Forward } from './forward.ts';
 import { Tokens } from './identity/oidc.ts';
 import { createMetrics, watchRouting, watchState } from './metrics.ts';
 import { commentEveryMs } from './on-demand/hold.ts';
+import { LengthPredictor } from './queue/length-predictor.ts';
 import { LocalMeters } from './quota/meter-store.ts';
 import { Quota } from './quota/quota.ts';
 import { RedisMeters } from './quota/redis-meters.ts';
@@ -60,7 +61,9 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     : new LocalMeters(config.gatewayReplicas);
   const quota = new Quota(meters, gatewayId, (tenant, limit) => metrics.rateLimited.inc({ tenant, limit }));
   const router = new Router(config.routing);
-  const admission = new Admission(endpoints, router, config);
+  const admission = new Admission(endpoints, router, config, (tenant, reason) =>
+    metrics.shed.inc({ tenant, reason }),
+  );
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
   const dispatcher = new Agent({
     connect: { timeout: config.connectTimeoutMs },
@@ -68,7 +71,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     bodyTimeout: 0,
   });
   watchRouting(metrics, router, endpoints);
-  watchState(metrics, { endpoints, directory, numQueued: () => admission.numQueued });
+  watchState(metrics, { endpoints, directory, admission });
 
   const routes = new Routes({
     admission,
@@ -86,10 +89,12 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     admission,
     endpoints,
     router,
+    lengths: new LengthPredictor(),
     dispatcher,
     engineHeaders,
     limits: config,
     onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
+    onLength: (expected, actual) => metrics.lengthRatio.observe(expected / actual),
   };
   const batches =
     config.batches &&

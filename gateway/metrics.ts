@@ -4,6 +4,7 @@
 
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
 import type { TokenUsage } from '../engine/protocol.ts';
+import type { Admission } from './admission.ts';
 import type { Gate as BatchGate } from './batches/gate.ts';
 import type { BatchRunner } from './batches/runner.ts';
 import type { Directory } from './directory.ts';
@@ -52,6 +53,18 @@ export function createMetrics() {
       name: 'motet_gateway_tokens_total',
       help: "Tokens of answers that were sent, whole or in part. kind: prompt; cached, those of the prompt that a prefix cache had; completion. Of a stream that was broken off, and of engines that do not say, they are counted by events and by the prompt's length.",
       labelNames: ['tenant', 'model', 'kind'],
+      registers,
+    }),
+    shed: new Counter({
+      name: 'motet_gateway_shed_total',
+      help: 'Requests that were not let wait for an engine, or not any longer. reason: queue_full; tenant_full; made_room, for one with a better claim; deadline, which it would have missed; timeout.',
+      labelNames: ['tenant', 'reason'],
+      registers,
+    }),
+    lengthRatio: new Histogram({
+      name: 'motet_gateway_expected_length_ratio',
+      help: 'Of answers that ended: tokens that were expected when the request came, over those that they had.',
+      buckets: [1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 4 / 3, 2, 4, 8, 16],
       registers,
     }),
     rateLimited: new Counter({
@@ -187,11 +200,11 @@ export function watchBatches(
   );
 }
 
-type State = { endpoints: Endpoints; directory: Directory; numQueued: () => number };
+type State = { endpoints: Endpoints; directory: Directory; admission: Admission };
 
 /** Adds the gauges that are read off the gateway's state whenever somebody looks. What has left has no series. */
 export function watchState({ registry, engineErrors }: Metrics, state: State): void {
-  const { endpoints, directory, numQueued } = state;
+  const { endpoints, directory, admission } = state;
   const registers = [registry];
   const perEngine = (name: string, help: string, read: (endpoint: Endpoint) => number) =>
     new Gauge({
@@ -236,7 +249,25 @@ export function watchState({ registry, engineErrors }: Metrics, state: State): v
     help: 'Requests that wait for an engine with room.',
     registers,
     collect() {
-      this.set(numQueued());
+      this.set(admission.numQueued);
+    },
+  });
+  new Gauge({
+    name: 'motet_gateway_queued_requests_by_tenant',
+    help: 'The same by tenant; those of whom nothing waits are not there.',
+    labelNames: ['tenant'],
+    registers,
+    collect() {
+      this.reset();
+      for (const [tenant, count] of admission.queue.numByTenant) this.set({ tenant }, count);
+    },
+  });
+  new Gauge({
+    name: 'motet_gateway_queue_lag_tokens',
+    help: 'How far apart tenants that wait are in what they were sent, over their weights; 0 when fewer than two wait.',
+    registers,
+    collect() {
+      this.set(admission.queue.lag);
     },
   });
   new Gauge({

@@ -25,6 +25,10 @@ export type Asked = {
   /** Who the client says asks; null when it does not say. */
   user: string | null;
   isStream: boolean;
+  /** Most tokens of one answer; null when it does not say. */
+  maxTokens: number | null;
+  /** Answers that it asks for. */
+  numChoices: number;
 };
 
 export function parseAsked(body: Uint8Array): Asked {
@@ -45,8 +49,19 @@ export function parseAsked(body: Uint8Array): Asked {
       param: 'model',
     });
   }
-  const { user, stream } = value as { user?: unknown; stream?: unknown };
-  return { model, user: typeof user === 'string' && user !== '' ? user : null, isStream: stream === true };
+  const { user, stream, n, max_tokens, max_completion_tokens } = value;
+  return {
+    model,
+    user: typeof user === 'string' && user !== '' ? user : null,
+    isStream: stream === true,
+    maxTokens: positiveInteger(max_completion_tokens) ?? positiveInteger(max_tokens),
+    numChoices: positiveInteger(n) ?? 1,
+  };
+}
+
+/** Null for what is none: that is the engine's to refuse. */
+function positiveInteger(value: unknown): number | null {
+  return Number.isSafeInteger(value) && (value as number) > 0 ? (value as number) : null;
 }
 
 export function parseJsonObject(body: Uint8Array): Record<string, unknown> {

@@ -153,6 +153,12 @@ const queues: Panel[] = [
   graph('Queued at the gateway', 'short', 'Requests that no engine has room for. 0 but for moments.', [
     [sumBy('pod', `motet_gateway_queued_requests{${here}}`), '{{pod}}'],
   ]),
+  graph('Queued by tenant', 'short', 'The same by whose they are.', [
+    [sumBy('tenant', `motet_gateway_queued_requests_by_tenant{${here}}`), '{{tenant}}'],
+  ]),
+  graph('Shed', 'reqps', 'Requests that were not let wait for an engine, or not any longer, by reason.', [
+    [perSecond('motet_gateway_shed_total', here, 'reason'), '{{reason}}'],
+  ]),
   graph('Waiting in engines', 'short', 'Sequences that the engine has accepted and not started.', [
     [sumBy('pod', `vllm:num_requests_waiting{${ofBase}}`), '{{pod}}'],
   ]),

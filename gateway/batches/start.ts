@@ -6,6 +6,7 @@ import { sourceAccess } from '../../engine/sources/access.ts';
 import { type AppParts, findTarget } from '../app.ts';
 import { askWhole, type Outcome } from '../forward.ts';
 import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
+import { askOf, lowestPriority } from '../queue/ask.ts';
 import { Files } from './files.ts';
 import { Gate, roomFor } from './gate.ts';
 import { Jobs } from './jobs.ts';
@@ -54,7 +55,7 @@ export async function startBatches(settings: BatchSettings, around: Around): Pro
       linesPerEngine: settings.linesPerEngine,
       numEngines: ready.length,
       numOnline: Math.max(0, numSent - numLines),
-      isOnlineWaiting: forward.admission.numQueued > 0,
+      isOnlineWaiting: forward.admission.numOnlineQueued > 0,
       sinceGrantMs,
     });
   });
@@ -94,7 +95,20 @@ function answerLine({ directory, forward, routes, metrics }: Around): AnswerLine
     const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
     if (target.name !== model) headers[modelHeader] = target.name;
     const outcome: Outcome = { attempts: 0, responseBytes: 0 };
-    const answer = await askWhole(forward, { path, target, headers, body, signal }, outcome);
+    const ask = askOf(
+      {
+        tenant,
+        standing: { ...directory.standingOf(tenant), priority: lowestPriority },
+        adapter: target.name,
+        bodyBytes: body.length,
+        maxTokens: null,
+        numChoices: 1,
+        waitMs: null,
+      },
+      forward.lengths,
+      performance.now(),
+    );
+    const answer = await askWhole(forward, { path, target, headers, body, ask, signal }, outcome);
     const usage = outcome.usage?.();
     if (usage !== undefined) countTokens(metrics, { tenant: tenant ?? '', model: facts.model ?? '' }, usage);
     return answer;

@@ -102,6 +102,8 @@ const defaults: Config = {
   maxBodyBytes: 1 << 20,
   maxInFlightPerEngine: 8,
   maxQueued: 8,
+  maxQueuedPerTenant: 8,
+  queueAgeingMs: 1_000,
   queueTimeoutMs: 10_000,
   modelWaitMs: 300,
   wakeWaitMs: 10_000,

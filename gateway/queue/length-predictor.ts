@@ -1,0 +1,76 @@
+// How long an answer will be, by those that came before: for each adapter, and the length of the prompt, a histogram whose
+// buckets double. Old answers fade. The guess is the median. A wrong guess costs a request nothing but its place among equals
+// (fair-queue.ts): counters are put right when the length is known.
+
+/** Adapters that are remembered; the one that was asked least recently goes. About 500 bytes each. */
+const maxAdapters = 4_096;
+/** 1, 2–3, 4–7, … tokens. */
+const numBuckets = 18;
+/** Prompts below 64, 512, 4,096 tokens, and the rest. */
+const numPromptSizes = 4;
+/** Each answer takes so much of the weight of those before. */
+const fade = 0.02;
+/** Below this weight a prompt size is not asked by itself. */
+const minWeight = 3;
+/** Of an adapter that has answered nothing yet. */
+const unknownTokens = 128;
+
+export class LengthPredictor {
+  /** Least recently used first. [numPromptSizes × numBuckets] */
+  readonly #histograms = new Map<string, Float32Array>();
+
+  get numAdapters(): number {
+    return this.#histograms.size;
+  }
+
+  /** Tokens of all answers to one request. @param maxTokens  of one answer; null: no bound is known */
+  predict(adapter: string, promptTokens: number, maxTokens: number | null, numChoices = 1): number {
+    const histogram = this.#histograms.get(adapter);
+    const most = maxTokens ?? Number.POSITIVE_INFINITY;
+    if (histogram === undefined) return Math.min(unknownTokens, most) * numChoices;
+    const begin = promptSizeOf(promptTokens) * numBuckets;
+    const ofSize = histogram.subarray(begin, begin + numBuckets);
+    const guess = sum(ofSize) >= minWeight ? medianOf(ofSize) : medianOf(overSizes(histogram));
+    return Math.min(guess, most) * numChoices;
+  }
+
+  /** An answer has ended by itself. */
+  note(adapter: string, promptTokens: number, outputTokens: number): void {
+    const histogram = this.#histograms.get(adapter) ?? new Float32Array(numPromptSizes * numBuckets);
+    this.#histograms.delete(adapter);
+    this.#histograms.set(adapter, histogram);
+    if (this.#histograms.size > maxAdapters)
+      this.#histograms.delete(this.#histograms.keys().next().value as string);
+    const begin = promptSizeOf(promptTokens) * numBuckets;
+    for (let i = begin; i < begin + numBuckets; i++) histogram[i]! *= 1 - fade;
+    histogram[begin + bucketOf(outputTokens)]! += 1;
+  }
+}
+
+function bucketOf(tokens: number): number {
+  return Math.min(numBuckets - 1, Math.floor(Math.log2(Math.max(1, tokens))));
+}
+
+function promptSizeOf(tokens: number): number {
+  return tokens < 64 ? 0 : tokens < 512 ? 1 : tokens < 4_096 ? 2 : 3;
+}
+
+function overSizes(histogram: Float32Array): Float32Array {
+  const total = new Float32Array(numBuckets);
+  for (const [i, weight] of histogram.entries()) total[i % numBuckets]! += weight;
+  return total;
+}
+
+function sum(weights: Float32Array): number {
+  return weights.reduce((total, weight) => total + weight, 0);
+}
+
+/** The middle of the bucket that holds it. */
+function medianOf(weights: Float32Array): number {
+  let left = sum(weights) / 2;
+  for (const [bucket, weight] of weights.entries()) {
+    left -= weight;
+    if (left <= 0) return Math.round(1.5 * 2 ** bucket);
+  }
+  return unknownTokens;
+}
