@@ -319,7 +319,6 @@ export class Engine {
         maxTotalTokens: totals[index]!.numTokens,
         params: request.params,
         adapterKey: request.adapter?.digest ?? '',
-        matcher: request.grammar ? this.#options.runtime.openMatcher(request.grammar) : -1,
       });
       if (totals[index]!.isLong)
         sequence.long = new LongState(longShape(sequence.maxTotalTokens, this.#longLimits(request.adapter)));
@@ -746,9 +745,10 @@ export class Engine {
 
   #beginToRun(live: Live, cached: CachedTokens): void {
     if (live.scheduledMs !== null) return;
-    const { blocks, metrics, now } = this.#options;
+    const { blocks, metrics, now, runtime } = this.#options;
     const { sequence } = live;
     live.scheduledMs = now();
+    if (live.request.grammar) sequence.matcher = runtime.openMatcher(live.request.grammar);
     if (!blocks.isCaching) return;
     sequence.numCachedTokens = cached.device + cached.host + cached.disk;
     blocks.count(sequence.adapterKey, sequence.numPromptTokens, sequence.numCachedTokens);

@@ -61,8 +61,8 @@ export class Sequence {
   numKeptBlocks = 0;
   /** It has more KV than the device arena has room for, and runs with a part of it in the host arena; null: it has not. */
   long: LongState | null = null;
-  /** The runtime's matcher that its output follows; −1: none. It goes on with each draw, on the native side. */
-  readonly matcher: number;
+  /** The runtime's matcher that its output follows, from when it first runs; −1: none. It goes on with each draw, on the native side. */
+  matcher = -1;
   /** Prompt tokens that the prefix cache had, in whatever tier, when it first ran. */
   numCachedTokens = 0;
 
@@ -79,13 +79,11 @@ export class Sequence {
     params: SamplingParams;
     adapters?: readonly AdapterUse[];
     adapterKey?: string;
-    matcher?: number;
   }) {
     this.id = fields.id;
     this.params = fields.params;
     this.adapters = fields.adapters ?? [];
     this.adapterKey = fields.adapterKey ?? '';
-    this.matcher = fields.matcher ?? -1;
     this.numPromptTokens = fields.promptTokens.length;
     this.maxTotalTokens = fields.maxTotalTokens;
     this.numTokens = this.numPromptTokens;

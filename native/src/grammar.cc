@@ -1,11 +1,17 @@
 #include "grammar.h"
 
+#include <atomic>
+
 namespace motet {
 namespace {
 
 // Of one matcher, which lives as long as its sequence: a state takes some kilobytes.
 constexpr size_t kMaxLexerStates = 20'000;
 constexpr size_t kMaxErrorBytes = 400;
+
+// Of all grammars together.
+constexpr int kMaxUsed = 64;
+std::atomic<int> num_used = 0;
 
 std::string error_of(LlgMatcher* matcher) {
   const char* const text = llg_matcher_get_error(matcher);
@@ -57,8 +63,34 @@ Grammar::Grammar(std::shared_ptr<const Vocabulary> vocabulary, const std::string
     throw GrammarError(error_of(first_.get()));
 }
 
+Grammar::~Grammar() { num_used -= static_cast<int>(used_.size()); }
+
+std::unique_ptr<LlgMatcher, FreeMatcher> Grammar::take() const {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!used_.empty()) {
+      auto matcher = std::move(used_.back());
+      used_.pop_back();
+      --num_used;
+      return matcher;
+    }
+  }
+  return std::unique_ptr<LlgMatcher, FreeMatcher>(llg_clone_matcher(first_.get()));
+}
+
+void Grammar::give_back(std::unique_ptr<LlgMatcher, FreeMatcher> matcher) const {
+  if (llg_matcher_reset(matcher.get()) != 0) return;
+  const std::lock_guard lock(mutex_);
+  if (++num_used <= kMaxUsed) used_.push_back(std::move(matcher));
+  else --num_used;
+}
+
 GrammarMatcher::GrammarMatcher(std::shared_ptr<const Grammar> grammar)
-    : grammar_(std::move(grammar)), matcher_(llg_clone_matcher(grammar_->first_.get())), mask_(llg_matcher_get_mask_byte_size(matcher_.get()) / sizeof(uint32_t)) {}
+    : grammar_(std::move(grammar)), matcher_(grammar_->take()), mask_(llg_matcher_get_mask_byte_size(matcher_.get()) / sizeof(uint32_t)) {}
+
+GrammarMatcher::~GrammarMatcher() {
+  if (error_.empty()) grammar_->give_back(std::move(matcher_));
+}
 
 const uint32_t* GrammarMatcher::allowed() {
   if (error_.empty() && llg_matcher_compute_mask_into(matcher_.get(), mask_.data(), mask_.size() * sizeof(uint32_t)) != 0) fail();

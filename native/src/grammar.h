@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -38,22 +39,30 @@ struct FreeMatcher {
   void operator()(LlgMatcher* m) const { llg_free_matcher(m); }
 };
 
-// A matcher at the beginning of a grammar; others are copied from it.
+// A matcher at the beginning of a grammar; others are copied from it. Making masks takes less time the more of the grammar a matcher has
+// seen, so those that have ended are set back and used again.
 class Grammar {
  public:
   // kind: "json_schema", "regex" or "lark".
   Grammar(std::shared_ptr<const Vocabulary> vocabulary, const std::string& kind, const std::string& text);
+  ~Grammar();
   int vocab_size() const { return vocabulary_->size(); }
 
+  // At the beginning. On any thread, as give_back.
+  std::unique_ptr<LlgMatcher, FreeMatcher> take() const;
+  void give_back(std::unique_ptr<LlgMatcher, FreeMatcher> matcher) const;
+
  private:
-  friend class GrammarMatcher;
   std::shared_ptr<const Vocabulary> vocabulary_;
   std::unique_ptr<LlgMatcher, FreeMatcher> first_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<LlgMatcher, FreeMatcher>> used_;  // the last one was used last
 };
 
 class GrammarMatcher final : public TokenMatcher {
  public:
   explicit GrammarMatcher(std::shared_ptr<const Grammar> grammar);
+  ~GrammarMatcher() override;
   const uint32_t* allowed() override;
   void accept(int32_t token) override;
   // Why it cannot say what is allowed; empty: it can.
