@@ -33,6 +33,7 @@ export class BatchLayout {
   readonly #biasStarts: Column<Int32Array>;
   readonly #historyStarts: Column<Int32Array>;
   readonly #historyPromptCounts: Column<Int32Array>;
+  readonly #hiddenRows: Column<Int32Array>;
   // Grown on demand, never shrunk.
   readonly #blockIds = new Column(new Int32Array(256));
   readonly #stagingPages = new Column(new Int32Array(16));
@@ -58,6 +59,7 @@ export class BatchLayout {
     this.#blockStarts = ints(maxSequences + 1);
     this.#adapterStarts = ints(maxSequences + 1);
     this.#sampleRows = ints(maxSequences);
+    this.#hiddenRows = ints(maxBatchTokens);
     this.#temperature = floats(maxSequences);
     this.#topK = ints(maxSequences);
     this.#topP = floats(maxSequences);
@@ -86,6 +88,7 @@ export class BatchLayout {
     let numAdapters = 0;
     let numBiases = 0;
     let numHistory = 0;
+    let numHidden = 0;
 
     for (let s = 0; s < chunks.length; s++) {
       const { sequence, numTokens: length } = chunks[s]!;
@@ -96,6 +99,8 @@ export class BatchLayout {
       }
       numTokens += length;
       this.#sequenceStarts.values[s + 1] = numTokens;
+      for (let i = numHiddenRows(chunks[s]!); i > 0; i--)
+        this.#hiddenRows.values[numHidden++] = numTokens - i;
 
       // Those behind may be on their way yet.
       const numOfSequence = blocksFor(begin + length, this.#blockTokens);
@@ -161,6 +166,7 @@ export class BatchLayout {
       adapterHandles: this.#adapterHandles.first(numAdapters),
       adapterWeights: this.#adapterWeights.first(numAdapters),
       sampleRows: this.#sampleRows.first(numSamples),
+      hiddenRows: this.#hiddenRows.first(numHidden),
       temperature: this.#temperature.first(numSamples),
       topK: this.#topK.first(numSamples),
       topP: this.#topP.first(numSamples),
@@ -197,6 +203,12 @@ export class BatchLayout {
     this.#biasValues.values.fill(forbiddenLogit, end - banned.length, end);
     return end;
   }
+}
+
+/** Rows at the end of a chunk whose final hidden states are wanted. */
+export function numHiddenRows({ sequence, numTokens, endTokens }: Chunk): number {
+  if (sequence.hiddenRows === 'all') return numTokens;
+  return sequence.hiddenRows === 'last' && endTokens === sequence.numPromptTokens ? 1 : 0;
 }
 
 /** An array that is used again: `values` to be written, `first` to be handed out. */

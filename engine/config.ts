@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
+import { type Pooling, poolings } from './embeddings.ts';
 import { type EvictionRule, evictionRules } from './ladder/policy.ts';
 import { isDigest, isFetched, needsDigest, uriProblem } from './source-uri.ts';
 import { type SourceAccess, sourceAccess } from './sources/access.ts';
@@ -193,6 +194,11 @@ const settings = {
     'keep the KV of prompts and answers while there is room, and share it with requests that begin alike',
     'on',
   ),
+  pooling: oneOf(
+    poolings,
+    'how /v1/embeddings makes one vector of a text: the hidden state of its last token, or the mean over its tokens',
+    'last',
+  ),
   eviction: oneOf(
     evictionRules,
     'what leaves a full arena: cost, what is worth least by cost, use and size; lru, what was not used for longest',
@@ -306,6 +312,7 @@ export interface Config {
   /** 0: no KV on disk. */
   kvDiskBytes: number;
   prefixCache: boolean;
+  pooling: Pooling;
   evictionRule: EvictionRule;
   quantization: 'keep' | 'int4' | 'int8';
   activations: 'int8' | 'f32';
@@ -427,6 +434,7 @@ export function parseConfig(
     weightMemoryBytes: one('weight-memory'),
     kvDiskBytes: one('kv-disk'),
     prefixCache: one('prefix-cache') === 'on',
+    pooling: one('pooling'),
     evictionRule: one('eviction'),
     quantization: one('quantization'),
     activations,

@@ -23,7 +23,7 @@
 import type { Logger } from 'pino';
 import type { Grammar, Runtime, StepResult } from '../native/index.ts';
 import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
-import { BatchLayout } from './batch.ts';
+import { BatchLayout, numHiddenRows } from './batch.ts';
 import { EngineError, InvariantError } from './errors.ts';
 import type { Arena } from './ladder/arena.ts';
 import type { BlockHash } from './ladder/block-hash.ts';
@@ -100,6 +100,14 @@ export interface SequenceRequest {
   adapter: Adapter | null;
   /** What its output follows; null, or absent: nothing. */
   grammar?: Grammar | null;
+  /**
+   * Final hidden states of its prompt that are wanted, and who gets them: [numRows, hiddenSize] of positions from `position` on. A
+   * sequence that was preempted begins again. The token that it draws is not counted.
+   */
+  hidden?: {
+    rows: 'last' | 'all';
+    onRows(position: number, rows: Float32Array, numRows: number): void;
+  };
   /** Called once per token, and once at the end; never after that. Must not throw. */
   onOutput: (output: SequenceOutput) => void;
 }
@@ -319,10 +327,11 @@ export class Engine {
         maxTotalTokens: totals[index]!.numTokens,
         params: request.params,
         adapterKey: request.adapter?.digest ?? '',
+        ...(request.hidden && { hiddenRows: request.hidden.rows }),
       });
       if (totals[index]!.isLong)
         sequence.long = new LongState(longShape(sequence.maxTotalTokens, this.#longLimits(request.adapter)));
-      else this.#hashPrompt(sequence, request, requests[index - 1]);
+      else if (sequence.hiddenRows !== 'all') this.#hashPrompt(sequence, request, requests[index - 1]);
       if (request.adapter) this.#tiers!.acquire(request.adapter);
       const live: Live = {
         sequence,
@@ -567,11 +576,12 @@ export class Engine {
       if (!sequence.isFinished) blocks.keep(sequence, endTokens, null);
       blocks.computed(sequence, endTokens - numTokens, endTokens);
     }
-    const { tokens, logprobs, matcherErrors, beganMs, endedMs, stagedBytes } = outcome!.result;
+    const { tokens, logprobs, hidden, matcherErrors, beganMs, endedMs, stagedBytes } = outcome!.result;
     for (const { sample, message } of matcherErrors) {
       const error = new EngineError('grammar_failed', `the output's grammar cannot go on: ${message}`);
       this.#cutOff(sampled[sample]!, 'error', error);
     }
+    if (hidden) this.#tellHidden(chunks, hidden);
     const nowMs = now();
     let numDrawn = 0;
     for (let i = 0; i < sampled.length; i++) {
@@ -598,7 +608,7 @@ export class Engine {
         metrics.interTokenLatency.observe((nowMs - live.lastTokenMs) / 1000);
       }
       live.lastTokenMs = nowMs;
-      numDrawn++;
+      if (sequence.hiddenRows === 'none') numDrawn++;
     }
     metrics.generationTokens.inc(numDrawn);
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
@@ -609,6 +619,20 @@ export class Engine {
     if (2 * numPrefillTokens > numTokens && stagedBytes === 0)
       costs.observePrefill(seconds, numTokens, sumPositions / numTokens);
     this.#lastEndedMs = endedMs;
+  }
+
+  /** @param hidden  [rows, hiddenSize] of the chunks, as the batch asked for them */
+  #tellHidden(chunks: readonly Chunk[], hidden: Float32Array): void {
+    const size = hidden.length / chunks.reduce((sum, chunk) => sum + numHiddenRows(chunk), 0);
+    let begin = 0;
+    for (const chunk of chunks) {
+      const numRows = numHiddenRows(chunk);
+      if (numRows === 0) continue;
+      const rows = hidden.subarray(begin, begin + numRows * size);
+      begin += rows.length;
+      if (chunk.sequence.isFinished) continue;
+      this.#live.get(chunk.sequence)!.request.hidden!.onRows(chunk.endTokens - numRows, rows, numRows);
+    }
   }
 
   /** Gives back the blocks of sequences that ended and that no step has. */
@@ -935,7 +959,7 @@ export class Engine {
     metrics.observeSequence({
       finishReason,
       numPromptTokens: sequence.numPromptTokens,
-      numOutputTokens: sequence.numOutputTokens,
+      numOutputTokens: sequence.hiddenRows === 'none' ? sequence.numOutputTokens : 0,
       queueSeconds: scheduledMs === null ? null : (scheduledMs - arrivedMs) / 1000,
       prefillSeconds: firstTokenMs === null ? null : (firstTokenMs - scheduledMs!) / 1000,
       decodeSeconds: firstTokenMs === null ? null : (lastTokenMs - firstTokenMs) / 1000,

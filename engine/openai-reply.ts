@@ -54,6 +54,25 @@ export function usageOf(numPromptTokens: number, numOutputTokens: number, numCac
   };
 }
 
+/** @param vectors  one an input. As base64: their bytes, f32, little-endian. */
+export function embeddingsReply(
+  { isBase64 }: { isBase64: boolean },
+  model: string,
+  vectors: readonly Float32Array[],
+  { prompt_tokens, total_tokens, prompt_tokens_details }: Usage,
+) {
+  return {
+    object: 'list',
+    data: vectors.map((vector, index) => ({
+      object: 'embedding',
+      index,
+      embedding: isBase64 ? Buffer.from(vector.buffer).toString('base64') : Array.from(vector),
+    })),
+    model,
+    usage: { prompt_tokens, total_tokens, prompt_tokens_details },
+  };
+}
+
 /** Chat or completions. */
 export interface ReplyFormat {
   newId(): string;
@@ -261,6 +280,7 @@ function completionLogprobs(tokens: readonly TokenLogprobs[], offset: number, na
   return {
     tokens: chosen.map(({ token }) => token),
     token_logprobs: chosen.map(({ logprob }) => logprob),
+    token_ids: tokens.map(({ tokenId }) => tokenId),
     top_logprobs: tokens.map((token) =>
       token.topIds.length === 0
         ? null

@@ -14,6 +14,8 @@ import { isDigest, needsDigest, uriProblem } from './source-uri.ts';
 /** Most choices of one prompt, and most sequences of one request. */
 const maxChoices = 16;
 const maxSequencesOfRequest = 64;
+/** Of an embeddings request, as OpenAI has it. */
+const maxInputs = 2048;
 /** vLLM's and OpenAI's default for completions; chat has none. */
 const defaultCompletionTokens = 16;
 
@@ -51,6 +53,15 @@ export interface CompletionRequest extends Generation {
   /** Text or token ids, one a prompt. */
   prompts: (string | number[])[];
   addSpecialTokens: boolean;
+}
+
+export interface EmbeddingsRequest {
+  model: string | null;
+  /** Text or token ids. */
+  inputs: (string | number[])[];
+  /** The first so many of each vector; null: all. */
+  dimensions: number | null;
+  isBase64: boolean;
 }
 
 export type TokenizeRequest =
@@ -153,6 +164,22 @@ const completionBody = z.object({
   add_special_tokens: flag.nullish(),
 });
 
+const inputError = `expected text that is not empty, token ids, or a list of either, at most ${maxInputs}`;
+const input = text.min(1);
+const embeddingsBody = z.object({
+  model: text.nullish(),
+  input: z.union(
+    [
+      input,
+      z.array(input).min(1).max(maxInputs),
+      z.array(tokenId).min(1),
+      z.array(z.array(tokenId).min(1)).min(1).max(maxInputs),
+    ],
+    { error: inputError },
+  ),
+  encoding_format: z.enum(['float', 'base64'], { error: 'expected "float" or "base64"' }).nullish(),
+});
+
 /** Fields that would change the output and that we cannot honour, with what is possible instead. */
 const unsupported: Record<string, string> = {
   suffix: 'insertion is not supported',
@@ -227,6 +254,20 @@ export function parseCompletion(body: unknown): CompletionRequest {
   const addSpecialTokens = fields.add_special_tokens ?? true;
   const outputFormat = toOutputFormat(body, sampling);
   return { ...toGeneration(fields, n), sampling, outputFormat, bestOf, prompts, addSpecialTokens };
+}
+
+export function parseEmbeddings(body: unknown, hiddenSize: number): EmbeddingsRequest {
+  if (isAsked(asObject(body).truncate_prompt_tokens)) {
+    refuse('truncate_prompt_tokens', unsupported.truncate_prompt_tokens!);
+  }
+  const dimensions = integerIn(1, hiddenSize).nullish();
+  const fields = parse(embeddingsBody.extend({ dimensions }), body);
+  return {
+    model: fields.model ?? null,
+    inputs: toPrompts(fields.input),
+    dimensions: fields.dimensions ?? null,
+    isBase64: fields.encoding_format === 'base64',
+  };
 }
 
 export function parseTokenize(body: unknown): TokenizeRequest {

@@ -171,6 +171,7 @@ export function parseUsage(value: unknown): TokenUsage | null {
 export const enginePaths = {
   chat: '/v1/chat/completions',
   completions: '/v1/completions',
+  embeddings: '/v1/embeddings',
   models: '/v1/models',
   adapters: '/v1/adapters',
   loadAdapter: '/v1/load_lora_adapter',

@@ -232,6 +232,8 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     arena,
     blocks,
     hostArena,
+    pooling: config.pooling,
+    hiddenSize: prepared.dims.hiddenSize,
     metrics,
     log,
     baseName,

@@ -63,6 +63,8 @@ export class Sequence {
   long: LongState | null = null;
   /** The runtime's matcher that its output follows, from when it first runs; −1: none. It goes on with each draw, on the native side. */
   matcher = -1;
+  /** Rows of its prompt whose final hidden states are wanted. With all of them none may come from the prefix cache. */
+  readonly hiddenRows: 'none' | 'last' | 'all';
   /** Prompt tokens that the prefix cache had, in whatever tier, when it first ran. */
   numCachedTokens = 0;
 
@@ -79,11 +81,13 @@ export class Sequence {
     params: SamplingParams;
     adapters?: readonly AdapterUse[];
     adapterKey?: string;
+    hiddenRows?: 'none' | 'last' | 'all';
   }) {
     this.id = fields.id;
     this.params = fields.params;
     this.adapters = fields.adapters ?? [];
     this.adapterKey = fields.adapterKey ?? '';
+    this.hiddenRows = fields.hiddenRows ?? 'none';
     this.numPromptTokens = fields.promptTokens.length;
     this.maxTotalTokens = fields.maxTotalTokens;
     this.numTokens = this.numPromptTokens;

@@ -9,6 +9,7 @@ import { createServer as createHttpServer } from 'node:http';
 import express, { type NextFunction, type Request, type RequestHandler, type Response } from 'express';
 import type { Logger } from 'pino';
 import type { CallerIdentity } from './caller-identity.ts';
+import { embed, type Pooling } from './embeddings.ts';
 import type { SequenceHandle } from './engine.ts';
 import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
 import {
@@ -33,6 +34,7 @@ import {
   parseChat,
   parseCompletion,
   parseDetokenize,
+  parseEmbeddings,
   parseLoadAdapter,
   parseRemoveAdapter,
   parseServedModel,
@@ -44,9 +46,11 @@ import {
   chatFormatOf,
   completionFormat,
   doneEvent,
+  embeddingsReply,
   eventOf,
   type ReplyFormat,
   type Usage,
+  usageOf,
 } from './openai-reply.ts';
 import {
   type AdapterList,
@@ -68,6 +72,9 @@ export interface ServerOptions extends ServedModel {
   arena: Arena;
   blocks: BlockPool;
   hostArena: Arena | null;
+  /** Of `/v1/embeddings`. */
+  pooling: Pooling;
+  hiddenSize: number;
   metrics: EngineMetrics;
   log: Logger;
   /** Where the base model came from, path or URI. */
@@ -126,6 +133,9 @@ export function createServer(options: ServerOptions): Server {
     const body = parseCompletion(request.body);
     const job = await completionJob(options, body, parseServedModel(request.get(modelHeader), body.model));
     await reply(options, job, completionFormat, request, response);
+  });
+  route(app, 'post', enginePaths.embeddings, body, async (request, response) => {
+    await replyEmbeddings(options, request, response);
   });
   route(app, 'get', enginePaths.models, (_request, response) => {
     response.json(modelList(options, startSeconds));
@@ -259,6 +269,24 @@ function jsonBody(maxBodyBytes: number): RequestHandler[] {
   ] as RequestHandler[];
 }
 
+async function replyEmbeddings(options: ServerOptions, request: Request, response: Response): Promise<void> {
+  const body = parseEmbeddings(request.body, options.hiddenSize);
+  const hangUp = new AbortController();
+  response.on('close', () => hangUp.abort());
+  const servedModel = parseServedModel(request.get(modelHeader), body.model);
+  const { vectors, numPromptTokens, numCachedTokens } = await embed(
+    options,
+    options.pooling,
+    body,
+    servedModel,
+    hangUp.signal,
+  );
+  if (response.destroyed) return;
+  const usage = usageOf(numPromptTokens, 0, numCachedTokens);
+  if (tellsUsage(request)) response.set(usageHeader, usageText(usage));
+  response.json(embeddingsReply(body, body.model || options.baseName, vectors, usage));
+}
+
 /** Runs the job and answers, whole or as a stream. */
 async function reply(
   options: ServerOptions,
@@ -268,13 +296,12 @@ async function reply(
   response: Response,
 ): Promise<void> {
   if (response.destroyed) return;
-  const tellsUsage = /(?:^|,)\s*trailers\s*(?:,|$)/i.test(request.get('te') ?? '');
-  if (job.request.stream) return stream(options, job, format, tellsUsage, response);
+  if (job.request.stream) return stream(options, job, format, tellsUsage(request), response);
   const { choices, cancel } = collect(options, job);
   response.on('close', cancel);
   const { choices: ended, usage } = await choices;
   if (response.destroyed) return;
-  if (tellsUsage) response.set(usageHeader, usageText(usage));
+  if (tellsUsage(request)) response.set(usageHeader, usageText(usage));
   response.json(format.whole(replyHead(options, job, format), ended, usage, options.text));
 }
 
@@ -333,6 +360,10 @@ function stream(
   });
   response.flushHeaders();
   for (let index = 0; index < handles.length; index++) write(events.begin(index));
+}
+
+function tellsUsage(request: Request): boolean {
+  return /(?:^|,)\s*trailers\s*(?:,|$)/i.test(request.get('te') ?? '');
 }
 
 function usageText({ prompt_tokens, completion_tokens, prompt_tokens_details }: Usage): string {

@@ -194,6 +194,8 @@ export interface StepBatch {
   adapterWeights: Float32Array;
   /** [numSamples] row indices whose logits are wanted, ascending. */
   sampleRows: Int32Array;
+  /** Row indices whose final hidden states are wanted, ascending. */
+  hiddenRows: Int32Array;
   /** [numSamples] each; see SampleParams in src/kernels/kernels.h. */
   temperature: Float32Array;
   topK: Int32Array;
@@ -238,7 +240,7 @@ export type StepPart =
   | 'head'
   | 'sample';
 
-/** Arrays but `logits` are the runtime's: the second step after this one writes them again. */
+/** Arrays but `hidden` and `logits` are the runtime's: the second step after this one writes them again. */
 export interface StepResult {
   /** [numSamples] */
   tokens: Int32Array;
@@ -246,6 +248,8 @@ export interface StepResult {
   /** [numSamples × max(numTop)], likeliest first; −1 fills up. */
   topIds: Int32Array;
   topLogprobs: Float32Array;
+  /** [hiddenRows × hiddenSize] after the final norm, as the head reads them; null: none were asked for. */
+  hidden: Float32Array | null;
   /** [numSamples × vocabSize] raw logits when asked for, else null. */
   logits: Float32Array | null;
   /** Matchers that cannot go on, by sample: what these drew, and draw from now on, follows no grammar. */

@@ -384,6 +384,7 @@ export class BlockPool implements Reclaimable, KvKeeper {
   keep(sequence: Sequence, numTokens: number, made: MadeBlock[] | null): void {
     const { blockTokens } = this.#options;
     if ((sequence.numKeptBlocks + 1) * blockTokens > numTokens || !this.isCaching || sequence.long) return;
+    if (sequence.hiddenRows === 'all') return;
     this.hash(sequence, numTokens);
     const end = Math.floor(numTokens / blockTokens);
     for (let depth = sequence.numKeptBlocks; depth < end; depth++) {

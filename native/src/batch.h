@@ -18,6 +18,7 @@ struct Batch {
   std::span<const int32_t> adapter_starts, adapter_handles;         // [numSequences + 1]; handles
   std::span<const float> adapter_weights;
   std::span<const int32_t> sample_rows;                             // [numSamples], ascending
+  std::span<const int32_t> hidden_rows;                             // ascending
   std::span<const float> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   std::span<const int32_t> top_k, num_top;
   std::span<const uint64_t> seeds;
@@ -47,6 +48,7 @@ struct StepOutput {
   std::vector<int32_t> top_ids;      // [numSamples, maxTop], −1 fills up
   std::vector<float> top_logprobs;   // [numSamples, maxTop]
   std::vector<float> logits;         // [numSamples, vocab] when wanted
+  std::vector<float> hidden;         // [hiddenRows, hiddenSize]
   int64_t staged_bytes = 0;          // of KV that were read from the host arena
 };
 

@@ -196,6 +196,9 @@ void Model::check(const Batch& b) const {
   for (size_t i = 0; i < num_samples; ++i)
     require(b.sample_rows[i] >= 0 && static_cast<size_t>(b.sample_rows[i]) < num_tokens && (i == 0 || b.sample_rows[i] > b.sample_rows[i - 1]),
             "sampleRows: expected ascending row indices");
+  for (size_t i = 0; i < b.hidden_rows.size(); ++i)
+    require(b.hidden_rows[i] >= 0 && static_cast<size_t>(b.hidden_rows[i]) < num_tokens && (i == 0 || b.hidden_rows[i] > b.hidden_rows[i - 1]),
+            "hiddenRows: expected ascending row indices");
   for (const size_t n : {b.temperature.size(), b.top_p.size(), b.min_p.size(), b.repetition_penalty.size(), b.presence_penalty.size(),
                          b.frequency_penalty.size(), b.top_k.size(), b.num_top.size(), b.seeds.size(), b.history_prompt_counts.size()})
     require(n == num_samples, "sampling parameters: expected one per sample");
@@ -323,6 +326,7 @@ void Model::run(const Batch& batch, const std::vector<const Adapter*>& adapters,
   clock_.lap(StepPart::kEmbed);
   for (int l = 0; l < dims_.num_layers; ++l) run_layer(l, batch);
   unless_done.release();
+  copy_hidden(batch, output);
   sample(batch, adapters, output);
   device_->synchronize();
 }
@@ -410,6 +414,19 @@ void Model::run_layer(int l, const Batch& batch) {
   }
   if (layer.post_mlp_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_mlp_norm, rows, hidden, dims_.norm_eps);
   device_->add(x, o, int64_t{rows} * ldh);
+  clock_.lap(StepPart::kNorm);
+}
+
+// What the head would read of these rows.
+void Model::copy_hidden(const Batch& batch, StepOutput& output) {
+  const int num_rows = static_cast<int>(batch.hidden_rows.size()), hidden = dims_.hidden_size;
+  output.hidden.resize(static_cast<size_t>(num_rows) * hidden);
+  if (num_rows == 0) return;
+  const int64_t ldh = padded(hidden);
+  device_->gather_rows(act_.h, act_.x, ldh, batch.hidden_rows);
+  device_->rmsnorm(act_.h, ldh, act_.h, ldh, final_norm_, num_rows, hidden, dims_.norm_eps);
+  device_->synchronize();
+  for (int i = 0; i < num_rows; ++i) std::memcpy(output.hidden.data() + static_cast<size_t>(i) * hidden, act_.h + i * ldh, size_t{4} * hidden);
   clock_.lap(StepPart::kNorm);
 }
 

@@ -100,6 +100,7 @@ class Model {
   bool is_streamed(int layer) const;
   void set_bytes(int layer, const uint8_t* slot);
   std::span<const Projection> first_of_layer(int layer);
+  void copy_hidden(const Batch& batch, StepOutput& output);
   void sample(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
 
   ModelDims dims_;

@@ -229,6 +229,7 @@ void to_batch(const Napi::Value& value, OwnedBatch& owned) {
   copy(b.adapter_handles, "adapterHandles");
   copy(b.adapter_weights, "adapterWeights");
   copy(b.sample_rows, "sampleRows");
+  copy(b.hidden_rows, "hiddenRows");
   copy(b.temperature, "temperature");
   copy(b.top_k, "topK");
   copy(b.top_p, "topP");
@@ -378,6 +379,7 @@ Napi::Object from_step_output(Napi::Env env, const StepOutput& output, bool with
   out.Set("logprobs", into_kept(env, arrays.logprobs, output.logprobs));
   out.Set("topIds", into_kept(env, arrays.top_ids, output.top_ids));
   out.Set("topLogprobs", into_kept(env, arrays.top_logprobs, output.top_logprobs));
+  out.Set("hidden", output.hidden.empty() ? env.Null() : Napi::Value(from_vector<Napi::Float32Array>(env, output.hidden)));
   out.Set("logits", with_logits ? Napi::Value(from_vector<Napi::Float32Array>(env, output.logits)) : env.Null());
   return out;
 }

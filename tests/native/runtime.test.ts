@@ -159,6 +159,8 @@ describe('a runtime', () => {
       /adapterHandles.*77/,
     ],
     ['sample rows that do not exist', { sampleRows: ints(20) }, /sampleRows/],
+    ['hidden rows that do not exist', { hiddenRows: ints(20) }, /hiddenRows/],
+    ['hidden rows that do not ascend', { hiddenRows: ints(1, 1) }, /hiddenRows/],
     ['two temperatures for one sample', { temperature: new Float32Array(2) }, /sampling parameters/],
     ['more alternatives than tokens', { numTop: ints(513) }, /numTop/],
     ['a history with an unknown token', { historyIds: ints(9999), historyStarts: ints(0, 1) }, /historyIds/],
@@ -776,4 +778,36 @@ describe('opening', () => {
     await expect(readGguf('/nowhere.gguf')).rejects.toMatchObject({ code: 'io_failed' });
     await expect(readGguf(join(goldensFolder, 'README.md'))).rejects.toMatchObject({ code: 'gguf_invalid' });
   });
+});
+
+test('hidden rows are those that the head reads, whatever chunk they are in', async () => {
+  const model = await prepare(join(goldensFolder, 'tiny/qwen2'));
+  const runtime = await open(model, { deviceMemoryBytes });
+  const { numPages, blockTokens } = runtime;
+  const hiddenOf = async (chunks: number[]) => {
+    const rows: number[] = [];
+    const blocks = pagesFor(runtime, tokens.length);
+    let start = 0;
+    for (const count of chunks) {
+      const part = { tokens, start, count, blocks };
+      const hiddenRows = Array.from({ length: count }, (_, i) => i);
+      rows.push(...(await runtime.step(stepBatch([part], { hiddenRows }))).hidden!);
+      start += count;
+    }
+    return rows;
+  };
+  expect(numPages * blockTokens).toBeGreaterThan(tokens.length);
+  const whole = await hiddenOf([20]);
+  expect(whole).toHaveLength(20 * model.dims.hiddenSize);
+  expect(await hiddenOf([1, 7, 12])).toEqual(whole);
+  const one = await runtime.step(
+    stepBatch([{ tokens, start: 0, count: 20, blocks: pagesFor(runtime, 20) }], { hiddenRows: [3, 19] }),
+  );
+  const size = model.dims.hiddenSize;
+  expect([...one.hidden!]).toEqual([...whole.slice(3 * size, 4 * size), ...whole.slice(19 * size)]);
+  const none = await runtime.step(
+    stepBatch([{ tokens, start: 0, count: 20, blocks: pagesFor(runtime, 20) }]),
+  );
+  expect(none.hidden).toBe(null);
+  runtime.close();
 });
