@@ -12,10 +12,17 @@ import { consoleData } from './console/console-data.ts';
 import { Traffic } from './console/traffic.ts';
 import type { Directory } from './directory.ts';
 import { asGatewayError, type ErrorCode, errorBody, errorTable, GatewayError, sendError } from './errors.ts';
-import { type Forward, forward, type Outcome } from './forward.ts';
+import { type Forward, forward, type Outcome, type Translation } from './forward.ts';
 import { countTokens, type Metrics } from './metrics.ts';
 import { type HoldLimits, holdStream } from './on-demand/hold.ts';
 import { type Asked, modelNotFound, parseAsked, parseContentType } from './openai.ts';
+import {
+  addHealth,
+  addLoraxRoutes,
+  isLoraxPath,
+  loraxPaths,
+  sendLoraxError,
+} from './protocols/lorax-routes.ts';
 import { askOf, lowered, parseWaitMs } from './queue/ask.ts';
 import type { Scope } from './quota/limits.ts';
 import { noTokens, type Quota } from './quota/quota.ts';
@@ -65,16 +72,18 @@ type Facts = Outcome & {
 const forwardedPaths = [
   enginePaths.chat,
   enginePaths.completions,
+  enginePaths.embeddings,
   enginePaths.tokenize,
   enginePaths.detokenize,
 ] as const;
 
 const knownRoutes = new Set<string>([
   ...forwardedPaths,
+  ...loraxPaths,
   ...['/livez', '/readyz', '/metrics', '/v1/models', '/console', consoleDataPath],
 ]);
 /** Asked every few seconds by machines; in the log they would bury what matters. */
-const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics', '/console', consoleDataPath]);
+const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics', '/health', '/console', consoleDataPath]);
 
 /** Of the client's headers an engine needs these. It never sees keys or cookies, nor a client's word on who answers. */
 const headersPassedOn = ['accept', 'content-type', 'traceparent', 'tracestate'] as const;
@@ -87,17 +96,22 @@ export function createApp(parts: AppParts): Express {
   app.disable('etag');
   app.use(observe(parts, traffic));
 
+  const notReady = () =>
+    parts.draining.aborted
+      ? new GatewayError('shutting_down', 'the gateway is shutting down')
+      : directory.notReady();
+
   app.get('/livez', (_req, res) => void res.json({ status: 'ok' }));
   app.get('/readyz', (_req, res) => {
-    if (parts.draining.aborted) throw new GatewayError('shutting_down', 'the gateway is shutting down');
-    const failure = directory.notReady();
+    const failure = notReady();
     if (failure !== null) throw failure;
     res.json({ status: 'ok' });
   });
   app.get('/metrics', async (_req, res) => {
     res.type(parts.metrics.registry.contentType).send(await parts.metrics.registry.metrics());
   });
-  app.all(['/livez', '/readyz', '/metrics'], onlyMethod('GET'));
+  addHealth(app, notReady);
+  app.all(['/livez', '/readyz', '/metrics', '/health'], onlyMethod('GET'));
 
   if (parts.hasConsole) {
     app.use(serveConsole());
@@ -126,12 +140,20 @@ export function createApp(parts: AppParts): Express {
     app.all(consoleDataPath, onlyMethod('GET'));
   }
 
+  // The body's type is checked by parseContentType, with a better message than silence.
+  const readBody = express.raw({ limit: parts.maxBodyBytes, inflate: false, type: () => true });
   for (const path of forwardedPaths) {
-    // The body's type is checked by parseContentType, with a better message than silence.
-    const readBody = express.raw({ limit: parts.maxBodyBytes, inflate: false, type: () => true });
     app.post(path, readBody, passOn(path, parts));
     app.all(path, onlyMethod('POST'));
   }
+  addLoraxRoutes(app, {
+    readBody,
+    cards: (res) => directory.cards(callerOf(res)),
+    send: ({ asked, body, translation }, req, res) =>
+      admit(enginePaths.completions, asked, body, req, res, parts, translation),
+  });
+  app.all(['/', '/generate', '/generate_stream'], onlyMethod('POST'));
+  app.all('/info', onlyMethod('GET'));
 
   if (parts.batches !== null) addBatchRoutes(app, parts.batches, callerOf, onlyMethod);
   app.use((req) => {
@@ -208,20 +230,32 @@ function soleAuthorization(req: Request): string | undefined {
 
 function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
   return async function passRequestOn(req: Request, res: Response): Promise<void> {
-    const facts = factsOf(res);
     parseContentType(req.get('content-type'));
     const body: Buffer = Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0);
-    const asked = parseAsked(body);
-    const scopes = scopesOf(res, parts.directory);
-    const entry = await parts.quota.enter(facts.tenant ?? null, scopes, estimatePromptTokens(body.length));
-    for (const [name, value] of entry.headers) res.setHeader(name, value);
-    if (entry.refusal !== null) throw entry.refusal;
-    try {
-      await answer(path, asked, body, req, res, parts);
-    } finally {
-      entry.settle(costOf(facts));
-    }
+    await admit(path, parseAsked(body), body, req, res, parts);
   };
+}
+
+/** Answers a request within its caller's limits. */
+async function admit(
+  path: (typeof forwardedPaths)[number],
+  asked: Asked,
+  body: Buffer,
+  req: Request,
+  res: Response,
+  parts: AppParts,
+  translation?: Translation,
+): Promise<void> {
+  const facts = factsOf(res);
+  const scopes = scopesOf(res, parts.directory);
+  const entry = await parts.quota.enter(facts.tenant ?? null, scopes, estimatePromptTokens(body.length));
+  for (const [name, value] of entry.headers) res.setHeader(name, value);
+  if (entry.refusal !== null) throw entry.refusal;
+  try {
+    await answer(path, asked, body, req, res, parts, translation);
+  } finally {
+    entry.settle(costOf(facts));
+  }
 }
 
 /** Whose limits hold: the tenant's, and those of the key that was shown. */
@@ -246,6 +280,7 @@ async function answer(
   req: Request,
   res: Response,
   parts: AppParts,
+  translation?: Translation,
 ): Promise<void> {
   const facts = factsOf(res);
   const asker: Asker = { tenant: facts.tenant ?? null, user, header: (name) => req.get(name) };
@@ -277,7 +312,8 @@ async function answer(
     parts.forward.lengths,
     performance.now(),
   );
-  const asked = { path, target, headers, body, session, ask, signal };
+  const translated = translation && { translation };
+  const asked = { path, target, headers, body, session, ask, signal, ...translated };
   const isWaiting = () => facts.engine === undefined;
   const endHold = isStream
     ? holdStream(res, { [modelHeader]: target.name }, isWaiting, parts.hold)
@@ -291,7 +327,7 @@ async function answer(
     // The client was told to wait, in an answer that has begun.
     const failure = asGatewayError(error, parts.maxBodyBytes);
     noteError(parts.log, facts, failure);
-    res.end(errorEvent(errorBody(failure)));
+    res.end(translation?.error(failure) ?? errorEvent(errorBody(failure)));
   } finally {
     endHold();
   }
@@ -418,17 +454,13 @@ function onlyMethod(method: string) {
 
 function answerError({ maxBodyBytes, log }: AppParts) {
   // Express knows an error handler by its four parameters.
-  return function answerRequestError(
-    error: unknown,
-    _req: Request,
-    res: Response,
-    _next: NextFunction,
-  ): void {
+  return function answerRequestError(error: unknown, req: Request, res: Response, _next: NextFunction): void {
     const failure = asGatewayError(error, maxBodyBytes);
     noteError(log, factsOf(res), failure);
     // What is left of a body that was refused is not read: the connection cannot carry another request.
     if (failure.code === 'body_too_large') res.set('Connection', 'close');
-    sendError(res, failure);
+    if (isLoraxPath(req.path)) sendLoraxError(res, failure);
+    else sendError(res, failure);
   };
 }
 

@@ -49,6 +49,17 @@ export type ForwardRequest = {
   ask: Ask;
   /** Aborted with a GatewayError: the client hung up, or the gateway's time to drain is over. */
   signal: AbortSignal;
+  /** Absent: the answer goes through untouched. */
+  translation?: Translation;
+};
+
+/** Makes an engine's answer one of another protocol. */
+export type Translation = {
+  whole(status: number, body: Buffer): { status: number; body: Buffer };
+  /** Whole events in, whole events out, as many as there are yet. */
+  events(bytes: Buffer): Buffer;
+  /** The event that tells of a failure. */
+  error(failure: GatewayError): string;
 };
 
 /** What became of it, for log and metrics. Filled in as it happens, so that it is true after a failure too. */
@@ -114,7 +125,7 @@ export function forward(
 ): Promise<GatewayError | null> {
   return tryEngines(parts, req, outcome, async (answer, attempt) => {
     if (!res.headersSent) res.setHeader(modelHeader, req.target.name);
-    const failure = await relay(answer, res, attempt, outcome);
+    const failure = await relay(answer, res, attempt, outcome, req.translation);
     // What the client has not read yet is held for it, and not for ever.
     res.setTimeout(parts.limits.idleTimeoutMs);
     return failure;
@@ -290,16 +301,19 @@ async function relay(
   res: Response,
   attempt: Attempt,
   outcome: Outcome,
+  translation?: Translation,
 ): Promise<GatewayError | null> {
-  if (res.headersSent && answer.kind === 'whole') return relayLate(answer.body, res, outcome);
+  const whole = answer.kind === 'whole' ? (translation?.whole(answer.status, answer.body) ?? answer) : null;
+  if (res.headersSent && whole !== null) return relayLate(whole.body, res, outcome);
   if (!res.headersSent) copyHead(answer, res);
   outcome.firstByteMs = performance.now();
   if (answer.kind === 'whole') {
-    outcome.responseBytes = answer.body.length;
-    res.end(answer.body);
+    const { status, body } = whole!;
+    outcome.responseBytes = body.length;
+    res.status(status).end(body);
     return null;
   }
-  return relayStream(answer, res, attempt, outcome);
+  return relayStream(answer, res, attempt, outcome, translation);
 }
 
 function copyHead({ status, headers }: Answer, res: Response): void {
@@ -322,12 +336,14 @@ async function relayStream(
   res: Response,
   attempt: Attempt,
   outcome: Outcome,
+  translation?: Translation,
 ): Promise<GatewayError | null> {
   const events = new WholeEvents();
-  const send = async (bytes: Buffer) => {
-    if (bytes.length === 0) return;
+  const send = async (events: Buffer) => {
+    if (events.length === 0) return;
+    usage.push(events);
+    const bytes = translation?.events(events) ?? events;
     outcome.responseBytes += bytes.length;
-    usage.push(bytes);
     // A client that does not read holds the engine back, and for no longer than a silent engine may hold us.
     if (res.write(bytes)) return;
     attempt.allowClient();
@@ -352,7 +368,7 @@ async function relayStream(
     const isOurs = error instanceof GatewayError;
     const failure = asEngineError(attempt.signal.aborted && !isOurs ? attempt.signal.reason : error);
     if (failure.code === 'client_closed_request') res.destroy();
-    else res.end(errorEvent(errorBody(failure)));
+    else res.end(translation?.error(failure) ?? errorEvent(errorBody(failure)));
     return failure;
   }
 }

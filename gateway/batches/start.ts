@@ -39,7 +39,7 @@ type Around = Pick<AppParts, 'directory' | 'forward' | 'routes'> & {
   log: Logger;
 };
 
-const endpointsOfLines = [enginePaths.chat, enginePaths.completions];
+const endpointsOfLines = [enginePaths.chat, enginePaths.completions, enginePaths.embeddings];
 
 export async function startBatches(settings: BatchSettings, around: Around): Promise<Batches> {
   const { maxFileBytes, maxTenantBytes, keepSeconds, leaseMs, maxJobs } = settings;

@@ -1,0 +1,75 @@
+// The routes of LoRAX's and TGI's clients. Who may use which model is judged as for OpenAI's: only bodies are others.
+
+import { randomInt } from 'node:crypto';
+import type { Express, Request, RequestHandler, Response } from 'express';
+import type { ModelCard } from '../../engine/protocol.ts';
+import type { GatewayError } from '../errors.ts';
+import { parseContentType, parseJsonObject } from '../openai.ts';
+import { type LoraxRequest, loraxError, parseLorax } from './lorax.ts';
+
+/** By path, whether the answer is a stream; null: as the body says. */
+const generatePaths = { '/generate': false, '/generate_stream': true, '/': null } as const;
+
+export const loraxPaths: readonly string[] = [...Object.keys(generatePaths), '/info', '/health'];
+
+export type LoraxParts = {
+  readBody: RequestHandler;
+  /** Of the models that the caller of this request may use. */
+  cards(res: Response): ModelCard[];
+  /** Sends it to an engine and the answer to the client. */
+  send(request: LoraxRequest, req: Request, res: Response): Promise<void>;
+};
+
+/** Before the door: it tells nothing but whether requests are taken, which they are when `notReady` says null. */
+export function addHealth(app: Express, notReady: () => GatewayError | null): void {
+  app.get('/health', (_req, res) => {
+    if (notReady() === null) res.end();
+    else res.status(503).json({ error: 'unhealthy', error_type: 'healthcheck' });
+  });
+}
+
+/** Behind the door. */
+export function addLoraxRoutes(app: Express, { readBody, cards, send }: LoraxParts): void {
+  const newSeed = () => randomInt(2 ** 32);
+  for (const [path, wantsStream] of Object.entries(generatePaths)) {
+    app.post(path, readBody, async (req, res) => {
+      parseContentType(req.get('content-type'));
+      const body = parseJsonObject(Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0));
+      await send(parseLorax(body, basesOf(cards(res)), wantsStream, newSeed), req, res);
+    });
+  }
+  app.get('/info', (_req, res) => {
+    const bases = cards(res).filter(({ parent }) => parent === null);
+    const [first] = bases;
+    res.json({
+      model_id: first?.id ?? '',
+      model_sha: null,
+      model_dtype: '',
+      model_device_type: '',
+      model_pipeline_tag: 'text-generation',
+      max_total_tokens: first?.max_model_len ?? 0,
+      max_input_length: Math.max(0, (first?.max_model_len ?? 0) - 1),
+      max_best_of: 16,
+      max_stop_sequences: 16,
+      version: 'motet',
+      router: 'motet',
+    });
+  });
+}
+
+/** Whether an error on this path is told in this protocol. */
+export function isLoraxPath(path: string): boolean {
+  return loraxPaths.includes(path);
+}
+
+export function sendLoraxError(res: Response, failure: GatewayError): void {
+  if (res.headersSent || res.destroyed) return;
+  const { status, body } = loraxError(failure);
+  if (failure.row.retryAfterS !== undefined) res.set('Retry-After', String(failure.row.retryAfterS));
+  if (status === 401) res.set('WWW-Authenticate', 'Bearer');
+  res.status(status).json(body);
+}
+
+function basesOf(cards: readonly ModelCard[]): string[] {
+  return cards.filter(({ parent }) => parent === null).map(({ id }) => id);
+}
