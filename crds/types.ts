@@ -641,11 +641,11 @@ export interface TenantSpec {
     };
     /** How much may be used by this key, beside the limits of the tenant. Default, without limits. */
     limits?: {
-      /** Requests a minute. */
+      /** Requests a minute. Default, no limit. */
       requestsPerMinute?: number;
-      /** Tokens a minute, of prompts and of answers. */
+      /** Tokens a minute, of prompts and of answers. Default, no limit. */
       tokensPerMinute?: number;
-      /** Requests at a time, those that wait for an engine among them. */
+      /** Requests at a time, those that wait for an engine among them. Default, no limit. */
       concurrency?: number;
     };
   }[];
@@ -655,14 +655,14 @@ export interface TenantSpec {
    * evenly.
    */
   limits?: {
-    /** Requests a minute. */
+    /** Requests a minute. Default, no limit. */
     requestsPerMinute?: number;
     /**
      * Tokens a minute, of prompts and of answers; estimated when a request comes, counted when it has
-     * ended.
+     * ended. Default, no limit.
      */
     tokensPerMinute?: number;
-    /** Requests at a time, those that wait for an engine among them. */
+    /** Requests at a time, those that wait for an engine among them. Default, no limit. */
     concurrency?: number;
   };
   /** The tenant's share of busy engines against others that wait; 2 gets twice what 1 gets. Default 1. */

@@ -102,6 +102,8 @@ const full: Record<Kind, object> = {
       { secretRef: { name: 'acme', key: 'new' } },
     ],
     limits: { requestsPerMinute: 60, tokensPerMinute: 9000, concurrency: 4 },
+    weight: 2,
+    priority: -1,
     access: {
       adapters: {
         matchLabels: { team: 'acme' },
@@ -502,6 +504,12 @@ const cases: Record<Kind, Case[]> = {
       [`${limits}.concurrency`, 0, /greater than or equal to 1/],
       [`${limits}.concurrency`, 100_001, /less than or equal to 100000/],
     ]),
+    ['spec.weight', undefined, null],
+    ['spec.weight', 0, /greater than or equal to 1/],
+    ['spec.weight', 1001, /less than or equal to 1000/],
+    ['spec.priority', undefined, null],
+    ['spec.priority', -11, /greater than or equal to -10/],
+    ['spec.priority', 11, /less than or equal to 10/],
     ['spec.access', undefined, null],
     ...['adapters', 'baseModels', 'routes'].flatMap((which): Case[] => {
       const expressions = `spec.access.${which}.matchExpressions`;
