@@ -297,6 +297,7 @@ describe('adapters over HTTP', () => {
     expect(tuned!.promptTokens).toBeGreaterThan(0);
     expect(base).toEqual({
       name: 'base',
+      maxSequences: 8,
       prefixCache: { promptTokens: 2 * tuned!.promptTokens, cachedTokens: 0 },
     });
 
