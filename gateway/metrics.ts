@@ -4,7 +4,7 @@
 
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
 import type { TokenUsage } from '../engine/protocol.ts';
-import type { Admission } from './admission.ts';
+import { type Admission, shedReasons } from './admission.ts';
 import type { Gate as BatchGate } from './batches/gate.ts';
 import type { BatchRunner } from './batches/runner.ts';
 import type { Directory } from './directory.ts';
@@ -38,6 +38,13 @@ export function createMetrics() {
     registers,
   });
   for (const result of ['completed', 'failed', 'tried_again']) batchLines.inc({ result }, 0);
+  const shed = new Counter({
+    name: 'motet_gateway_shed_total',
+    help: 'Requests that were not let wait for an engine, or not any longer. reason: queue_full; tenant_full; made_room, for one with a better claim; deadline, which it would have missed; timeout.',
+    labelNames: ['tenant', 'reason'],
+    registers,
+  });
+  for (const reason of shedReasons) shed.inc({ tenant: '', reason }, 0);
 
   return {
     registry,
@@ -55,12 +62,7 @@ export function createMetrics() {
       labelNames: ['tenant', 'model', 'kind'],
       registers,
     }),
-    shed: new Counter({
-      name: 'motet_gateway_shed_total',
-      help: 'Requests that were not let wait for an engine, or not any longer. reason: queue_full; tenant_full; made_room, for one with a better claim; deadline, which it would have missed; timeout.',
-      labelNames: ['tenant', 'reason'],
-      registers,
-    }),
+    shed,
     lengthRatio: new Histogram({
       name: 'motet_gateway_expected_length_ratio',
       help: 'Of answers that ended: tokens that were expected when the request came, over those that they had.',
@@ -254,11 +256,12 @@ export function watchState({ registry, engineErrors }: Metrics, state: State): v
   });
   new Gauge({
     name: 'motet_gateway_queued_requests_by_tenant',
-    help: 'The same by tenant; those of whom nothing waits are not there.',
+    help: 'The same by tenant; those of whom nothing waits are not there, but for the empty name, which stands for callers without a key.',
     labelNames: ['tenant'],
     registers,
     collect() {
       this.reset();
+      this.set({ tenant: '' }, 0);
       for (const [tenant, count] of admission.queue.numByTenant) this.set({ tenant }, count);
     },
   });

@@ -19,7 +19,7 @@ export interface EngineAndGateway {
   gateway: RunningProcess;
 }
 
-/** An engine with all tiers and the adapter `a` on the tiny model `base`, a gateway before it. They end with the test. */
+/** An engine with all tiers and the adapter `a` on the tiny model `base`, a gateway before it that keeps batches. They end with the test. */
 export async function startEngineAndGateway(): Promise<EngineAndGateway> {
   const cache = await temporaryFolder();
   const engine = await startProcess('engine', [
@@ -28,7 +28,7 @@ export async function startEngineAndGateway(): Promise<EngineAndGateway> {
     ...['--port', '0'],
   ]);
   onTestFinished(async () => void (await engine.stop()));
-  const gateway = await startGatewayOver([engine.url]);
+  const gateway = await startGatewayOver([engine.url], ['--batch-store', await temporaryFolder()]);
   onTestFinished(() => void gateway.stop());
   return { engine, gateway };
 }

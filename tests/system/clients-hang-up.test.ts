@@ -51,6 +51,8 @@ async function stream(model: string, body: object, hangUpAfter: number | null): 
       const events = rest.split('\n\n');
       rest = events.pop()!;
       for (const event of events) {
+        // A comment: the stream waits for room in the engine.
+        if (event.startsWith(':')) continue;
         const data = event.replace(/^data: /, '');
         if (data === '[DONE]') {
           result.isDone = true;
