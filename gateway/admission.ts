@@ -130,12 +130,12 @@ export class Admission {
       reason: ShedReason,
       code: 'queue_full' | 'deadline_unmeetable',
       message: string,
-    ): never => {
+    ): GatewayError => {
       this.#onShed(ask.tenant, reason);
-      throw new GatewayError(code, message, { retryAfterS });
+      return new GatewayError(code, message, { retryAfterS });
     };
     if (this.#queue.numOf(ask.tenant) >= maxQueuedPerTenant)
-      refuse(
+      throw refuse(
         'tenant_full',
         'queue_full',
         `${maxQueuedPerTenant} requests with this key's tenant wait already`,
@@ -143,7 +143,7 @@ export class Admission {
     const leftMs = Math.min(queueTimeoutMs, (ask.deadlineMs ?? Number.POSITIVE_INFINITY) - nowMs);
     if (isHeld && waitMs !== null && waitMs > leftMs) {
       const [wait, left] = [waitMs, leftMs].map((ms) => Math.max(0, Math.round(ms)));
-      refuse(
+      throw refuse(
         'deadline',
         'deadline_unmeetable',
         `expected to wait ${wait} ms for an engine, of at most ${left}`,
@@ -151,10 +151,8 @@ export class Admission {
     }
     if (this.#queue.size < maxQueued) return;
     const victim = this.#queue.victimFor(ask);
-    if (victim === null) {
-      refuse('queue_full', 'queue_full', `every engine is busy and ${maxQueued} requests wait already`);
-      return;
-    }
+    if (victim === null)
+      throw refuse('queue_full', 'queue_full', `every engine is busy and ${maxQueued} requests wait already`);
     this.#onShed(victim.ask.tenant, 'made_room');
     victim.waiter.reject(
       new GatewayError(

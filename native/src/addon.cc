@@ -230,8 +230,6 @@ class RuntimeObject final : public Napi::ObjectWrap<RuntimeObject> {
       throw Napi::RangeError::New(info.Env(), "batch.matchers: expected one per sample, " + std::to_string(batch.sample_rows.size()) + ", got " +
                                                   std::to_string(batch.matcher_handles.size()));
     std::vector<std::shared_ptr<GrammarMatcher>> matchers;
-    if (batch.matcher_handles.size() != batch.sample_rows.size())
-      throw Napi::RangeError::New(info.Env(), "batch.matchers: expected one per sample, got " + std::to_string(batch.matcher_handles.size()));
     std::set<int32_t> seen;
     for (const int32_t handle : batch.matcher_handles) {
       const auto it = matchers_.find(handle);
