@@ -1,6 +1,7 @@
 // What is known of a request before it is sent, as far as the queue needs it.
 
 import type { TokenUsage } from '../../engine/protocol.ts';
+import { GatewayError } from '../errors.ts';
 import { estimatePromptTokens } from '../quota/usage.ts';
 import type { LengthPredictor } from './length-predictor.ts';
 
@@ -43,16 +44,26 @@ export function expectedCost({ promptTokens, outputTokens }: Ask): number {
   return costOf({ promptTokens, cachedTokens: 0, completionTokens: outputTokens });
 }
 
-/** A client's wish in `x-motet-priority`: it may go behind its tenant's other requests, and never before them. */
+/** A client's wish in `x-motet-priority`: it may go behind its tenant's other requests, and never before them. @throws invalid_type when it is no integer */
 export function lowered(priority: number, wish: string | undefined): number {
-  if (wish === undefined || !/^-?\d{1,3}$/.test(wish.trim())) return priority;
+  if (wish === undefined) return priority;
+  if (!/^-?\d{1,3}$/.test(wish.trim())) throw wrongHeader('x-motet-priority', 'an integer', wish);
   return Math.max(lowestPriority, Math.min(priority, Number(wish)));
 }
 
-/** Milliseconds in `x-llm-d-slo-ttft-ms`; null: not said, or nothing that can be meant. */
+/** Milliseconds in `x-llm-d-slo-ttft-ms`; null: not said. @throws invalid_type when that is no number of them */
 export function parseWaitMs(value: string | undefined): number | null {
-  if (value === undefined || !/^\d{1,8}$/.test(value.trim())) return null;
+  if (value === undefined) return null;
+  if (!/^\d{1,8}$/.test(value.trim()))
+    throw wrongHeader('x-llm-d-slo-ttft-ms', 'a whole number of milliseconds', value);
   return Math.max(1, Number(value));
+}
+
+function wrongHeader(name: string, expected: string, value: string): GatewayError {
+  return new GatewayError(
+    'invalid_type',
+    `${name}: expected ${expected}, got ${JSON.stringify(value.slice(0, 40))}`,
+  );
 }
 
 /** What the caller says of a request, and what is known of the caller. */

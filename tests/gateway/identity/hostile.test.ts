@@ -172,11 +172,10 @@ test.each<[string, Buffer | string, number[]]>([
 test('of what a client sends an engine gets no header that is not on the list', async () => {
   const engine = await startFakeEngine();
   const gateway = await gatewayFor([engine], { apiKeys });
-  const smuggled = ['model', 'tenant', 'priority', 'adapters', 'usage'].map(
-    (name) => `X-Motet-${name}: base`,
-  );
+  const smuggled = ['model', 'tenant', 'adapters', 'usage'].map((name) => `X-Motet-${name}: base`);
   const headers = [
     ...smuggled,
+    'X-Motet-Priority: -7',
     'Cookie: a=b',
     'X-Forwarded-For: 1.2.3.4',
     'Connection: close, te',
@@ -184,7 +183,7 @@ test('of what a client sends an engine gets no header that is not on the list', 
   ];
   expect(statusesOf(await exchange(gateway.port, request({ headers })))).toEqual([200]);
   const { headers: seen } = engine.received[0]!;
-  for (const name of ['cookie', 'x-forwarded-for', 'proxy', 'authorization'])
+  for (const name of ['cookie', 'x-forwarded-for', 'proxy', 'authorization', 'x-motet-priority'])
     expect(seen).not.toHaveProperty(name);
   for (const [name, value] of Object.entries(seen))
     if (name.startsWith('x-motet-')) expect(value).not.toBe('base');
