@@ -139,6 +139,94 @@ export interface UnloadReport {
 export const modelHeader = 'x-motet-model';
 
 /**
+ * A request header with several adapters and their weights, in place of the body's `model` and of `modelHeader`:
+ * `sql=0.7,tone=-0.3`. The answer is that of the base with the sum of weight × delta over them; their order means nothing.
+ * Names are percent-encoded, as encodeURIComponent does; weights are decimals.
+ */
+export const adaptersHeader = 'x-motet-adapters';
+
+/** One adapter of a composition. In bodies too: `adapters: [{"name": "sql", "weight": 0.7}, …]`. */
+export interface WeightedName {
+  /** A served name. */
+  name: string;
+  weight: number;
+}
+
+export const maxComposed = 8;
+/** Of the header: what HTTP parsers take in any case. */
+const maxAdaptersLength = 4096;
+
+const weightedName = /^([^= \t]+)=(-?(?:\d{1,20}(?:\.\d{0,30})?|\.\d{1,30})(?:e-?\d{1,3})?)$/;
+
+/** What is wrong with a value. */
+export interface Problem {
+  /** Where in it: `[1].weight`; '': all of it. */
+  at: string;
+  expected: string;
+  got: string;
+}
+
+export function formatAdapters(adapters: readonly WeightedName[]): string {
+  return adapters.map(({ name, weight }) => `${encodeURIComponent(name)}=${weight}`).join(',');
+}
+
+/** Reads the header. */
+export function parseAdapters(header: string): WeightedName[] | Problem {
+  const expected = `name=weight of 1 to ${maxComposed} adapters, with commas between, names percent-encoded`;
+  if (header.length > maxAdaptersLength) return { at: '', expected, got: `${header.length} characters` };
+  const adapters = header.split(',').map((part) => {
+    const found = weightedName.exec(part.trim());
+    const name = found && decoded(found[1]!);
+    return name && { name, weight: Number(found![2]) };
+  });
+  const wrong = adapters.findIndex((adapter) => !adapter);
+  if (wrong >= 0) return { at: `[${wrong}]`, expected, got: 'something else' };
+  return readAdapters(adapters);
+}
+
+/** Reads the list of a body. */
+export function readAdapters(list: unknown): WeightedName[] | Problem {
+  const expected = `a list of 1 to ${maxComposed} adapters, each {"name", "weight"}`;
+  if (!Array.isArray(list)) return { at: '', expected, got: list === null ? 'null' : typeof list };
+  if (list.length < 1 || list.length > maxComposed) return { at: '', expected, got: `${list.length}` };
+  const adapters: WeightedName[] = [];
+  for (const [index, item] of list.entries()) {
+    const { name, weight } = (item ?? {}) as Record<string, unknown>;
+    if (typeof name !== 'string' || name === '' || name.length > 256 || !name.isWellFormed())
+      return { at: `[${index}].name`, expected: 'a name of 1 to 256 characters', got: lengthOf(name) };
+    if (adapters.some((other) => other.name === name))
+      return { at: `[${index}].name`, expected: 'each adapter once', got: 'one twice' };
+    // The step reads it in 32 bits.
+    if (typeof weight !== 'number' || !(Math.abs(weight) < 10) || Math.fround(weight) === 0)
+      return {
+        at: `[${index}].weight`,
+        expected: 'a number between -10 and 10, not 0',
+        got: numberOf(weight),
+      };
+    adapters.push({ name, weight });
+  }
+  const { length } = formatAdapters(adapters);
+  if (length <= maxAdaptersLength) return adapters;
+  return {
+    at: '',
+    expected: `names of at most ${maxAdaptersLength} characters together, as headers write them`,
+    got: `${length}`,
+  };
+}
+
+function decoded(text: string): string | null {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return null;
+  }
+}
+
+const lengthOf = (value: unknown) =>
+  typeof value === 'string' ? `one of ${value.length} characters` : typeof value;
+const numberOf = (value: unknown) => (typeof value === 'number' ? String(value) : typeof value);
+
+/**
  * What an answer cost, as `prompt=12, cached=5, completion=34` in tokens; cached ones are among the prompt's. Sent when the
  * request says `te: trailers`: of a whole answer among its headers, of a stream among its trailers, since it is known at
  * the end. A stream that is broken off has none.
