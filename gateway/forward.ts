@@ -5,8 +5,7 @@
 // ends the stream with an error event. When the client hangs up, the engine's connection is closed, which stops it.
 
 import { once } from 'node:events';
-import type { IncomingHttpHeaders } from 'node:http';
-import type { Response } from 'express';
+import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import { type Dispatcher, request } from 'undici';
 import { modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
@@ -120,7 +119,7 @@ const headersNotPassedOn = new Set([
 export function forward(
   parts: Forward,
   req: ForwardRequest,
-  res: Response,
+  res: ServerResponse,
   outcome: Outcome,
 ): Promise<GatewayError | null> {
   return tryEngines(parts, req, outcome, async (answer, attempt) => {
@@ -298,7 +297,7 @@ async function readAll(chunks: AsyncIterator<Buffer>): Promise<Buffer> {
 /** Sends an answer to the client. Returns the error that cut a stream short, after telling the client. */
 async function relay(
   answer: Answer,
-  res: Response,
+  res: ServerResponse,
   attempt: Attempt,
   outcome: Outcome,
   translation?: Translation,
@@ -310,21 +309,22 @@ async function relay(
   if (answer.kind === 'whole') {
     const { status, body } = whole!;
     outcome.responseBytes = body.length;
-    res.status(status).end(body);
+    res.statusCode = status;
+    res.end(body);
     return null;
   }
   return relayStream(answer, res, attempt, outcome, translation);
 }
 
-function copyHead({ status, headers }: Answer, res: Response): void {
-  res.status(status);
+function copyHead({ status, headers }: Answer, res: ServerResponse): void {
+  res.statusCode = status;
   for (const [name, value] of Object.entries(headers)) {
     if (value !== undefined && !headersNotPassedOn.has(name)) res.setHeader(name, value);
   }
 }
 
 /** An engine's refusal for a client whose stream was begun while it waited: it can only be an event. */
-function relayLate(body: Buffer, res: Response, outcome: Outcome): null {
+function relayLate(body: Buffer, res: ServerResponse, outcome: Outcome): null {
   const event = Buffer.from(`data: ${JSON.stringify(JSON.parse(body.toString()))}\n\n`);
   outcome.responseBytes = event.length;
   res.end(event);
@@ -333,7 +333,7 @@ function relayLate(body: Buffer, res: Response, outcome: Outcome): null {
 
 async function relayStream(
   { chunks, first, usage }: Extract<Answer, { kind: 'stream' }>,
-  res: Response,
+  res: ServerResponse,
   attempt: Attempt,
   outcome: Outcome,
   translation?: Translation,

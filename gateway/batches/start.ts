@@ -3,10 +3,10 @@
 import type { Logger } from 'pino';
 import { enginePaths, modelHeader } from '../../engine/protocol.ts';
 import { sourceAccess } from '../../engine/sources/access.ts';
-import { type AppParts, findTarget } from '../app.ts';
-import { askWhole, type Outcome } from '../forward.ts';
+import { askWhole, type Forward, type Outcome } from '../forward.ts';
 import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
 import { askOf, lowestPriority } from '../queue/ask.ts';
+import { type FindParts, findTarget } from '../request/find-target.ts';
 import { Files } from './files.ts';
 import { Gate, roomFor } from './gate.ts';
 import { Jobs } from './jobs.ts';
@@ -32,7 +32,8 @@ export type Batches = {
   close(timeoutMs: number): Promise<void>;
 };
 
-type Around = Pick<AppParts, 'directory' | 'forward' | 'routes'> & {
+type Around = FindParts & {
+  forward: Forward;
   /** A line's request is one as clients send it: it may be as long. */
   maxLineBytes: number;
   metrics: Metrics;

@@ -2,7 +2,7 @@
 // `: waiting for an engine, 20 s`, which clients of server-sent events leave out. So nothing between us gives up on a
 // connection that is silent. From then on an error can only be an event.
 
-import type { Response } from 'express';
+import type { ServerResponse } from 'node:http';
 
 export type HoldLimits = {
   /** How long the client of a stream waits for the head of its answer. */
@@ -18,7 +18,7 @@ export const commentEveryMs = 5_000;
  * @returns ends the comments; to be called when the answer begins and in the end
  */
 export function holdStream(
-  res: Response,
+  res: ServerResponse,
   headers: Record<string, string>,
   isWaiting: () => boolean,
   { holdAfterMs, everyMs }: HoldLimits,

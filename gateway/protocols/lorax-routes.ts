@@ -1,7 +1,7 @@
 // The routes of LoRAX's and TGI's clients. Who may use which model is judged as for OpenAI's: only bodies are others.
 
 import { randomInt } from 'node:crypto';
-import type { Express, Request, RequestHandler, Response } from 'express';
+import type { Express, RequestHandler, Response } from 'express';
 import type { ModelCard } from '../../engine/protocol.ts';
 import type { GatewayError } from '../errors.ts';
 import { parseContentType, parseJsonObject } from '../openai.ts';
@@ -17,7 +17,7 @@ export type LoraxParts = {
   /** Of the models that the caller of this request may use. */
   cards(res: Response): ModelCard[];
   /** Sends it to an engine and the answer to the client. */
-  send(request: LoraxRequest, req: Request, res: Response): Promise<void>;
+  send(request: LoraxRequest, res: Response): Promise<void>;
 };
 
 /** Before the door: it tells nothing but whether requests are taken, which they are when `notReady` says null. */
@@ -35,7 +35,7 @@ export function addLoraxRoutes(app: Express, { readBody, cards, send }: LoraxPar
     app.post(path, readBody, async (req, res) => {
       parseContentType(req.get('content-type'));
       const body = parseJsonObject(Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0));
-      await send(parseLorax(body, basesOf(cards(res)), wantsStream, newSeed), req, res);
+      await send(parseLorax(body, basesOf(cards(res)), wantsStream, newSeed), res);
     });
   }
   app.get('/info', (_req, res) => {

@@ -1,0 +1,172 @@
+// How a request is answered by an engine: within its caller's limits, by who answers to the name that it asks for.
+
+import type { IncomingMessage } from 'node:http';
+import type { Logger } from 'pino';
+import { enginePaths, modelHeader, type TokenUsage } from '../../engine/protocol.ts';
+import type { WeightedTarget } from '../choose-target.ts';
+import type { Directory } from '../directory.ts';
+import { asGatewayError, errorBody } from '../errors.ts';
+import { type Forward, forward, type Translation } from '../forward.ts';
+import { type HoldLimits, holdStream } from '../on-demand/hold.ts';
+import type { Asked } from '../openai.ts';
+import { type Ask, askOf, lowered, parseWaitMs } from '../queue/ask.ts';
+import type { Scope } from '../quota/limits.ts';
+import { noTokens, type Quota } from '../quota/quota.ts';
+import { estimatePromptTokens } from '../quota/usage.ts';
+import { type Copied, judgedOf } from '../routes/routes.ts';
+import { errorEvent } from '../sse.ts';
+import { endRequestSpan, startRequestSpan } from '../tracing.ts';
+import { type Arrival, type Facts, noteError } from './arrival.ts';
+import { endSignal } from './end-signal.ts';
+import { type FindParts, findTarget } from './find-target.ts';
+
+export type AnswerParts = FindParts & {
+  forward: Forward;
+  quota: Quota;
+  /** When a stream whose request waits is begun. */
+  hold: HoldLimits;
+  maxBodyBytes: number;
+  log: Logger;
+  /** Aborted when the time that requests in flight had to end is over. */
+  cutOff: AbortSignal;
+};
+
+/** What an engine is asked. */
+export type Call = {
+  /** Of the engine. */
+  path: string;
+  asked: Asked;
+  body: Buffer;
+  translation?: Translation;
+};
+
+/** Of the client's headers an engine needs these. It never sees keys or cookies, nor a client's word on who answers. */
+const headersPassedOn = ['accept', 'content-type', 'traceparent', 'tracestate'] as const;
+
+/** Answers a request within its caller's limits. */
+export async function answerWithin(arrival: Arrival, call: Call, parts: AnswerParts): Promise<void> {
+  const { res, facts } = arrival;
+  const scopes = scopesOf(arrival, parts.directory);
+  const entry = await parts.quota.enter(facts.tenant ?? null, scopes, estimatePromptTokens(call.body.length));
+  for (const [name, value] of entry.headers) res.setHeader(name, value);
+  if (entry.refusal !== null) throw entry.refusal;
+  try {
+    await answer(arrival, call, parts);
+  } finally {
+    entry.settle(costOf(facts));
+  }
+}
+
+/** Whose limits hold: the tenant's, and those of the key that was shown. */
+function scopesOf({ caller }: Arrival, directory: Directory): readonly Scope[] {
+  if (caller === null) return [];
+  const { tenant, keyId, limits } = caller;
+  const ofTenant = directory.scopesOf(tenant);
+  return limits === undefined ? ofTenant : [...ofTenant, { of: 'key', id: keyId, limits }];
+}
+
+/** What a request that has ended costs its caller; null when it cannot be told, since the caller did not wait for it. */
+function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
+  if (usage !== undefined) return usage();
+  return attempts > 0 && errorCode === 'client_closed_request' ? null : noTokens;
+}
+
+async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise<void> {
+  const { req, res, facts } = arrival;
+  const { path, body, translation } = call;
+  const { model, user, isStream } = call.asked;
+  const asker = { tenant: facts.tenant ?? null, user, header: (name: string) => headerOf(req, name) };
+  const target = await findTarget(model, facts, parts, asker);
+
+  const headers: Record<string, string> = { 'x-request-id': facts.requestId };
+  for (const name of headersPassedOn) {
+    const value = headerOf(req, name);
+    if (value !== undefined) headers[name] = value;
+  }
+  if (target.name !== model) headers[modelHeader] = target.name;
+  const span = startRequestSpan(path, model, headers);
+  res.once('close', () => endRequestSpan(span, res.statusCode, facts));
+
+  followRoute(arrival, model, target, { path, headers, body }, parts);
+  const ask = askFor(arrival, call, target, parts);
+  const signal = endSignal(res, parts.cutOff);
+  const session = sessionOf(req, facts);
+  const asked = { path, target, headers, body, session, ask, signal, ...(translation && { translation }) };
+  const isWaiting = () => facts.engine === undefined;
+  const endHold = isStream
+    ? holdStream(res, { [modelHeader]: target.name }, isWaiting, parts.hold)
+    : () => undefined;
+  res.once('close', endHold);
+  try {
+    const failure = await forward(parts.forward, asked, res, facts);
+    if (failure !== null) noteError(parts.log, facts, failure);
+  } catch (error) {
+    if (!res.headersSent) throw error;
+    // The client was told to wait, in an answer that has begun.
+    const failure = asGatewayError(error, parts.maxBodyBytes);
+    noteError(parts.log, facts, failure);
+    res.end(translation?.error(failure) ?? errorEvent(errorBody(failure)));
+  } finally {
+    endHold();
+  }
+}
+
+/** What the queue is to know of it. */
+function askFor(
+  { req, facts }: Arrival,
+  { path, asked, body }: Call,
+  target: WeightedTarget,
+  { directory, forward }: AnswerParts,
+): Ask {
+  const tenant = facts.tenant ?? null;
+  const standing = directory.standingOf(tenant);
+  return askOf(
+    {
+      tenant,
+      standing: { ...standing, priority: lowered(standing.priority, headerOf(req, 'x-motet-priority')) },
+      adapter: target.name,
+      bodyBytes: body.length,
+      maxTokens: isGeneration(path) ? asked.maxTokens : 0,
+      numChoices: asked.numChoices,
+      waitMs: parseWaitMs(headerOf(req, 'x-llm-d-slo-ttft-ms')),
+    },
+    forward.lengths,
+    performance.now(),
+  );
+}
+
+/** The client's word that requests belong together. Another tenant's is another. */
+function sessionOf(req: IncomingMessage, { tenant = '' }: Facts): string | null {
+  const session = headerOf(req, 'x-motet-session');
+  return session === undefined ? null : `${tenant}\n${session}`;
+}
+
+/** For an AdapterRoute: asks those who listen as well, and judges the target by what becomes of the request. */
+function followRoute(
+  { res, facts }: Arrival,
+  model: string,
+  target: WeightedTarget,
+  copied: Copied,
+  { directory, routes }: AnswerParts,
+): void {
+  const rules = directory.rulesOf(model);
+  const targets = directory.targetsOf(model, facts.tenant ?? null);
+  if (rules === null || targets === null) return;
+  res.once('close', () => {
+    const isStream = String(res.getHeader('content-type') ?? '').startsWith('text/event-stream');
+    const judged = judgedOf(facts, res.statusCode, isStream);
+    if (judged !== null) routes.note(rules, target, judged, Date.now());
+    // Now the copies are in nobody's way.
+    if (isGeneration(copied.path)) routes.shadow(rules, targets, target, copied, Math.random);
+  });
+}
+
+function isGeneration(path: string): boolean {
+  return path === enginePaths.chat || path === enginePaths.completions;
+}
+
+/** Of those that Node keeps once, or joins. */
+function headerOf({ headers }: IncomingMessage, name: string): string | undefined {
+  const value = headers[name.toLowerCase()];
+  return Array.isArray(value) ? value.join(', ') : value;
+}

@@ -1,0 +1,61 @@
+// Who comes in: what a request shows is asked of the directory. And how a request is turned away, here or anywhere behind.
+
+import type { IncomingMessage } from 'node:http';
+import type { NextFunction, Request, Response } from 'express';
+import type { Logger } from 'pino';
+import type { Directory } from '../directory.ts';
+import { asGatewayError, GatewayError, sendError } from '../errors.ts';
+import type { Metrics } from '../metrics.ts';
+import { isLoraxPath, sendLoraxError } from '../protocols/lorax-routes.ts';
+import { type Arrival, arrivalOf, noteError } from './arrival.ts';
+
+export type DoorParts = { directory: Directory; metrics: Metrics };
+
+export function admitByKey(parts: DoorParts) {
+  return async function admitRequestByKey(_req: Request, res: Response, next: NextFunction): Promise<void> {
+    await enter(arrivalOf(res), parts);
+    next();
+  };
+}
+
+/** @throws GatewayError of 401 */
+async function enter(arrival: Arrival, { directory, metrics }: DoorParts): Promise<void> {
+  try {
+    const caller = await directory.authenticate(soleAuthorization(arrival.req));
+    arrival.caller = caller;
+    if (caller !== null) arrival.facts.tenant = caller.tenant;
+  } catch (error) {
+    const { code } = error as GatewayError;
+    if (code === 'missing_api_key' || code === 'invalid_api_key' || code === 'invalid_token')
+      metrics.authFailures.inc({ reason: code });
+    throw error;
+  }
+}
+
+/** Of several Node would take the first, and what is in front of us perhaps the last. */
+function soleAuthorization({ headers, rawHeaders }: IncomingMessage): string | undefined {
+  const given = headers.authorization;
+  if (given === undefined) return undefined;
+  const names = rawHeaders.filter((name, i) => i % 2 === 0 && name.toLowerCase() === 'authorization');
+  if (names.length === 1) return given;
+  throw new GatewayError('invalid_api_key', `Authorization: expected one such header, got ${names.length}`);
+}
+
+export function onlyMethod(method: string) {
+  return function refuseOtherMethods(req: Request, res: Response): void {
+    res.set('Allow', method);
+    throw new GatewayError('method_not_allowed', `${req.path}: expected ${method}, got ${req.method}`);
+  };
+}
+
+export function answerError({ maxBodyBytes, log }: { maxBodyBytes: number; log: Logger }) {
+  // Express knows an error handler by its four parameters.
+  return function answerRequestError(error: unknown, req: Request, res: Response, _next: NextFunction): void {
+    const failure = asGatewayError(error, maxBodyBytes);
+    noteError(log, arrivalOf(res).facts, failure);
+    // What is left of a body that was refused is not read: the connection cannot carry another request.
+    if (failure.code === 'body_too_large') res.set('Connection', 'close');
+    if (isLoraxPath(req.path)) sendLoraxError(res, failure);
+    else sendError(res, failure);
+  };
+}

@@ -1,0 +1,70 @@
+// Gives a request its id, and when it ends writes one log line and counts it.
+
+import { randomUUID } from 'node:crypto';
+import type { NextFunction, Request, Response } from 'express';
+import type { Logger } from 'pino';
+import type { Traffic } from '../console/traffic.ts';
+import { errorTable } from '../errors.ts';
+import { countTokens, type Metrics } from '../metrics.ts';
+import type { Arrival, Facts } from './arrival.ts';
+
+export type ObserveParts = {
+  metrics: Metrics;
+  traffic: Traffic;
+  log: Logger;
+  /** The route of a path as a metric label. */
+  routeOf(path: string): string;
+  /** Asked every few seconds by machines; in the log they would bury what matters. */
+  unimportantRoutes: ReadonlySet<string>;
+};
+
+export function observe(parts: ObserveParts) {
+  return function observeRequest(req: Request, res: Response, next: NextFunction): void {
+    const asked = req.get('x-request-id');
+    const requestId = asked !== undefined && /^[\w.:-]{1,128}$/.test(asked) ? asked : randomUUID();
+    const facts: Facts = {
+      requestId,
+      route: parts.routeOf(req.path),
+      attempts: 0,
+      responseBytes: 0,
+    };
+    if (req.socket.remoteAddress !== undefined) facts.client = req.socket.remoteAddress;
+    const arrival: Arrival = { req, res, facts, caller: null };
+    res.locals.arrival = arrival;
+    res.set('X-Request-Id', requestId);
+    parts.metrics.inFlight.inc();
+    parts.traffic.begin(facts);
+    const startMs = performance.now();
+    res.once('close', () => noteEnd(parts, arrival, startMs));
+    next();
+  };
+}
+
+function noteEnd(
+  { metrics, traffic, log, unimportantRoutes }: ObserveParts,
+  { req, res, facts }: Arrival,
+  startMs: number,
+): void {
+  metrics.inFlight.dec();
+  if (!res.writableFinished) facts.errorCode ??= 'client_closed_request';
+  const status = facts.errorCode === undefined ? res.statusCode : errorTable[facts.errorCode].status;
+  const durationMs = performance.now() - startMs;
+  const ttfbMs = facts.firstByteMs === undefined ? undefined : facts.firstByteMs - startMs;
+
+  const labels = { route: facts.route, model: facts.model ?? '' };
+  const { tenant = '', target = '' } = facts;
+  metrics.requests.inc({ ...labels, target, tenant, status });
+  const usage = facts.usage?.();
+  if (usage !== undefined) countTokens(metrics, { tenant, model: labels.model }, usage);
+  metrics.durationSeconds.observe(labels, durationMs / 1000);
+  if (ttfbMs !== undefined) metrics.firstByteSeconds.observe(labels, ttfbMs / 1000);
+  const completionTokens = usage?.completionTokens ?? 0;
+  traffic.end(facts, { status, completionTokens, ...(ttfbMs !== undefined && { ttfbMs }) }, Date.now());
+
+  const { firstByteMs: _, askedMs: __, ...rest } = facts;
+  const { body } = req as { body?: unknown };
+  const requestBytes = Buffer.isBuffer(body) ? body.length : 0;
+  const line = { ...rest, usage, status, requestBytes, durationMs: Math.round(durationMs) };
+  const level = unimportantRoutes.has(facts.route) ? 'debug' : 'info';
+  log[level](ttfbMs === undefined ? line : { ...line, ttfbMs: Math.round(ttfbMs) }, 'request');
+}
