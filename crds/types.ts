@@ -211,6 +211,11 @@ export interface BaseModelSpec {
    * Default keep.
    */
   adapterQuantization: 'keep' | 'int8';
+  /**
+   * How `/v1/embeddings` makes one vector of a text: the hidden state of its `last` token, or the `mean`
+   * over its tokens. Default last.
+   */
+  pooling: 'last' | 'mean';
   /** What the engines compute on. Default, the CPU. */
   accelerator: {
     /**

@@ -26,6 +26,7 @@ export function baseModel(spec: Partial<BaseModel['spec']> = {}, metadata: Metad
       quantization: 'keep',
       kv: { dtype: 'auto', prefixCache: true, eviction: 'cost' },
       adapterQuantization: 'keep',
+      pooling: 'last',
       accelerator: { type: 'cpu', count: 1, runtimeClassName: 'nvidia' },
       memory: { device: '1Gi', host: 0, disk: 0, weights: 0 },
       limits: { maxBatchTokens: 256, maxSequences: 64, maxWaiting: 256, maxLoraRank: 256 },
