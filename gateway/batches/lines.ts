@@ -1,8 +1,11 @@
 // The lines of an input file: where each is, and whether it is a request that can be sent. Nothing of a line is kept but
 // where it is and what it is ordered by, so that a file of any size is read in little memory.
 
+import { GatewayError } from '../errors.ts';
 import { isNestedDeeper } from '../protocols/nesting.ts';
-import type { LineError } from './objects.ts';
+import type { Files } from './files.ts';
+import type { BatchRecord, LineError } from './objects.ts';
+import { type PlannedLine, prefixKey } from './order.ts';
 
 /** A line of the file as it is found: `bytes` is null when it is longer than allowed. */
 export type RawLine = { number: number; offset: number; length: number; bytes: Buffer | null };
@@ -14,9 +17,72 @@ export type LineProblem = Pick<LineError, 'code' | 'message' | 'param'>;
 
 /** As OpenAI has it. */
 export const maxLines = 50_000;
+/** Of what is wrong with a file as many are told. */
+const maxErrors = 100;
 const maxCustomIdLength = 512;
 /** What a request may have, and the line around it. */
 const maxNesting = 129;
+
+/**
+ * All lines of a job's input file, or what is wrong with some.
+ *
+ * @param isLeft  nobody wants to know any more
+ */
+export async function readInput(
+  files: Files,
+  { tenant, input_file_id, endpoint }: BatchRecord,
+  maxLineBytes: number,
+  isLeft: () => boolean,
+): Promise<{ lines: PlannedLine[]; errors: LineError[] }> {
+  const lines: PlannedLine[] = [];
+  const errors: LineError[] = [];
+  const customIds = new Set<string>();
+  const add = (code: string, line: number | null, message: string, param: string | null = null) =>
+    errors.push({ code, line, message, param });
+  const content = await files.content(tenant, input_file_id).catch((error: unknown) => {
+    if (!(error instanceof GatewayError) || error.code !== 'file_not_found') throw error;
+    add('file_not_found', null, 'the input file is gone', 'input_file_id');
+    return null;
+  });
+  if (content === null) return { lines, errors };
+  for await (const { number, offset, length, bytes } of splitLines(content, maxLineBytes)) {
+    if (isLeft() || errors.length >= maxErrors) break;
+    if (lines.length === maxLines) {
+      add('too_many_lines', number, `expected at most ${maxLines} lines, got more`);
+      break;
+    }
+    if (bytes === null) {
+      add('line_too_large', number, `expected at most ${maxLineBytes} bytes, got ${length}`);
+      continue;
+    }
+    const line = parseLine(bytes, endpoint);
+    if (isProblem(line)) add(line.code, number, line.message, line.param);
+    else if (customIds.has(line.customId)) {
+      add('duplicate_custom_id', number, 'custom_id: expected another one in each line', 'custom_id');
+    } else {
+      customIds.add(line.customId);
+      const { model, body } = line;
+      const index = lines.length;
+      lines.push({ index, offset, length, model, prefix: prefixKey(body), numFailed: 0 });
+    }
+  }
+  if (lines.length === 0 && errors.length === 0 && !isLeft()) {
+    add('empty_file', null, 'expected at least one line, got none');
+  }
+  return { lines, errors };
+}
+
+/** The request of a line that was read before. */
+export async function readLine(
+  files: Files,
+  { id, tenant, input_file_id, endpoint }: BatchRecord,
+  { index, offset, length }: PlannedLine,
+): Promise<ParsedLine> {
+  const content = await files.content(tenant, input_file_id, { offset, length });
+  const line = parseLine(Buffer.concat(await Array.fromAsync(content)), endpoint);
+  if (isProblem(line)) throw new Error(`${id}: line ${index} of the input file has changed`);
+  return line;
+}
 
 /** Splits at line feeds; lines of white space alone are left out. `number` counts from 1. */
 export async function* splitLines(

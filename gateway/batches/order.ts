@@ -113,3 +113,13 @@ export function nextLane(
   const share = Math.ceil(maxInFlight / Math.max(1, Math.min(numEngines, left.length)));
   return left.find(({ numInFlight }) => numInFlight < share) ?? left[0] ?? null;
 }
+
+const firstPauseMs = 250;
+const maxPauseMs = 30_000;
+
+/** The lane waits, longer each time in a row. What was in flight when it began to says nothing new. */
+export function pause(lane: Lane, nowMs: number): void {
+  if (nowMs < lane.pausedUntilMs) return;
+  lane.pauseMs = Math.min(maxPauseMs, lane.pauseMs === 0 ? firstPauseMs : 2 * lane.pauseMs);
+  lane.pausedUntilMs = nowMs + lane.pauseMs;
+}

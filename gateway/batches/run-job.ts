@@ -2,27 +2,25 @@
 // of order.ts, records each answer (results.ts), and makes the output and error file of the records. It may be killed
 // anywhere: whoever owns the job next begins here again and comes to the same end.
 
-import { createHash } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGatewayError, errorBody, GatewayError } from '../errors.ts';
 import type { Files } from './files.ts';
 import type { Gate } from './gate.ts';
 import { folderOf, type Jobs } from './jobs.ts';
 import type { Lease } from './lease.ts';
-import { isProblem, maxLines, parseLine, splitLines } from './lines.ts';
+import { readInput, readLine } from './lines.ts';
 import {
   type BatchRecord,
   type BatchState,
-  type BatchUsage,
   type FinalStatus,
   type LineError,
   noCounts,
-  noUsage,
   type OutputLine,
   type RequestCounts,
   unixSeconds,
 } from './objects.ts';
-import { type Lane, nextLane, type PlannedLine, planLanes, prefixKey } from './order.ts';
+import { type Lane, nextLane, type PlannedLine, pause, planLanes } from './order.ts';
+import { requestIdOf, writeFiles } from './output-files.ts';
 import { ResultLog, readResults } from './results.ts';
 import type { Store } from './store.ts';
 
@@ -55,13 +53,8 @@ export type JobParts = {
   onLine(result: 'completed' | 'failed' | 'tried_again'): void;
 };
 
-/** Of errors in the input file as many are told. */
-const maxErrors = 100;
 /** What an engine failed may be the fault of the line. */
 const maxFailures = 3;
-const firstPauseMs = 250;
-const maxPauseMs = 30_000;
-const outputChunkChars = 64 << 10;
 
 /** Why a job's lines are not run any further. */
 type Ending = 'expired' | 'cancelled' | 'left';
@@ -118,7 +111,9 @@ class Job {
     await this.#look();
     const looks = setInterval(() => void this.#look(), this.#parts.lookMs);
     try {
-      const { lines, errors } = await this.#readLines();
+      const { files, maxLineBytes } = this.#parts;
+      const isLeft = () => this.#ending === 'left';
+      const { lines, errors } = await readInput(files, this.#record, maxLineBytes, isLeft);
       if (this.#ending === 'left') return null;
       if (errors.length > 0) return await this.#finish('failed', errors);
       await this.#readDone(lines.length);
@@ -163,48 +158,6 @@ class Job {
     } catch {
       // The store is away. The lease notices when that lasts.
     }
-  }
-
-  /** All lines of the input file, or what is wrong with some. */
-  async #readLines(): Promise<{ lines: PlannedLine[]; errors: LineError[] }> {
-    const { files, maxLineBytes } = this.#parts;
-    const { tenant, input_file_id, endpoint } = this.#record;
-    const lines: PlannedLine[] = [];
-    const errors: LineError[] = [];
-    const customIds = new Set<string>();
-    const add = (code: string, line: number | null, message: string, param: string | null = null) =>
-      errors.push({ code, line, message, param });
-    const content = await files.content(tenant, input_file_id).catch((error: unknown) => {
-      if (!(error instanceof GatewayError) || error.code !== 'file_not_found') throw error;
-      add('file_not_found', null, 'the input file is gone', 'input_file_id');
-      return null;
-    });
-    if (content === null) return { lines, errors };
-    for await (const { number, offset, length, bytes } of splitLines(content, maxLineBytes)) {
-      if (this.#ending === 'left' || errors.length >= maxErrors) break;
-      if (lines.length === maxLines) {
-        add('too_many_lines', number, `expected at most ${maxLines} lines, got more`);
-        break;
-      }
-      if (bytes === null) {
-        add('line_too_large', number, `expected at most ${maxLineBytes} bytes, got ${length}`);
-        continue;
-      }
-      const line = parseLine(bytes, endpoint);
-      if (isProblem(line)) add(line.code, number, line.message, line.param);
-      else if (customIds.has(line.customId)) {
-        add('duplicate_custom_id', number, 'custom_id: expected another one in each line', 'custom_id');
-      } else {
-        customIds.add(line.customId);
-        const { model, body } = line;
-        const index = lines.length;
-        lines.push({ index, offset, length, model, prefix: prefixKey(body), numFailed: 0 });
-      }
-    }
-    if (lines.length === 0 && errors.length === 0 && this.#ending !== 'left') {
-      add('empty_file', null, 'expected at least one line, got none');
-    }
-    return { lines, errors };
   }
 
   async #readDone(total: number): Promise<void> {
@@ -296,13 +249,10 @@ class Job {
   /** @returns the line's answer; `later` when it is to be asked again */
   async #answer(line: PlannedLine): Promise<{ isOk: boolean; output: OutputLine } | 'later' | 'given up'> {
     const { files, answer, maxResultBytes } = this.#parts;
-    const { tenant, input_file_id, endpoint, id } = this.#record;
+    const { tenant, endpoint, id } = this.#record;
     const { signal } = this.#giveUp;
-    const content = await files.content(tenant, input_file_id, { offset: line.offset, length: line.length });
-    const parsed = parseLine(Buffer.concat(await Array.fromAsync(content)), endpoint);
-    if (isProblem(parsed)) throw new Error(`${id}: line ${line.index} of the input file has changed`);
-    const { customId, model, body } = parsed;
-    const requestId = `batch_req_${digest(`${id} ${line.index}`)}`;
+    const { customId, model, body } = await readLine(files, this.#record, line);
+    const requestId = requestIdOf(id, line.index);
     const result = (status: number, reply: unknown) => {
       const response = { status_code: status, request_id: requestId, body: reply };
       const output: OutputLine = { id: requestId, custom_id: customId, response, error: null };
@@ -343,85 +293,20 @@ class Job {
   async #finish(status: FinalStatus, errors: LineError[]): Promise<FinalStatus | null> {
     const { jobs, nowMs } = this.#parts;
     const { tenant, id } = this.#record;
-    const counts = { ...this.#state.request_counts };
-    const usage = noUsage();
-    let output_file_id: string | null = null;
-    let error_file_id: string | null = null;
-    if (counts.completed > 0) {
-      output_file_id = await this.#write('output', this.#jsonOf(true, counts.completed, usage));
-    }
-    const numExpired = status === 'expired' ? counts.total - counts.completed - counts.failed : 0;
-    if (counts.failed + numExpired > 0) {
-      error_file_id = await this.#write('error', this.#errors(counts.failed, numExpired));
-      counts.failed += numExpired;
-    }
+    const written = await writeFiles(
+      { record: this.#record, folder: this.#folder, done: this.#done, counts: this.#state.request_counts },
+      status,
+      this.#parts,
+    );
     // Files are put under the same ids by whoever ends the job, so another owner's are not in the way of these.
     if (this.#lease.lost.aborted) return null;
     const { in_progress_at, finalizing_at } = this.#state;
     await jobs.end(this.#record, {
-      ...{ status, at: unixSeconds(nowMs()), in_progress_at, finalizing_at, request_counts: counts },
-      ...{ errors, output_file_id, error_file_id, usage },
+      ...{ status, at: unixSeconds(nowMs()), in_progress_at, finalizing_at, errors },
+      ...written,
     });
     return (await jobs.find(tenant, id))?.final?.status ?? status;
   }
-
-  async #write(kind: 'output' | 'error', lines: AsyncIterable<string>): Promise<string> {
-    const { id, tenant, output_seconds } = this.#record;
-    const fileId = `file-${id.slice('batch_'.length, 'batch_'.length + 12)}${digest(`${id} ${kind}`).slice(0, 20)}`;
-    await this.#parts.files.write(tenant, fileId, inChunks(lines), {
-      filename: `${id}_${kind}.jsonl`,
-      purpose: 'batch_output',
-      keepSeconds: output_seconds,
-    });
-    return fileId;
-  }
-
-  /**
-   * The lines of an output or error file.
-   *
-   * @param expected  how many there are: with fewer, the results were taken away by another owner that has ended the job
-   * @param usage  is added to
-   */
-  async *#jsonOf(isOk: boolean, expected: number, usage: BatchUsage): AsyncGenerator<string> {
-    let numLines = 0;
-    for await (const result of readResults(this.#parts.store, this.#folder)) {
-      if (result.isOk !== isOk) continue;
-      numLines += 1;
-      addUsage(usage, JSON.parse(result.json) as OutputLine);
-      yield result.json;
-    }
-    if (numLines !== expected) throw new Error(`expected ${expected} results, got ${numLines}`);
-  }
-
-  async *#errors(numFailed: number, numExpired: number): AsyncGenerator<string> {
-    if (numFailed > 0) yield* this.#jsonOf(false, numFailed, noUsage());
-    if (numExpired === 0) return;
-    const { files, maxLineBytes } = this.#parts;
-    const { tenant, input_file_id, endpoint, id, completion_window } = this.#record;
-    let index = 0;
-    for await (const { bytes } of splitLines(await files.content(tenant, input_file_id), maxLineBytes)) {
-      if (this.#done[index] === 0) {
-        const line = parseLine(bytes!, endpoint);
-        const custom_id = isProblem(line) ? '' : line.customId;
-        const message = `this request was not run within the completion window of ${completion_window}`;
-        const error = { code: 'batch_expired', message };
-        yield JSON.stringify({
-          id: `batch_req_${digest(`${id} ${index}`)}`,
-          custom_id,
-          response: null,
-          error,
-        });
-      }
-      index += 1;
-    }
-  }
-}
-
-/** The lane waits, longer each time in a row. What was in flight when it began to says nothing new. */
-function pause(lane: Lane, nowMs: number): void {
-  if (nowMs < lane.pausedUntilMs) return;
-  lane.pauseMs = Math.min(maxPauseMs, lane.pauseMs === 0 ? firstPauseMs : 2 * lane.pauseMs);
-  lane.pausedUntilMs = nowMs + lane.pauseMs;
 }
 
 function parseReply(body: Buffer): unknown {
@@ -432,29 +317,4 @@ function parseReply(body: Buffer): unknown {
       cause,
     });
   }
-}
-
-function addUsage(usage: BatchUsage, { response }: OutputLine): void {
-  const of = (response?.body as { usage?: Record<string, unknown> } | undefined)?.usage;
-  const count = (value: unknown) => (typeof value === 'number' && Number.isFinite(value) ? value : 0);
-  const details = of?.prompt_tokens_details as { cached_tokens?: unknown } | undefined;
-  usage.input_tokens += count(of?.prompt_tokens);
-  usage.input_tokens_details.cached_tokens += count(details?.cached_tokens);
-  usage.output_tokens += count(of?.completion_tokens);
-  usage.total_tokens += count(of?.prompt_tokens) + count(of?.completion_tokens);
-}
-
-function digest(text: string): string {
-  return createHash('sha256').update(text).digest('hex').slice(0, 32);
-}
-
-async function* inChunks(lines: AsyncIterable<string>): AsyncIterable<Buffer> {
-  let text = '';
-  for await (const line of lines) {
-    text += `${line}\n`;
-    if (text.length < outputChunkChars) continue;
-    yield Buffer.from(text);
-    text = '';
-  }
-  if (text !== '') yield Buffer.from(text);
 }

@@ -8,12 +8,14 @@ import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
 import { askOf, lowestPriority } from '../queue/ask.ts';
 import { type FindParts, findTarget } from '../request/find-target.ts';
 import { Files } from './files.ts';
+import { FolderStore } from './folder-store.ts';
 import { Gate, roomFor } from './gate.ts';
 import { Jobs } from './jobs.ts';
 import type { BatchRoutes } from './routes.ts';
 import type { AnswerLine } from './run-job.ts';
 import { BatchRunner } from './runner.ts';
-import { openStore } from './store.ts';
+import { S3Store, type S3StoreOptions } from './s3-store.ts';
+import type { Store } from './store.ts';
 
 export type BatchSettings = {
   /** A folder, or `s3://BUCKET/PREFIX`. */
@@ -85,6 +87,13 @@ export async function startBatches(settings: BatchSettings, around: Around): Pro
       await store.close();
     },
   };
+}
+
+/** @param where  a folder, or `s3://BUCKET/PREFIX` */
+export async function openStore(where: string, s3: Pick<S3StoreOptions, 'access'>): Promise<Store> {
+  const match = /^s3:\/\/([^/]+)\/?(.*?)\/*$/.exec(where);
+  if (match === null) return FolderStore.open(where);
+  return new S3Store({ bucket: match[1]!, prefix: match[2]!, ...s3 });
 }
 
 /** Sends a line as an online request of its tenant is sent. */

@@ -7,9 +7,6 @@
 //
 // Keys are relative paths of letters, digits and -_. with / between; they are made here, never taken from a client.
 
-import { FolderStore } from './folder-store.ts';
-import { S3Store, type S3StoreOptions } from './s3-store.ts';
-
 export type Stored = { key: string; sizeBytes: number };
 
 /** A part of an object. */
@@ -40,13 +37,6 @@ export interface Store {
 export interface Appender {
   append(bytes: Buffer): Promise<void>;
   close(): Promise<void>;
-}
-
-/** @param where  a folder, or `s3://BUCKET/PREFIX` */
-export async function openStore(where: string, s3: Pick<S3StoreOptions, 'access'>): Promise<Store> {
-  const match = /^s3:\/\/([^/]+)\/?(.*?)\/*$/.exec(where);
-  if (match === null) return FolderStore.open(where);
-  return new S3Store({ bucket: match[1]!, prefix: match[2]!, ...s3 });
 }
 
 export async function readAll(store: Store, key: string): Promise<Buffer | null> {

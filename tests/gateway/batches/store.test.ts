@@ -5,7 +5,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { sourceAccess } from '../../../engine/sources/access.ts';
-import { openStore, readAll, type Store } from '../../../gateway/batches/store.ts';
+import { openStore } from '../../../gateway/batches/start.ts';
+import { readAll, type Store } from '../../../gateway/batches/store.ts';
 import { type AtEnd, startS3Server } from '../../fixtures/source-servers.ts';
 
 const undoes: (() => Promise<void> | void)[] = [];
