@@ -24,6 +24,7 @@ export interface Embeddings {
 const maxAtOnce = 32;
 
 /**
+ * @param sender  which gateway asks; null: nobody says
  * @param signal  aborted: nobody waits for the vectors any more
  * @throws EngineError of the first input that fails; the others are ended
  */
@@ -32,6 +33,7 @@ export async function embed(
   pooling: Pooling,
   { inputs, dimensions }: EmbeddingsRequest,
   servedModel: string | null,
+  sender: string | null,
   signal: AbortSignal,
 ): Promise<Embeddings> {
   adapterOf(model, servedModel);
@@ -49,7 +51,7 @@ export async function embed(
   const embedRest = async () => {
     while (next < prompts.length && !signal.aborted) {
       const index = next++;
-      const { handle, done } = begin(model, pooling, prompts[index]!, servedModel);
+      const { handle, done } = begin(model, pooling, prompts[index]!, servedModel, sender);
       open.add(handle);
       vectors[index] = normalise(await done, dimensions);
       open.delete(handle);
@@ -79,6 +81,7 @@ function begin(
   pooling: Pooling,
   promptTokens: ArrayLike<number>,
   servedModel: string | null,
+  sender: string | null,
 ): { handle: SequenceHandle; done: Promise<Float64Array> } {
   const { promise: done, resolve, reject } = Promise.withResolvers<Float64Array>();
   const pool = new Pool();
@@ -94,7 +97,7 @@ function begin(
       resolve(new Float64Array(1)); // nobody waits for it
     else if (finishReason) resolve(pool.mean());
   };
-  const [handle] = model.engine.add([{ promptTokens, params, adapter, hidden, onOutput }]);
+  const [handle] = model.engine.add([{ promptTokens, params, adapter, sender, hidden, onOutput }]);
   return { handle: handle!, done };
 }
 

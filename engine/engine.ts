@@ -32,6 +32,7 @@ import type { MeasuredCosts } from './ladder/costs.ts';
 import { LongContexts, type LongLimits, LongState, longShape, maxLongTokens } from './ladder/long-context.ts';
 import { type Reclaimable, reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
+import type { EngineLoad } from './protocol.ts';
 import type { SamplingParams } from './sampling.ts';
 import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';
 import { blocksFor, Sequence } from './sequence.ts';
@@ -98,6 +99,8 @@ export interface SequenceRequest {
   promptTokens: ArrayLike<number>;
   params: SamplingParams;
   adapter: Adapter | null;
+  /** Which gateway sent it; null, or absent: nobody said. */
+  sender?: string | null;
   /** What its output follows; null, or absent: nothing. */
   grammar?: Grammar | null;
   /**
@@ -221,6 +224,25 @@ export class Engine {
 
   get numWaiting(): number {
     return this.#waiting.length;
+  }
+
+  /** What there is to do, and what of it others sent than `sender`. */
+  load(sender: string | null): EngineLoad {
+    const { arena, blocks, runtime } = this.#options;
+    const all = { running: 0, waiting: 0, promptTokens: 0 };
+    const others = { ...all };
+    for (const [{ status, numPendingTokens }, { request }] of this.#live) {
+      if (status === 'finished') continue;
+      // One token is a decoding sequence's next.
+      const promptTokens = status === 'running' && numPendingTokens === 1 ? 0 : numPendingTokens;
+      const isOthers = sender === null || request.sender !== sender;
+      for (const work of isOthers ? [all, others] : [all]) {
+        work[status] += 1;
+        work.promptTokens += promptTokens;
+      }
+    }
+    const numFreePages = arena.numFree + blocks.numReclaimablePages;
+    return { ...all, others, freeTokens: numFreePages * runtime.blockTokens };
   }
 
   get maxSequences(): number {

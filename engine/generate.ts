@@ -52,6 +52,8 @@ export interface Job {
   request: ChatRequest | CompletionRequest;
   /** What the outputs follow; null: nothing. */
   grammar: Grammar | null;
+  /** Which gateway sent it; null, or absent: nobody said. */
+  sender?: string | null;
 }
 
 /** Text that averages more characters a token than this is not written for a model; encoding it would only hold the thread. */
@@ -173,7 +175,7 @@ export function checkTokens(tokenIds: readonly number[], vocabSize: number, fiel
  */
 export function addJob(
   model: ServedModel,
-  { servedModel, prompts, request, grammar }: Job,
+  { servedModel, prompts, request, grammar, sender = null }: Job,
   onOutput: (index: number, output: SequenceOutput) => void,
 ): SequenceHandle[] {
   const { engine, text } = model;
@@ -189,6 +191,7 @@ export function addJob(
         promptTokens,
         params: { ...request.sampling, seed: seedOfChoice(request.sampling.seed, choice) },
         adapter,
+        sender,
         grammar,
         onOutput: (output) => onOutput(index, output),
       });

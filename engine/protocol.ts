@@ -68,6 +68,22 @@ export interface ArenaUse {
   adapterBytes: number;
 }
 
+/** Sequences, and what of their prompts is yet to be computed. */
+export interface PendingWork {
+  running: number;
+  waiting: number;
+  /** Without regard to what the prefix cache may have of those that wait. */
+  promptTokens: number;
+}
+
+/** What an engine has to do, as of its answer. */
+export interface EngineLoad extends PendingWork {
+  /** The part of it that others sent than who asks, by `senderHeader`; to who does not say who it is, all of it. */
+  others: PendingWork;
+  /** Tokens of KV that free pages of the device arena hold; pages with KV that is only kept are free. */
+  freeTokens: number;
+}
+
 export interface AdapterList {
   object: 'list';
   /** The device arena. */
@@ -79,6 +95,8 @@ export interface AdapterList {
   data: AdapterStatus[];
   /** Names whose load is under way: waiting, being fetched or copied. Absent from older engines. */
   loading?: string[];
+  /** Absent from older engines. */
+  load?: EngineLoad;
 }
 
 /** One card of `GET /v1/models` (vLLM's shape). */
@@ -137,6 +155,12 @@ export interface UnloadReport {
  * gateway that resolved an alias sets it, so that bodies pass through untouched.
  */
 export const modelHeader = 'x-motet-model';
+
+/**
+ * A request header: which gateway sends, by a name that no other has. An engine tells by it what of its load is a gateway's own, which
+ * that gateway knows better and counts itself.
+ */
+export const senderHeader = 'x-motet-sender';
 
 /**
  * A request header with several adapters and their weights, in place of the body's `model` and of `modelHeader`:

@@ -61,6 +61,7 @@ import {
   type ModelList,
   modelHeader,
   type PurgeReport,
+  senderHeader,
   type UnloadReport,
   usageHeader,
 } from './protocol.ts';
@@ -140,8 +141,8 @@ export function createServer(options: ServerOptions): Server {
   route(app, 'get', enginePaths.models, (_request, response) => {
     response.json(modelList(options, startSeconds));
   });
-  route(app, 'get', enginePaths.adapters, (_request, response) => {
-    response.json(adapterList(options));
+  route(app, 'get', enginePaths.adapters, (request, response) => {
+    response.json(adapterList(options, senderOf(request)));
   });
   route(app, 'delete', `${enginePaths.adapters}/:digest`, async (request, response) => {
     response.json(await removeAdapter(options, request.params.digest as string, request.query));
@@ -279,6 +280,7 @@ async function replyEmbeddings(options: ServerOptions, request: Request, respons
     options.pooling,
     body,
     servedModel,
+    senderOf(request),
     hangUp.signal,
   );
   if (response.destroyed) return;
@@ -290,12 +292,13 @@ async function replyEmbeddings(options: ServerOptions, request: Request, respons
 /** Runs the job and answers, whole or as a stream. */
 async function reply(
   options: ServerOptions,
-  job: Job,
+  asked: Job,
   format: ReplyFormat,
   request: Request,
   response: Response,
 ): Promise<void> {
   if (response.destroyed) return;
+  const job = { ...asked, sender: senderOf(request) };
   if (job.request.stream) return stream(options, job, format, tellsUsage(request), response);
   const { choices, cancel } = collect(options, job);
   response.on('close', cancel);
@@ -360,6 +363,10 @@ function stream(
   });
   response.flushHeaders();
   for (let index = 0; index < handles.length; index++) write(events.begin(index));
+}
+
+function senderOf(request: Request): string | null {
+  return request.get(senderHeader) ?? null;
 }
 
 function tellsUsage(request: Request): boolean {
@@ -437,7 +444,11 @@ function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, star
   };
 }
 
-function adapterList({ arena, baseName, blocks, engine, hostArena, tiers }: ServerOptions): AdapterList {
+/** @param sender  which gateway asks; null: nobody says */
+function adapterList(
+  { arena, baseName, blocks, engine, hostArena, tiers }: ServerOptions,
+  sender: string | null,
+): AdapterList {
   const prefixCacheOf = (voice: string) => {
     const { queries, hits } = blocks.countsOf(voice);
     return { promptTokens: queries, cachedTokens: hits };
@@ -449,6 +460,7 @@ function adapterList({ arena, baseName, blocks, engine, hostArena, tiers }: Serv
     base: { name: baseName, prefixCache: prefixCacheOf(baseVoice), maxSequences: engine.maxSequences },
     data: tiers.statuses().map((status) => ({ ...status, prefixCache: prefixCacheOf(status.digest) })),
     loading: [...tiers.loadingNames].sort(),
+    load: engine.load(sender),
   };
 }
 

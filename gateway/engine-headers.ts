@@ -2,6 +2,7 @@
 // the kubelet replaces in its file before it runs out.
 
 import { readFileSync } from 'node:fs';
+import { senderHeader } from '../engine/protocol.ts';
 
 /** The headers of a request to an engine, as of now. */
 export type EngineHeaders = () => Record<string, string>;
@@ -27,6 +28,17 @@ export function tokenFileHeaders(path: string, nowMs: () => number = Date.now): 
       // It is being replaced, or the volume is gone. An engine says when the old token is no longer good.
     }
     return headers;
+  };
+}
+
+/** With the name of this gateway, by which engines tell its requests from those of others. */
+export function withSender(sender: string, headers: EngineHeaders): EngineHeaders {
+  let given: Record<string, string> | null = null;
+  let all: Record<string, string> = {};
+  return () => {
+    const now = headers();
+    if (now !== given) [given, all] = [now, { ...now, [senderHeader]: sender }];
+    return all;
   };
 }
 

@@ -11,7 +11,7 @@ import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
 import { listedDirectory } from './directory.ts';
 import { Endpoints, listedEngine } from './endpoints.ts';
-import { keyHeaders, tokenFileHeaders } from './engine-headers.ts';
+import { keyHeaders, tokenFileHeaders, withSender } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
 import { Tokens } from './identity/oidc.ts';
@@ -36,8 +36,11 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   const draining = new AbortController();
   const cutOff = new AbortController();
   const metrics = createMetrics();
-  const engineHeaders =
-    config.engineTokenFile === null ? keyHeaders(config.engineKey) : tokenFileHeaders(config.engineTokenFile);
+  const gatewayId = randomUUID();
+  const engineHeaders = withSender(
+    gatewayId,
+    config.engineTokenFile === null ? keyHeaders(config.engineKey) : tokenFileHeaders(config.engineTokenFile),
+  );
   const endpoints = new Endpoints(engineHeaders, config.pollIntervalMs, config.silentAfterMs, log);
   for (const url of config.engineUrls) endpoints.offer(listedEngine(url));
   const tokens = config.oidc && new Tokens({ ...config.oidc, log });
@@ -54,7 +57,6 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
           endpoints,
           log,
         );
-  const gatewayId = randomUUID();
   const shared = config.redis && { ...config.redis, numGateways: config.gatewayReplicas };
   const meters = shared
     ? new RedisMeters(shared, gatewayId, log, () => metrics.quotaAlone.inc())

@@ -11,7 +11,7 @@ import type { Directory } from './directory.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { engineFailures } from './forward.ts';
 import { pickReasons } from './routing/pick-endpoint.ts';
-import type { Router } from './routing/router.ts';
+import { othersOf, type Router } from './routing/router.ts';
 
 export type Metrics = ReturnType<typeof createMetrics>;
 
@@ -227,6 +227,11 @@ export function watchState({ registry, engineErrors }: Metrics, state: State): v
     'motet_gateway_engine_requests_in_flight',
     'Requests that the engine was sent and has not ended.',
     (endpoint) => endpoint.inFlight,
+  );
+  perEngine(
+    'motet_gateway_engine_others_in_flight',
+    'Sequences in the engine that others than this gateway sent, by its word when it was last looked at.',
+    (endpoint) => othersOf(endpoint).inFlight,
   );
   endpoints.on('removed', ({ name: engine }) => {
     for (const reason of engineFailures) engineErrors.remove({ engine, reason });

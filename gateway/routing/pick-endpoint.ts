@@ -1,12 +1,13 @@
 // Which engine gets a request, of those that hold its model: the one that is done with it first, by a guess. The guess is a sum of
 // costs, all in tokens that an engine computes, so that they can be weighed against each other and shown:
 //
-//   work     what it has been sent and has not ended
+//   work     what it has been sent, by whomever, and has not ended
 //   prompt   what of the prompt it has to compute: all but what its KV probably has
+//   room     the KV that it lacks: others have to end first
 //   load     what it could compute while it brings the adapter to its device
 //
 // Before that, engines are left out that have no room, that fail (health.ts), and that are hot: an engine may have so many requests
-// in flight more than its share, whatever it has in memory (consistent hashing with bounded loads, Mirrokni et al., 2018). Of
+// in flight more than its share, whoever sent them and whatever it has in memory (consistent hashing with bounded loads, Mirrokni et al., 2018). Of
 // equals the one that waited longest for a turn. Affinity with a guard on load as in Preble (Srivatsa et al., 2024).
 //
 // A pure function over plain numbers; router.ts collects them.
@@ -15,9 +16,13 @@ export const routingRules = ['affinity', 'least-load', 'round-robin'] as const;
 export type RoutingRule = (typeof routingRules)[number];
 
 export type Candidate = {
+  /** Requests that this gateway sent, and those that others did by the engine's word. */
   inFlight: number;
+  othersInFlight: number;
   /** Tokens of what it was sent and has not ended. */
   workTokens: number;
+  /** Tokens of KV that it lacks for this request until others have ended. */
+  lackTokens: number;
   /** Of this prompt, those that its KV probably has. */
   cachedTokens: number;
   /** What it could compute in the time that the adapter takes to be on its device; 0 when it is there. */
@@ -32,6 +37,7 @@ export type Candidate = {
 
 export type PickSettings = {
   rule: RoutingRule;
+  /** Of this gateway's requests. */
   maxInFlight: number;
   /** Requests in flight that an engine may have, over its share of all. At least 1. */
   maxLoadFactor: number;
@@ -71,12 +77,13 @@ export function pickEndpoint<C extends Candidate>(
   const byTurn = (a: C, b: C) => a.lastTurn - b.lastTurn;
   if (settings.rule === 'round-robin') return { picked: least(open, byTurn), reason: 'turn' };
   if (settings.rule === 'least-load') {
-    const byLoad = (a: C, b: C) => a.inFlight / a.weight - b.inFlight / b.weight;
+    const byLoad = (a: C, b: C) => allInFlight(a) / a.weight - allInFlight(b) / b.weight;
     const picked = least(open, (a, b) => byLoad(a, b) || byTurn(a, b));
     return { picked, reason: open.every((one) => byLoad(one, picked) === 0) ? 'turn' : 'load' };
   }
 
-  const cost = (one: C) => (one.workTokens + promptTokens - one.cachedTokens) / one.weight + one.loadTokens;
+  const cost = ({ workTokens, lackTokens, cachedTokens, loadTokens, weight }: C) =>
+    (workTokens + lackTokens + promptTokens - cachedTokens) / weight + loadTokens;
   const byCost = (a: C, b: C) => cost(a) - cost(b) || byTurn(a, b);
   const cheapest = least(open, byCost);
   const isCool = boundOn(open, settings.maxLoadFactor);
@@ -98,10 +105,15 @@ function leaveOutEjected<C extends Candidate>(candidates: readonly C[], nowMs: n
 
 /** Whether one may get one more. At least one may: the bounds together are more than all that is in flight. */
 function boundOn<C extends Candidate>(open: readonly C[], maxLoadFactor: number): (one: C) => boolean {
-  const numInFlight = sum(open.map(({ inFlight }) => inFlight)) + 1;
+  const numInFlight = sum(open.map(allInFlight)) + 1;
   const weights = sum(open.map(({ weight }) => weight));
-  return ({ inFlight, weight }) =>
-    inFlight < Math.max(coolInFlight, Math.ceil((maxLoadFactor * numInFlight * weight) / weights));
+  return (one) =>
+    allInFlight(one) <
+    Math.max(coolInFlight, Math.ceil((maxLoadFactor * numInFlight * one.weight) / weights));
+}
+
+function allInFlight({ inFlight, othersInFlight }: Candidate): number {
+  return inFlight + othersInFlight;
 }
 
 function reasonOf<C extends Candidate>(picked: C, open: readonly C[]): PickReason {
@@ -111,7 +123,8 @@ function reasonOf<C extends Candidate>(picked: C, open: readonly C[]): PickReaso
   if (picked.cachedTokens > 0 && others.some(({ cachedTokens }) => picked.cachedTokens > cachedTokens)) {
     return 'prefix';
   }
-  return others.every(({ workTokens }) => workTokens === picked.workTokens) ? 'turn' : 'load';
+  const busyness = ({ workTokens, lackTokens }: C) => workTokens + lackTokens;
+  return others.every((one) => busyness(one) === busyness(picked)) ? 'turn' : 'load';
 }
 
 function least<T>(items: readonly T[], compare: (a: T, b: T) => number): T {

@@ -3,7 +3,7 @@
 // as requests begin and end. All of it may be lost: a gateway that starts anew guesses worse for a while.
 
 import { EventEmitter } from 'node:events';
-import type { AdapterStatus, TokenUsage } from '../../engine/protocol.ts';
+import type { AdapterStatus, PendingWork, TokenUsage } from '../../engine/protocol.ts';
 import type { Endpoint } from '../endpoints.ts';
 import { afterAnswer, type EjectionRule, type Health, healthy } from './health.ts';
 import { type Candidate, type PickReason, type PickSettings, pickEndpoint } from './pick-endpoint.ts';
@@ -60,6 +60,9 @@ type Memory = {
   trust: number;
   /** Name of an adapter -> when a request for it was sent last, of those since the engine was last looked at. */
   sent: Map<string, number>;
+  /** Tokens of KV that it was sent since it was looked at at `lookedMs`. */
+  newTokens: number;
+  lookedMs: number | null;
 };
 
 /** About 16 MB when full: the prefixes of 32 MB of prompts. */
@@ -68,6 +71,8 @@ const maxPrefixes = 1 << 17;
 const bytesPerToken = 4;
 /** A step carries many sequences and takes little longer for one more; a prompt takes all of what an engine can compute. */
 const outputWeight = 0.25;
+/** What is yet to come of a sequence that another gateway sent: half an answer of which nothing is known. */
+const othersOutputTokens = outputTokensUnknown / 2;
 /** Seconds that an adapter takes to the device where nobody has measured it. */
 const loadSecondsUnknown = { host: 0.01, disk: 0.1, absent: 0.1 };
 /** What it pushes out has to come back too. */
@@ -88,6 +93,7 @@ const surelyShare = 0.8;
 const leastWeight = 0.1;
 /** The guesses of an engine are never given up on: it may be told that its arena grew. */
 const leastTrust = 0.1;
+const noWork: PendingWork = { running: 0, waiting: 0, promptTokens: 0 };
 const trustPace = 0.05;
 const speedPace = 0.1;
 
@@ -122,7 +128,7 @@ export class Router extends EventEmitter<{
     // Whoever waits asks again whenever a request ends: most get this answer.
     if (endpoints.every(({ inFlight }) => inFlight >= maxInFlight)) return null;
     const promptTokens = Math.ceil(ask.prefix.promptBytes / bytesPerToken);
-    const candidates = this.#candidates(ask, endpoints, nowMs);
+    const candidates = this.#candidates(ask, promptTokens, endpoints, nowMs);
     const settings = { ...this.#settings, maxInFlight };
     const found = pickEndpoint(promptTokens, candidates, settings, nowMs);
     if (found === null) return null;
@@ -141,6 +147,11 @@ export class Router extends EventEmitter<{
     const memory = this.#memoryOf(pick.endpoint);
     memory.lastTurn = ++this.#numPicks;
     memory.workTokens += pick.promptWorkTokens + pick.outputWorkTokens;
+    if (memory.lookedMs !== pick.endpoint.lastSeenMs) {
+      memory.newTokens = 0;
+      memory.lookedMs = pick.endpoint.lastSeenMs;
+    }
+    memory.newTokens += pick.promptWorkTokens + ask.outputTokens;
     memory.sent.delete(ask.name);
     memory.sent.set(ask.name, nowMs);
     if (memory.sent.size > maxSent) memory.sent.delete(memory.sent.keys().next().value!);
@@ -199,7 +210,12 @@ export class Router extends EventEmitter<{
     this.#speed += speedPace * (speed - this.#speed);
   }
 
-  #candidates(ask: RouteAsk, endpoints: readonly Endpoint[], nowMs: number): Considered[] {
+  #candidates(
+    ask: RouteAsk,
+    promptTokens: number,
+    endpoints: readonly Endpoint[],
+    nowMs: number,
+  ): Considered[] {
     const found = this.#prefixes.find(ask.prefix);
     const session = this.#prefixes.ofSession(ask.prefix);
     const loads = endpoints.map((endpoint) => this.#loadSeconds(ask.name, endpoint));
@@ -215,11 +231,15 @@ export class Router extends EventEmitter<{
       const knownTokens = (found.get(id) ?? 0) / bytesPerToken;
       const cachedTokens = trust * Math.max(knownTokens, id === session ? sessionTokens : 0);
       const costShare = loadFactor * (id === home ? homeShare : 1);
+      const others = othersOf(endpoint);
+      const wantedTokens = Math.max(0, promptTokens - cachedTokens) + ask.outputTokens;
       return {
         endpoint,
         knownTokens,
         inFlight,
-        workTokens,
+        othersInFlight: others.inFlight,
+        workTokens: workTokens + others.workTokens,
+        lackTokens: Math.max(0, wantedTokens - this.#freeTokens(endpoint)),
         cachedTokens,
         loadTokens: loads[index]! * this.#speed * costShare,
         weight: rampOf(readySinceMs, nowMs, this.#settings.slowStartMs),
@@ -242,14 +262,36 @@ export class Router extends EventEmitter<{
     return status === undefined ? loadSecondsUnknown.absent : secondsToDevice(status);
   }
 
+  /** Tokens of KV that it has room for: as it said, less what it was sent since; Infinity where it does not say. */
+  #freeTokens(endpoint: Endpoint): number {
+    const free = endpoint.adapterList?.load?.freeTokens ?? Number.POSITIVE_INFINITY;
+    const { newTokens, lookedMs } = this.#memoryOf(endpoint);
+    return lookedMs === endpoint.lastSeenMs ? Math.max(0, free - newTokens) : free;
+  }
+
   #memoryOf(endpoint: Endpoint): Memory {
     let memory = this.#memories.get(endpoint);
     if (memory === undefined) {
-      memory = { workTokens: 0, health: healthy, lastTurn: 0, trust: 1, sent: new Map() };
+      memory = {
+        workTokens: 0,
+        health: healthy,
+        lastTurn: 0,
+        trust: 1,
+        sent: new Map(),
+        newTokens: 0,
+        lookedMs: null,
+      };
       this.#memories.set(endpoint, memory);
     }
     return memory;
   }
+}
+
+/** What the engine has to do that other gateways sent, when it was last looked at. This gateway's own is known better here. */
+export function othersOf({ adapterList }: Endpoint): { inFlight: number; workTokens: number } {
+  const { running, waiting, promptTokens } = adapterList?.load?.others ?? noWork;
+  const inFlight = running + waiting;
+  return { inFlight, workTokens: promptTokens + outputWeight * othersOutputTokens * inFlight };
 }
 
 function secondsToDevice({ tier, inFlight, loadSeconds }: AdapterStatus): number {

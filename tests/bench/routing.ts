@@ -12,11 +12,12 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
-import { Agent, request } from 'undici';
+import { Agent } from 'undici';
 import { type PacedEngine, startPacedEngine } from '../fixtures/paced-engine.ts';
 import { startGatewayOver } from '../fixtures/processes.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
 import { percentile, ratios, showSpread, spread } from './peers/spread.ts';
+import { askTurn, type Turn, textOf } from './turn.ts';
 
 const { values: options } = parseArgs({
   options: { rounds: { type: 'string', default: '3' }, seed: { type: 'string', default: '1' } },
@@ -43,12 +44,6 @@ const messageTokens = 100;
 const outputTokens = 32;
 const pace = { numPages: 1_200, numAdapters, stepMs: 8, tokenMs: 0.15, loadMs: 50 };
 
-interface Turn {
-  ttftMs: number;
-  promptTokens: number;
-  cachedTokens: number;
-}
-
 interface Run {
   turns: Turn[];
   seconds: number;
@@ -56,45 +51,6 @@ interface Run {
 }
 
 const agent = new Agent({ connections: numUsers });
-
-/** One streamed turn; returns the answer's text too. */
-async function ask(url: string, model: string, messages: object[]): Promise<Turn & { text: string }> {
-  const beganMs = performance.now();
-  const { statusCode, body } = await request(`${url}/v1/chat/completions`, {
-    method: 'POST',
-    headers: { 'content-type': 'application/json' },
-    body: JSON.stringify({
-      ...{ model, messages, max_tokens: outputTokens, temperature: 0, ignore_eos: true },
-      ...{ stream: true, stream_options: { include_usage: true } },
-    }),
-    dispatcher: agent,
-  });
-  let ttftMs: number | null = null;
-  let all = '';
-  for await (const chunk of body) {
-    all += chunk;
-    // The first event has the role alone.
-    if (/"content":"[^"]/.test(all)) ttftMs ??= performance.now() - beganMs;
-  }
-  if (statusCode !== 200) throw new Error(`status ${statusCode}: ${all}`);
-  const events = all
-    .split('\n\n')
-    .filter((event) => event.startsWith('data: {'))
-    .map((event) => JSON.parse(event.slice('data: '.length)));
-  const { usage } = events.at(-1);
-  if (!usage) throw new Error(`the stream ended without usage: ${all.slice(-200)}`);
-  return {
-    ttftMs: ttftMs!,
-    promptTokens: usage.prompt_tokens,
-    cachedTokens: usage.prompt_tokens_details.cached_tokens,
-    text: events.map(({ choices }) => choices[0]?.delta?.content ?? '').join(''),
-  };
-}
-
-/** Text of so many tokens of four bytes. */
-function textOf(random: ReturnType<typeof seededRandom>, numTokens: number): string {
-  return Array.from({ length: numTokens }, () => `${random.from(100, 999)} `).join('');
-}
 
 /** Zipf with exponent 1: draws an index below `count`. */
 function zipf(count: number, random: ReturnType<typeof seededRandom>): () => number {
@@ -129,7 +85,13 @@ async function run(rule: Rule, roundSeed: number): Promise<Run> {
       for (let turn = 0; turn < numTurns; turn++) {
         await think();
         messages.push({ role: 'user', content: textOf(random, messageTokens) });
-        const { text, ...told } = await ask(gateway.url, `adapter-${adapter}`, messages);
+        const { text, ...told } = await askTurn(
+          agent,
+          gateway.url,
+          `adapter-${adapter}`,
+          messages,
+          outputTokens,
+        );
         messages.push({ role: 'assistant', content: text });
         turns.push(told);
       }

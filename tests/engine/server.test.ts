@@ -4,7 +4,13 @@ import OpenAI from 'openai';
 import { request } from 'undici';
 import { describe, expect, test, vi } from 'vitest';
 import { EngineError } from '../../engine/errors.ts';
-import { type AdapterList, enginePaths, modelHeader, usageHeader } from '../../engine/protocol.ts';
+import {
+  type AdapterList,
+  enginePaths,
+  modelHeader,
+  senderHeader,
+  usageHeader,
+} from '../../engine/protocol.ts';
 import { readFakeAdapter } from '../fixtures/fake-engine-parts.ts';
 import { eventsOf, type Served, serveFake } from '../fixtures/serve-fake.ts';
 
@@ -434,6 +440,35 @@ describe('adapters over HTTP', () => {
     gate.resolve();
     for (const response of await Promise.all(loads)) expect(response.status).toBe(200);
     expect(await loadingNow()).toEqual([]);
+  });
+
+  test('are listed with what there is to do, and who asks is told what of it others sent', async () => {
+    const served = await serveFake({ limits: { maxSequences: 1 } });
+    const release = holdSteps(served);
+    const from = (sender: string) => ({ [senderHeader]: sender });
+    const replies = [from('a'), from('b'), from('b'), {}].map((headers) =>
+      served.post(enginePaths.completions, completion, { headers }),
+    );
+    const loadFor = async (headers: Record<string, string>) =>
+      ((await (await served.get(enginePaths.adapters, headers)).json()) as AdapterList).load!;
+    const numTokens = completion.prompt.length;
+    await vi.waitFor(async () =>
+      expect(await loadFor({})).toMatchObject({ running: 1, waiting: 3, promptTokens: 3 * numTokens }),
+    );
+    const all = await loadFor({});
+    expect(all.others).toEqual({ running: 1, waiting: 3, promptTokens: 3 * numTokens });
+    // One of b's may have come before a's.
+    const loads = await Promise.all([from('a'), from('b'), from('c')].map(loadFor));
+    expect(loads.map(({ others }) => others.running + others.waiting)).toEqual([3, 2, 4]);
+    expect(loads.map(({ running, waiting }) => running + waiting)).toEqual([4, 4, 4]);
+    expect(all.freeTokens).toBeLessThan(64 * served.runtime.blockTokens);
+    release();
+    for (const reply of replies) expect((await reply).status).toBe(200);
+    await allBack(served);
+    expect(await loadFor({})).toEqual({
+      ...{ running: 0, waiting: 0, promptTokens: 0, freeTokens: 64 * served.runtime.blockTokens },
+      others: { running: 0, waiting: 0, promptTokens: 0 },
+    });
   });
 
   test('are not loaded any more while the engine drains', async () => {

@@ -2,7 +2,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
-import { keyHeaders, tokenFileHeaders } from '../../gateway/engine-headers.ts';
+import { keyHeaders, tokenFileHeaders, withSender } from '../../gateway/engine-headers.ts';
 
 test('shows the key that was configured, or nothing', () => {
   expect(keyHeaders('a-key')()).toEqual({ authorization: 'Bearer a-key' });
@@ -23,6 +23,14 @@ test('shows a token that was replaced in its file, and the last one while there 
   rmSync(file);
   nowMs += 60_000;
   expect(headers()).toEqual({ authorization: 'Bearer second' });
+});
+
+test('names the gateway beside whatever it shows', () => {
+  let given: Record<string, string> = { authorization: 'Bearer first' };
+  const headers = withSender('me', () => given);
+  expect(headers()).toEqual({ authorization: 'Bearer first', 'x-motet-sender': 'me' });
+  given = { authorization: 'Bearer second' };
+  expect(headers()).toEqual({ authorization: 'Bearer second', 'x-motet-sender': 'me' });
 });
 
 test('a token file that is not there is an error at the start', () => {

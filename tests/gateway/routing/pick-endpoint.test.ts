@@ -13,7 +13,9 @@ type Named = Candidate & { name: string };
 const engine = (name: string, fields: Partial<Candidate> = {}): Named => ({
   name,
   inFlight: 0,
+  othersInFlight: 0,
   workTokens: 0,
+  lackTokens: 0,
   cachedTokens: 0,
   loadTokens: 0,
   weight: 1,
@@ -39,6 +41,11 @@ test.each<[string, Named[], string]>([
   [
     'another when what it saves is less than the work before it',
     [engine('a'), engine('b', { cachedTokens: 80, workTokens: 90 })],
+    'a: load',
+  ],
+  [
+    'one that has the KV of the prompt no more than another that has room for it',
+    [engine('a'), engine('b', { cachedTokens: 40, lackTokens: 60 })],
     'a: load',
   ],
   [
@@ -76,6 +83,19 @@ test('no engine has much more than its share in flight, whatever its KV holds', 
   // The share of 15 requests is 5, of which half as much again is allowed.
   expect(pick([hot, ...others], 10_000)).toBe('c: bounded');
   expect(pick([hot, ...others], 10_000, { maxLoadFactor: 2 })).toBe('hot: prefix');
+});
+
+test('what others sent makes an engine hot as well, and does not fill the places of this gateway', () => {
+  const hot = engine('hot', { inFlight: 2, othersInFlight: 8, cachedTokens: 100 });
+  const others = [engine('b', { inFlight: 3 }), engine('c', { inFlight: 3 })];
+  expect(pick([hot, ...others], 10_000)).toBe('b: bounded');
+  expect(pick([{ ...hot, othersInFlight: 0 }, ...others], 10_000)).toBe('hot: prefix');
+  expect(pick([engine('busy', { othersInFlight: 500 })])).toBe('busy: only');
+  expect(
+    pick([engine('a', { inFlight: 1, othersInFlight: 2 }), engine('b', { inFlight: 2 })], 100, {
+      rule: 'least-load',
+    }),
+  ).toBe('b: load');
 });
 
 test('four in flight are no heat', () => {
@@ -120,6 +140,8 @@ test('in any situation somebody with room is picked, and nobody has more than th
     const engines = Array.from({ length: 1 + random.below(6) }, (_, i) =>
       engine(`${i}`, {
         inFlight: random.below(20),
+        othersInFlight: random.below(20),
+        lackTokens: random.below(100),
         workTokens: random.below(1_000),
         cachedTokens: random.below(100),
         loadTokens: random.below(100),
@@ -127,7 +149,8 @@ test('in any situation somebody with room is picked, and nobody has more than th
       }),
     );
     const { picked } = pickEndpoint(100, engines, { ...settings, maxLoadFactor: 1 }, nowMs)!;
-    const share = engines.reduce((sum, { inFlight }) => sum + inFlight, 1) / engines.length;
-    expect(picked.inFlight + 1).toBeLessThanOrEqual(Math.max(4, Math.ceil(share)));
+    const numIn = ({ inFlight, othersInFlight }: Candidate) => inFlight + othersInFlight;
+    const share = engines.reduce((sum, one) => sum + numIn(one), 1) / engines.length;
+    expect(numIn(picked) + 1).toBeLessThanOrEqual(Math.max(4, Math.ceil(share)));
   }
 });

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import type { AdapterStatus, ModelCard } from '../../../engine/protocol.ts';
+import type { AdapterStatus, EngineLoad, ModelCard, PendingWork } from '../../../engine/protocol.ts';
 import { type Endpoint, listedEngine, newEndpoint } from '../../../gateway/endpoints.ts';
 import { blockBytes, homeOf, prefixOf } from '../../../gateway/routing/prefix.ts';
 import { type Pick, type RouteAsk, Router, type RouterSettings } from '../../../gateway/routing/router.ts';
@@ -91,6 +91,57 @@ test('a prompt is work until the first byte of its answer', () => {
   expect(pick(router, ask('base', 'x'), engines).endpoint).toBe(long.endpoint);
   for (const { end } of [long, short]) end();
   expect(pick(router, ask('base', 'x'), engines).reason).toBe('turn');
+});
+
+/** What it says of its load. */
+const says = (load: Partial<EngineLoad>, others: Partial<PendingWork> = {}) =>
+  ({
+    data: [],
+    load: {
+      ...{ running: 0, waiting: 0, promptTokens: 0, freeTokens: 100_000, ...load },
+      others: { running: 0, waiting: 0, promptTokens: 0, ...others },
+    },
+  }) as never;
+
+test("the load that other gateways bring counts, as long as it outweighs what the engine's KV has", () => {
+  const router = start();
+  const [a, b] = [engine('a'), engine('b')];
+  const asked = ask('base', text('x', 4));
+  for (const one of [a, b]) one.adapterList = says({});
+  const first = send(router, asked, [a, b]);
+  first.end();
+  const other = first.endpoint === a ? b : a;
+  first.endpoint.adapterList = says({}, { running: 1, promptTokens: 100 });
+  expect(pick(router, asked, [a, b]).endpoint).toBe(first.endpoint);
+  first.endpoint.adapterList = says({}, { running: 1, waiting: 1, promptTokens: 400 });
+  expect(pick(router, asked, [a, b]).endpoint).toBe(other);
+});
+
+test("a gateway's own requests are counted by itself alone, whatever the engine says of all", () => {
+  const router = start();
+  const [a, b] = [engine('a'), engine('b')];
+  const sent = send(router, ask('base', text('p', 4)), [a, b]);
+  // The engine says of the same request that it waits: it is no one else's.
+  sent.endpoint.adapterList = says({ running: 0, waiting: 1, promptTokens: 5_000 });
+  sent.end();
+  send(router, ask('base', text('q', 1)), [a, b]);
+  expect(pick(router, ask('base', 'x'), [a, b]).endpoint).toBe(sent.endpoint);
+});
+
+test('an engine without room for the KV of the request comes after one that has it, until it was looked at again', () => {
+  const router = start();
+  const [a, b] = [engine('a'), engine('b')];
+  a.adapterList = says({ freeTokens: 300 });
+  b.adapterList = says({ freeTokens: 100_000 }, { running: 1, promptTokens: 150 });
+  const asked = (letter: string) => ask('base', text(letter, 4));
+  // 256 tokens of a prompt and 10 of an answer fit once.
+  const first = send(router, asked('p'), [a, b]);
+  expect(first.endpoint).toBe(a);
+  router.noteFirstByte(first);
+  expect(pick(router, asked('q'), [a, b]).endpoint).toBe(b);
+  first.end();
+  a.lastSeenMs = 1_500;
+  expect(pick(router, asked('q'), [a, b]).endpoint).toBe(a);
 });
 
 test.each<[string, Adapters | null, Adapters | null]>([
