@@ -5,6 +5,7 @@
  */
 import type { GrammarKind } from '../../native/index.ts';
 import { EngineError, invalidValue } from '../errors.ts';
+import { lowerSchema } from './lower-schema.ts';
 
 /** A grammar to be compiled, and the field of the request that asked for it. */
 export interface GrammarSource {
@@ -97,7 +98,7 @@ export function schemaText(schema: unknown, field: string): string {
   if (typeof value === 'boolean') value = { anyOf: [value] };
   if (!isObject(value)) throw invalidValue(field, 'expected a JSON schema: an object, true or false', schema);
   // Ours, whatever the caller's says: it could make the library pass over what it cannot follow.
-  return JSON.stringify({ ...value, 'x-guidance': jsonOptions });
+  return JSON.stringify({ ...lowerSchema(value), 'x-guidance': jsonOptions });
 }
 
 const jsonOptions = { whitespace_pattern: '[ \\n]{1,24}' };
