@@ -155,7 +155,7 @@ int main(int argc, char** argv) {
   for (const Case& c : kFormats) {
     if (!is_wanted(c)) continue;
     const int n = static_cast<int>((size_t{128} << 20) / packed_bytes(c.format, 16, 2048)) * 16;
-    for (int rows : {1, 2, 4, 8, 16}) product(pool, c, big, n, 2048, rows, read_gb, peak_gop);
+    for (int rows : {1, 2, 4, 6, 8, 12, 15, 16, 24, 32}) product(pool, c, big, n, 2048, rows, read_gb, peak_gop);
   }
   std::printf("weights of 2048 x 2048:\n");
   for (const Case& c : kFormats) {

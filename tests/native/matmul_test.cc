@@ -220,6 +220,37 @@ TEST_P(MatmulTest, SplittingRowsAndTilesChangesNothing) {
   }
 }
 
+// The ways through a product go by its number of rows: a row's bits do not. K takes several chunks, the last of them odd.
+TEST_P(MatmulTest, EveryNumberOfRowsGivesTheSameBits) {
+  Random random(8);
+  const int most = 40, n = 48, k = 288;
+  for (WeightFormat format : all_formats()) {
+    if (!is_quantized(format)) continue;
+    const Matrix w = random_matrix(random, format, n, k);
+    const AlignedVector<uint8_t> bytes = pack(w);
+    std::vector<float> x = random.normals(size_t(most) * k);
+    for (int i = 0; i < most; i += 3) x[size_t(i) * k + random.integer(0, k - 1)] *= 100;  // a peak
+    const auto product = [&](const std::vector<float>& rows) {
+      const int num_rows = static_cast<int>(rows.size()) / k;
+      Rows quantized = quantize(rows, num_rows, k);
+      std::vector<float> y(size_t(num_rows) * n);
+      kernels_.matmul_q(y.data(), n, view(w, bytes), quantized.view(), 0, n / kTileColumns);
+      return y;
+    };
+    std::vector<float> alone;
+    for (int row = 0; row < most; ++row) {
+      const std::vector<float> y = product({x.begin() + row * k, x.begin() + (row + 1) * k});
+      alone.insert(alone.end(), y.begin(), y.end());
+    }
+    for (int rows = 2; rows <= most; ++rows) {
+      const std::vector<float> y = product({x.begin(), x.begin() + rows * k});
+      const std::vector<float> expected(alone.begin(), alone.begin() + rows * n);
+      const std::string what = "format " + std::to_string(int(format)) + " rows " + std::to_string(rows);
+      ASSERT_NO_FATAL_FAILURE(expect_same_bits(y, expected, what));
+    }
+  }
+}
+
 TEST_P(MatmulTest, NothingOutsideTheTilesIsWritten) {
   Random random(6);
   const int rows = 7, n = 64, k = 64;

@@ -1,6 +1,7 @@
 // y = x · wᵀ over packed tiles with int8 activations (kernels.h: QuantizedRows).
 //
-// Few rows are bound by reading the weights: they go over the packed bytes as these come from memory, all rows at once.
+// Few rows are bound by reading the weights: they go over the packed bytes as these come from memory, all rows at once, or
+// half of them and then the other half.
 // Many rows are bound by arithmetic: a pair of tiles is unpacked a chunk of K at a time into a buffer that fits the first
 // level of cache, and then all rows go over it, their sums waiting in y between chunks. Where the processor has integer
 // tile registers (AMX), blocks of sixteen rows use those.
@@ -22,6 +23,8 @@ constexpr int kMaxRows = 4, kTiles = 1, kStreamsOfOne = 2, kStreamsOfTwo = 1;
 #else
 constexpr int kMaxRows = 2, kTiles = 1, kStreamsOfOne = 1, kStreamsOfTwo = 1;
 #endif
+// Few rows: up to two of the biggest blocks. On from there unpacking the weights first is faster.
+constexpr int kFewRows = 2 * kMaxRows;
 // How far ahead one or two rows ask for the weights of each stream, and more rows, which take longer, for the second level of
 // cache.
 constexpr int64_t kPrefetchBytes = 1024, kPrefetchFarBytes = 6144;
@@ -77,14 +80,15 @@ MOTET_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 w, u8x64 x) {
   return format_info(kFormat).bits == 4 ? dot4_u7(acc, w, x) : dot4(acc, w, x);
 }
 
-// y [kRows][kNum · 16] for all rows of x, straight from the packed bytes of kNum tiles that lie `apart` bytes from each
-// other, and their columns y_apart.
+// y [kRows][kNum · 16] for the rows of x from `row` on, straight from the packed bytes of kNum tiles that lie `apart` bytes
+// from each other, and their columns y_apart.
 template <WeightFormat kFormat, int kRows, int kNum>
-void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int64_t apart, const QuantizedRows& x) {
+void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int64_t apart, const QuantizedRows& x,
+               int64_t row) {
   using T = Tile<kFormat>;
   constexpr FormatInfo kInfo = T::kInfo;
   const T first(tiles, x.k);
-  const RowsOfBlock rows(x, 0);
+  const RowsOfBlock rows(x, row);
   const int64_t groups = x.k / kInfo.group_size;
 
   f32x16 acc[kRows][kNum];
@@ -183,16 +187,20 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
   }
 }
 
-// The tiles [begin, end) for kRows rows, cut into kNum runs that are read side by side: so many streams of memory. What is
-// left over goes in fewer.
-template <WeightFormat kFormat, int kRows, int kNum>
+// The tiles [begin, end) for kRows rows and then kMore more, cut into kNum runs that are read side by side: so many streams
+// of memory. What is left over goes in fewer. The second rows find the tiles in the cache.
+template <WeightFormat kFormat, int kRows, int kMore, int kNum>
 void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
   const int64_t stride = Tile<kFormat>::bytes(x.k), run = (end - begin) / kNum;
   for (int64_t t = begin; t < begin + run; ++t) {
-    block_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, run * kTileColumns, w.data + t * stride, run * stride, x);
+    const uint8_t* const tiles = w.data + t * stride;
+    float* const to = y + t * kTileColumns;
+    block_few<kFormat, kRows, kNum>(to, ldy, run * kTileColumns, tiles, run * stride, x, 0);
+    if constexpr (kMore > 0)
+      block_few<kFormat, kMore, kNum>(to + kRows * ldy, ldy, run * kTileColumns, tiles, run * stride, x, kRows);
   }
   if constexpr (kNum > 1) {
-    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kNum / 2>(y, ldy, w, x, begin + run * kNum, end);
+    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kMore, kNum / 2>(y, ldy, w, x, begin + run * kNum, end);
   }
 }
 
@@ -201,7 +209,8 @@ template <WeightFormat kFormat, int kRows>
 MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
   if constexpr (kRows > 0) {
     constexpr int kNum = kRows == 1 ? kStreamsOfOne : kRows == 2 ? kStreamsOfTwo : kTiles;
-    if (x.num_rows == kRows) return few_tiles<kFormat, kRows, kNum>(y, ldy, w, x, begin, end);
+    constexpr int kFirst = kRows <= kMaxRows ? kRows : (kRows + 1) / 2;
+    if (x.num_rows == kRows) return few_tiles<kFormat, kFirst, kRows - kFirst, kNum>(y, ldy, w, x, begin, end);
     few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end);
   }
 }
@@ -366,7 +375,7 @@ void block_many(const Many& m, int64_t row, int num_rows) {
 template <WeightFormat kFormat>
 struct Amx {
   static constexpr bool kUsed = false;
-  static void begin(int) {}
+  static void begin() {}
   static void end() {}
 };
 #else
@@ -427,10 +436,10 @@ template <WeightFormat kFormat>
 void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x,
                             int tile_begin, int tile_end) {
   if constexpr (!Amx<kFormat>::kUsed) {
-    if (x.num_rows <= kMaxRows) return few_rows<kFormat, kMaxRows>(y, ldy, w, x, tile_begin, tile_end);
+    if (x.num_rows <= kFewRows) return few_rows<kFormat, kFewRows>(y, ldy, w, x, tile_begin, tile_end);
   }
   const int64_t stride = Tile<kFormat>::bytes(w.in_features);
-  Amx<kFormat>::begin(x.num_rows);
+  Amx<kFormat>::begin();
   for (int64_t row = 0; row < x.num_rows; row += pass_rows(x.k)) {
     const int64_t end_row = x.num_rows - row < pass_rows(x.k) ? x.num_rows : row + pass_rows(x.k);
     for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
@@ -446,7 +455,7 @@ void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const Quantiz
 void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
               int tile_end) {
 #if defined(MOTET_ISA_amx)
-  // A tile register that is half full takes as long as a full one.
+  // Below a full block the tile registers gain nothing.
   if (x.num_rows < kRowBlock || format_info(w.format).group_size != kActivationGroup)
     return avx512::matmul_q(y, ldy, w, x, tile_begin, tile_end);
 #endif

@@ -30,16 +30,16 @@ struct Amx {
   static constexpr int kRows = 16;
   static constexpr int kBlockBytes = kRows * kTileColumns * 4;
 
-  static void configure(int rows) {
+  static void configure() {
     TileConfig config;
     const auto set = [&](int tile, int num_rows, int num_bytes) {
       config.rows[tile] = static_cast<uint8_t>(num_rows);
       config.bytes_per_row[tile] = static_cast<uint16_t>(num_bytes);
     };
     const int features = kInfo.bits == 4 ? 2 * kActivationGroup : kActivationGroup;
-    set(0, rows, 64);
-    set(1, rows, 64);
-    set(2, rows, features);
+    set(0, kRows, 64);
+    set(1, kRows, 64);
+    set(2, kRows, features);
     set(3, features / 4, 64);
     // Not _tile_loadconfig: gcc 12's tells the compiler of the first eight bytes only.
     __asm__ volatile("ldtilecfg %0" ::"m"(config));
@@ -129,10 +129,9 @@ struct Amx {
       if (__builtin_expect(wide[g] != 0, 0)) add_highs(products, x, at, rows, w);
     }
 
-    // kNum rows in acc, or `rows` of them in kept when kNum is 0.
+    // The sums of kNum rows with one group more.
     template <int kNum>
-    MOTET_INLINE void add(int64_t g, const int32_t* products, f32x16 (&acc)[kNum == 0 ? 1 : kNum],
-                          float (*kept)[kTileColumns]) const {
+    MOTET_INLINE void add(int64_t g, const int32_t* products, f32x16 (&acc)[kNum]) const {
       const uint8_t* const w = unpacked + g * U::kBytes;
       const float* const scales = x.scale + first + g * rows;
       const float* const offsets = x.offsets + first + g * rows;
@@ -141,16 +140,15 @@ struct Amx {
 #pragma GCC unroll 16
       for (int r = 0; r < kNum; ++r)
         acc[r] = add_group(acc[r], products + r * kTileColumns, scale, min, scales[r], offsets[r]);
-      for (int r = 0; kNum == 0 && r < rows; ++r)
-        store(kept[r], add_group(load(kept[r]), products + r * kTileColumns, scale, min, scales[r], offsets[r]));
     }
   };
 
   // Adds the groups to the sums of one block of rows for one tile of weights: first all products, then all sums, which is
-  // faster than one group's sums between the products of others.
+  // faster than one group's sums between the products of others. Of fewer than kNum rows the rest is computed of what lies
+  // behind them, and dropped: registers of another size would have to be configured, which takes longer.
   template <int kNum>
   static void block(const Many& m, int t, int64_t row, int rows, const int32_t* wide) {
-    const Block b{*m.x, m.unpacked[t], wide, m.x->at(row, m.g_begin), kNum == 0 ? rows : kNum};
+    const Block b{*m.x, m.unpacked[t], wide, m.x->at(row, m.g_begin), rows};
     const int64_t n = m.num_groups;
     float* const sums = m.sums + (row - m.first_row) * kSumStride + t * kTileColumns;
     float* const out = m.is_last ? m.y + row * m.ldy + t * kTileColumns : sums;
@@ -158,8 +156,7 @@ struct Amx {
     constexpr int64_t kChunkGroups = kChunkFeatures / kActivationGroup;
     constexpr int64_t kProductInts = kBlockBytes / 4 * (kInfo.bits == 8 ? 2 : 1);
     alignas(64) int32_t products[kChunkGroups][kProductInts];
-    alignas(64) float kept[kNum == 0 ? kRows : 1][kTileColumns];
-    f32x16 acc[kNum == 0 ? 1 : kNum];
+    f32x16 acc[kNum];
     for (int64_t g = 0; g + 1 < n; g += 2) {
       b.template multiply<0>(g, products[g]);
       b.template multiply<1>(g + 1, products[g + 1]);
@@ -167,35 +164,29 @@ struct Amx {
     if (n % 2 != 0) b.template multiply<0>(n - 1, products[n - 1]);
 #pragma GCC unroll 16
     for (int r = 0; r < kNum; ++r) acc[r] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride);
-    for (int r = 0; kNum == 0 && r < rows; ++r)
-      store(kept[r], m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride));
-    for (int64_t g = 0; g < n; ++g) b.template add<kNum>(g, products[g], acc, kept);
+    for (int64_t g = 0; g < n; ++g) b.template add<kNum>(g, products[g], acc);
 #pragma GCC unroll 16
-    for (int r = 0; r < kNum; ++r) store(out + r * out_stride, acc[r]);
-    for (int r = 0; kNum == 0 && r < rows; ++r) store(out + r * out_stride, load(kept[r]));
+    for (int r = 0; r < kNum; ++r)
+      if (r < rows) store(out + r * out_stride, acc[r]);
   }
 
-  static void begin(int num_rows) {
-    if constexpr (kUsed) configure(num_rows < kRows ? num_rows : kRows);
+  static void begin() {
+    if constexpr (kUsed) configure();
   }
   static void end() {
     if constexpr (kUsed) _tile_release();
   }
 
-  // One block of rows over a chunk. `begin` has made the tile registers fit for the first block; the
-  // last one may have fewer rows.
+  // One block of rows over a chunk.
   static void rows(const Many& m, int64_t row, int rows) {
-    if (rows < kRows && row > 0) configure(rows);
     int32_t wide[kChunkFeatures / kActivationGroup] = {};
     const int32_t* highs = m.x->peak_highs + m.x->at(row, m.g_begin);
     for (int64_t g = 0; g < m.num_groups; ++g)
       for (int r = 0; r < rows; ++r) wide[g] |= highs[g * rows + r];
     for (int t = 0; t < m.num_tiles; ++t) {
-      if (rows == 16) block<16>(m, t, row, rows, wide);
-      else if (rows == 8) block<8>(m, t, row, rows, wide);
-      else block<0>(m, t, row, rows, wide);
+      if (rows > 8) block<16>(m, t, row, rows, wide);
+      else block<8>(m, t, row, rows, wide);
     }
-    if (rows < kRows && row > 0) configure(kRows);
   }
 
  private:
