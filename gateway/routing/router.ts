@@ -22,6 +22,8 @@ export type RouterSettings = Omit<PickSettings, 'maxInFlight'> &
 export type RouteAsk = {
   /** Who answers, as engines know it. */
   readonly name: string;
+  /** The base or adapter itself; of a composition, which adapters have to be on the device together. */
+  readonly members: readonly string[];
   readonly prefix: Prefix;
   /** Of its answer, by a guess. */
   readonly outputTokens: number;
@@ -30,13 +32,17 @@ export type RouteAsk = {
 /** Tokens of an answer of which nothing is known. */
 const outputTokensUnknown = 128;
 
-/** @param name  who answers */
+/** @param name  who answers; of a composition a name that says its members and weights, since these share KV with no other */
 export function routeAsk(
   name: string,
   body: Buffer,
-  { session, outputTokens }: { session?: string | null; outputTokens?: number } = {},
+  {
+    session,
+    outputTokens = outputTokensUnknown,
+    members = [name],
+  }: { session?: string | null; outputTokens?: number; members?: readonly string[] | undefined } = {},
 ): RouteAsk {
-  return { name, prefix: prefixOf(name, body, session), outputTokens: outputTokens ?? outputTokensUnknown };
+  return { name, members, prefix: prefixOf(name, body, session), outputTokens };
 }
 
 export type Pick = {
@@ -152,9 +158,11 @@ export class Router extends EventEmitter<{
       memory.lookedMs = pick.endpoint.lastSeenMs;
     }
     memory.newTokens += pick.promptWorkTokens + ask.outputTokens;
-    memory.sent.delete(ask.name);
-    memory.sent.set(ask.name, nowMs);
-    if (memory.sent.size > maxSent) memory.sent.delete(memory.sent.keys().next().value!);
+    for (const name of ask.members) {
+      memory.sent.delete(name);
+      memory.sent.set(name, nowMs);
+      if (memory.sent.size > maxSent) memory.sent.delete(memory.sent.keys().next().value!);
+    }
     this.#prefixes.note(ask.prefix, pick.endpoint.id);
     this.emit('picked', pick);
     return () => {
@@ -218,19 +226,12 @@ export class Router extends EventEmitter<{
   ): Considered[] {
     const found = this.#prefixes.find(ask.prefix);
     const session = this.#prefixes.ofSession(ask.prefix);
-    const loads = endpoints.map((endpoint) => this.#loadSeconds(ask.name, endpoint));
-    const home = loads.some((seconds) => seconds > 0)
-      ? homeOf(
-          ask.name,
-          endpoints.map(({ id }) => id),
-        )
-      : undefined;
+    const loads = this.#loadTokens(ask.members, endpoints);
     return endpoints.map((endpoint, index) => {
       const { id, inFlight, readySinceMs } = endpoint;
       const { workTokens, health, lastTurn, trust } = this.#memoryOf(endpoint);
       const knownTokens = (found.get(id) ?? 0) / bytesPerToken;
       const cachedTokens = trust * Math.max(knownTokens, id === session ? sessionTokens : 0);
-      const costShare = loadFactor * (id === home ? homeShare : 1);
       const others = othersOf(endpoint);
       const wantedTokens = Math.max(0, promptTokens - cachedTokens) + ask.outputTokens;
       return {
@@ -241,12 +242,28 @@ export class Router extends EventEmitter<{
         workTokens: workTokens + others.workTokens,
         lackTokens: Math.max(0, wantedTokens - this.#freeTokens(endpoint)),
         cachedTokens,
-        loadTokens: loads[index]! * this.#speed * costShare,
+        loadTokens: loads[index]!,
         weight: rampOf(readySinceMs, nowMs, this.#settings.slowStartMs),
         ejectedUntilMs: health.ejectedUntilMs,
         lastTurn,
       };
     });
+  }
+
+  /** What each engine could compute until all of these are on its device: one is copied after another. */
+  #loadTokens(members: readonly string[], endpoints: readonly Endpoint[]): number[] {
+    const sums = endpoints.map(() => 0);
+    for (const name of members) {
+      const seconds = endpoints.map((endpoint) => this.#loadSeconds(name, endpoint));
+      if (seconds.every((one) => one === 0)) continue;
+      const home = homeOf(
+        name,
+        endpoints.map(({ id }) => id),
+      );
+      for (const [index, { id }] of endpoints.entries())
+        sums[index]! += seconds[index]! * this.#speed * loadFactor * (id === home ? homeShare : 1);
+    }
+    return sums;
   }
 
   /** Until the adapter is on the device of the engine; 0 for a base model, and for what is there or already on its way for another. */

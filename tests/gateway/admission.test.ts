@@ -4,8 +4,7 @@ import { Admission } from '../../gateway/admission.ts';
 import { type Endpoint, type Endpoints, listedEngine, newEndpoint } from '../../gateway/endpoints.ts';
 import type { Ask } from '../../gateway/queue/ask.ts';
 import type { Target } from '../../gateway/resolve-model.ts';
-import { prefixOf } from '../../gateway/routing/prefix.ts';
-import { type RouteAsk, Router } from '../../gateway/routing/router.ts';
+import { Router, routeAsk } from '../../gateway/routing/router.ts';
 import { routing } from './start-gateway.ts';
 
 const declared: Target = { name: 'sql', baseModel: 'base' };
@@ -13,7 +12,7 @@ const limits = {
   ...{ maxInFlightPerEngine: 1, maxQueued: 2, maxQueuedPerTenant: 2, queueAgeingMs: 1_000 },
   ...{ queueTimeoutMs: 10_000, modelWaitMs: 10_000, wakeWaitMs: 50 },
 };
-const route: RouteAsk = { name: 'sql', prefix: prefixOf('sql', Buffer.from('')), outputTokens: 1 };
+const route = routeAsk('sql', Buffer.from(''), { outputTokens: 1 });
 const ask: Ask = {
   ...{
     tenant: 'a',

@@ -31,6 +31,7 @@ function engine(url: string, adapters: Adapters | null = {}, fields: Partial<End
 
 const ask = (name: string, prompt = '', session: string | null = null): RouteAsk => ({
   name,
+  members: [name],
   prefix: prefixOf(name, Buffer.from(JSON.stringify({ prompt })), session),
   outputTokens: 10,
 });
@@ -165,6 +166,21 @@ test.each<[string, Adapters | null, Adapters | null]>([
     const engines = [engine(urls[0]!, near), engine(urls[1]!, far)];
     expect(pick(start(), ask('sql'), engines)).toMatchObject({ endpoint: engines[0], reason: 'adapter' });
   }
+});
+
+test('a composition goes where most of its members are, and takes them all along', () => {
+  const cold = { tier: 'disk' } as const;
+  const [none, one, three] = [
+    engine('none', { a: cold, b: cold, c: cold, d: cold }),
+    engine('one', { a: {}, b: cold, c: cold, d: cold }),
+    engine('three', { a: cold, b: {}, c: {}, d: {} }),
+  ];
+  const composed: RouteAsk = { ...ask('a@0.5+b@1+c@-1+d@1'), members: ['a', 'b', 'c', 'd'] };
+  const router = start();
+  expect(pick(router, composed, [none, one, three])).toMatchObject({ endpoint: three, reason: 'adapter' });
+  // They are on their way: who asks for one of them goes there too.
+  const sent = send(router, composed, [none, one]);
+  expect(pick(router, ask('c'), [none, one])).toMatchObject({ endpoint: sent.endpoint, reason: 'adapter' });
 });
 
 test('a cold adapter is loaded once: who asks next goes where it is on its way to', () => {
