@@ -26,7 +26,12 @@ export const engineAudience = 'motet-engine';
 /** Where engines find adapters: claims are mounted below, as adapterRoot/CLAIM. */
 export const adapterRoot = '/motet/adapters';
 
-export const conditionTypes = { ready: 'Ready', progressing: 'Progressing', pinned: 'Pinned' } as const;
+export const conditionTypes = {
+  ready: 'Ready',
+  progressing: 'Progressing',
+  pinned: 'Pinned',
+  bounded: 'Bounded',
+} as const;
 
 /** Reasons of BaseModel's conditions. */
 export const baseModelReasons = {
@@ -92,6 +97,21 @@ export const adapterRouteReasons = {
   /** There is no such LoraAdapter or BaseModel. */
   targetNotFound: 'TargetNotFound',
   nameConflict: 'NameConflict',
+} as const;
+
+/** Reasons of AdapterGroup's conditions. */
+export const adapterGroupReasons = {
+  membersReady: 'MembersReady',
+  /** No engine holds a member that exists, or none holds all of them. */
+  memberNotReady: 'MemberNotReady',
+  /** The selector selects no LoraAdapter of the base model. */
+  noMembers: 'NoMembers',
+  baseModelNotFound: 'BaseModelNotFound',
+  nameConflict: 'NameConflict',
+  /** Bounded: a request may compose all members. */
+  withinBound: 'WithinBound',
+  /** Not bounded: there are more members than a request composes; who may use too many of them is refused. */
+  tooManyMembers: 'TooManyMembers',
 } as const;
 
 /** Reasons of Tenant's condition Ready. */

@@ -8,6 +8,7 @@ export const apiVersion = 'motet.dev/v1alpha1';
 
 /** Kind -> its name in the paths of the API. */
 export const plurals = {
+  AdapterGroup: 'adaptergroups',
   AdapterRoute: 'adapterroutes',
   BaseModel: 'basemodels',
   LoraAdapter: 'loraadapters',
@@ -15,6 +16,78 @@ export const plurals = {
 } as const;
 
 export type Kind = keyof typeof plurals;
+
+/** A served name, and the adapters that answer to it together, to each tenant those that it may use. */
+export interface AdapterGroup {
+  apiVersion: string;
+  kind: 'AdapterGroup';
+  metadata: V1ObjectMeta;
+  spec: AdapterGroupSpec;
+  status?: AdapterGroupStatus;
+}
+
+/** What should be. */
+export interface AdapterGroupSpec {
+  /** The name that clients use as `model`. Default, the name of this resource. */
+  servedName?: string;
+  /** Name of the BaseModel of this namespace whose adapters are meant. */
+  baseModel: string;
+  /**
+   * Selects the members among the LoraAdapters of the base model by their labels. `{}` selects all. Every
+   * engine of the base model holds them, whatever their `copies` say, so that any of them may be composed.
+   */
+  selector: {
+    /** Labels that must be there with these values. Default, none. */
+    matchLabels?: Record<string, string>;
+    /** Further requirements; all must hold. Default, none. */
+    matchExpressions?: {
+      /** Key of the label. */
+      key: string;
+      /** How its value relates to `values`. */
+      operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
+      /** Values, for In and NotIn. Default, none. */
+      values?: string[];
+    }[];
+  };
+  /**
+   * What each of the adapters that are composed counts: `equal`, one over their number, so that together
+   * they change the base as much as one of them; `sum`, 1 each. Default equal.
+   */
+  weights: 'equal' | 'sum';
+  /**
+   * Most adapters that a request composes. A tenant that may use more of the members gets an error, never
+   * some of them. Default 8.
+   */
+  maxMembers: number;
+}
+
+/** What is, as the operator last saw it. */
+export interface AdapterGroupStatus {
+  /** Generation of the spec that this status is about. */
+  observedGeneration?: number;
+  /** Adapters that an engine holds, of those that are selected, as `3/4`. */
+  members?: string;
+  /** Names of the LoraAdapters that are selected, sorted; the first 100. */
+  adapters?: string[];
+  /**
+   * `Ready`: every member is held by an engine. `Bounded`: no more members than a request composes; where
+   * it is False, a tenant that may use more than that is refused.
+   */
+  conditions?: {
+    /** What it is about. */
+    type: string;
+    /** Whether it holds. */
+    status: 'True' | 'False' | 'Unknown';
+    /** Why, as one word in CamelCase. */
+    reason: string;
+    /** Why, for a person, and what to do. */
+    message: string;
+    /** When `status` last changed. */
+    lastTransitionTime: string;
+    /** Generation of the spec that it is about. */
+    observedGeneration?: number;
+  }[];
+}
 
 /** A served name, and the adapters that answer to it. */
 export interface AdapterRoute {
@@ -712,6 +785,23 @@ export interface TenantSpec {
      * through its own name.
      */
     routes?: {
+      /** Labels that must be there with these values. Default, none. */
+      matchLabels?: Record<string, string>;
+      /** Further requirements; all must hold. Default, none. */
+      matchExpressions?: {
+        /** Key of the label. */
+        key: string;
+        /** How its value relates to `values`. */
+        operator: 'In' | 'NotIn' | 'Exists' | 'DoesNotExist';
+        /** Values, for In and NotIn. Default, none. */
+        values?: string[];
+      }[];
+    };
+    /**
+     * Selects AdapterGroups by their labels. `{}` selects all. Default, none. A group composes those of its
+     * adapters that `adapters` selects too; it grants none.
+     */
+    groups?: {
       /** Labels that must be there with these values. Default, none. */
       matchLabels?: Record<string, string>;
       /** Further requirements; all must hold. Default, none. */

@@ -1,11 +1,19 @@
-// The directory of a gateway in a cluster: engines are the pods of the namespace, names are its BaseModels, LoraAdapters
-// and AdapterRoutes, callers are its Tenants. All of it is a copy that watches keep fresh. While the API server is away
+// The directory of a gateway in a cluster: engines are the pods of the namespace, names are its BaseModels, LoraAdapters,
+// AdapterRoutes and AdapterGroups, callers are its Tenants. All of it is a copy that watches keep fresh. While the API server is away
 // the copy is what it was; engines are still looked at, so those that die leave.
 
 import { KubeConfig, type KubernetesObject, type V1Pod, type V1Secret } from '@kubernetes/client-node';
 import { ApiError, callApi, motetPath } from '../crds/api.ts';
+import { type LabelSelector, selects } from '../crds/label-selector.ts';
 import { type Condition, conditionTypes, labels } from '../crds/names.ts';
-import { type AdapterRoute, type BaseModel, type LoraAdapter, plurals, type Tenant } from '../crds/types.ts';
+import {
+  type AdapterGroup,
+  type AdapterRoute,
+  type BaseModel,
+  type LoraAdapter,
+  plurals,
+  type Tenant,
+} from '../crds/types.ts';
 import { ObjectWatch } from '../crds/watch.ts';
 import type { ModelCard } from '../engine/protocol.ts';
 import { type Caller, callersByDigest, createAuthenticate } from './auth.ts';
@@ -15,8 +23,8 @@ import { basesFirst, type Directory } from './directory.ts';
 import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import { groupTarget, isTooLarge, membersFor } from './groups/group.ts';
 import type { Tokens } from './identity/oidc.ts';
-import { selects } from './label-selector.ts';
 import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
 import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
 import { AutoLoader, planAutoLoad } from './on-demand/auto-load.ts';
@@ -56,6 +64,7 @@ export class Cluster implements Directory {
   readonly #baseModels: ObjectWatch<BaseModel>;
   readonly #loraAdapters: ObjectWatch<LoraAdapter>;
   readonly #adapterRoutes: ObjectWatch<AdapterRoute>;
+  readonly #adapterGroups: ObjectWatch<AdapterGroup>;
   /** Null when everybody may enter. */
   readonly #tenancy: Tenancy | null;
   readonly #watches: Map<string, ObjectWatch<never>>;
@@ -78,7 +87,9 @@ export class Cluster implements Directory {
       kubeConfig,
       onError: (error: Error) => this.#noteAway(resource, error),
     });
-    const ours = <T extends KubernetesObject>(kind: 'BaseModel' | 'LoraAdapter' | 'AdapterRoute') =>
+    const ours = <T extends KubernetesObject>(
+      kind: 'BaseModel' | 'LoraAdapter' | 'AdapterRoute' | 'AdapterGroup',
+    ) =>
       new ObjectWatch<T>({
         ...common(plurals[kind]),
         path: motetPath(kind, namespace),
@@ -95,6 +106,7 @@ export class Cluster implements Directory {
     this.#baseModels = ours<BaseModel>('BaseModel');
     this.#loraAdapters = ours<LoraAdapter>('LoraAdapter');
     this.#adapterRoutes = ours<AdapterRoute>('AdapterRoute');
+    this.#adapterGroups = ours<AdapterGroup>('AdapterGroup');
     this.#tenancy = isOpen
       ? null
       : new Tenancy({
@@ -109,6 +121,7 @@ export class Cluster implements Directory {
         basemodels: this.#baseModels,
         loraadapters: this.#loraAdapters,
         adapterroutes: this.#adapterRoutes,
+        adaptergroups: this.#adapterGroups,
         ...(this.#tenancy && { tenants: this.#tenancy.watch }),
       }) as unknown as [string, ObjectWatch<never>][],
     );
@@ -152,14 +165,14 @@ export class Cluster implements Directory {
 
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null {
     const model = this.#modelsByName.get(name);
-    return model !== undefined && this.#mayUse(caller, model) ? model.targets : null;
+    return model !== undefined && this.#mayUse(caller, model) ? this.#targetsFor(caller, model) : null;
   }
 
   async autoLoad(name: string, caller: string | null): Promise<void> {
     if (this.#modelsByName.has(name)) return;
-    const access = caller === null ? null : this.#tenancy?.watch.get(caller)?.spec.access;
+    const adapters = this.#adaptersOf(caller);
     const mayUse = (labels: Readonly<Record<string, string>>) =>
-      access === null ? this.#tenancy === null : selects(access?.adapters, labels);
+      adapters === null || selects(adapters, labels);
     const plan = planAutoLoad(name, this.#baseModels.list(), this.#loraAdapters.list(), mayUse);
     if (plan.kind === 'full') {
       const message = `of such adapters there are ${plan.most} already, as many as there may be`;
@@ -183,7 +196,16 @@ export class Cluster implements Directory {
   }
 
   models(caller: string | null): Model[] {
-    return [...this.#modelsByName.values()].filter((model) => this.#mayUse(caller, model));
+    return [...this.#modelsByName.values()]
+      .filter((model) => this.#mayUse(caller, model))
+      .map((model) => {
+        const { group } = model;
+        if (group === undefined) return model;
+        const members = membersFor(group, this.#adaptersOf(caller));
+        return isTooLarge(group, members)
+          ? model
+          : { ...model, targets: [groupTarget(model.name, group, members)] };
+      });
   }
 
   scopesOf(caller: string | null): Scope[] {
@@ -237,6 +259,7 @@ export class Cluster implements Directory {
       baseModels: this.#baseModels.list(),
       loraAdapters: this.#loraAdapters.list(),
       adapterRoutes: this.#adapterRoutes.list(),
+      adapterGroups: this.#adapterGroups.list(),
     });
     return this.#models;
   }
@@ -247,12 +270,24 @@ export class Cluster implements Directory {
     return tenant !== undefined && mayUse(tenant.spec.access, model);
   }
 
+  /** What selects the adapters that the caller may use; null: it may use all. */
+  #adaptersOf(caller: string | null): LabelSelector | undefined | null {
+    if (this.#tenancy === null) return null;
+    return caller === null ? undefined : this.#tenancy.watch.get(caller)?.spec.access.adapters;
+  }
+
+  /** @throws group_too_large */
+  #targetsFor(caller: string | null, { name, targets, group }: Model): readonly WeightedTarget[] {
+    if (group === undefined) return targets;
+    return [groupTarget(name, group, membersFor(group, this.#adaptersOf(caller)))];
+  }
+
   #countModels({ spec }: Tenant): number {
     return [...this.#modelsByName.values()].filter((model) => mayUse(spec.access, model)).length;
   }
 
   /**
-   * The card of an engine that holds the model; for a route one that is made of its targets'. Empty: none holds it, nor would
+   * The card of an engine that holds the model; for a route or a group one that is made of its targets'. Empty: none holds it, nor would
    * one if somebody asked.
    */
   #cardOf({ name, kind, created, parent, targets }: Model): ModelCard[] {
@@ -260,10 +295,12 @@ export class Cluster implements Directory {
       .filter(({ weight }) => weight > 0)
       .flatMap((target) => {
         const resolution = resolveModel(target, this.#endpoints.all, Date.now());
-        return resolution.kind === 'served' ? [resolution.endpoints[0]!.cards.get(target.name)!] : [];
+        if (resolution.kind !== 'served') return [];
+        const names = target.members ?? [target];
+        return names.map(({ name }) => resolution.endpoints[0]!.cards.get(name)!);
       });
     const mayWake = targets.some((target) => target.asks !== undefined && mayAppear(target));
-    if (cards.length > 0 ? kind !== 'route' : !mayWake) return cards;
+    if (cards.length > 0 ? kind !== 'route' && kind !== 'group' : !mayWake) return cards;
     const lengths = cards.map(({ max_model_len }) => max_model_len).filter((length) => length !== null);
     return [
       {

@@ -19,6 +19,8 @@ export interface Directory {
   /**
    * Who may answer to this name for this caller (the tenant that `authenticate` named), by weight; perhaps nobody yet. Null: the
    * name means nothing to the caller.
+   *
+   * @throws group_too_large
    */
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null;
   /** What an AdapterRoute of this name says beside its targets; null when the name is none of a route. */

@@ -28,6 +28,7 @@ export const errorTable = {
   invalid_api_key: { status: 401, type: 'authentication_error' },
   invalid_token: { status: 401, type: 'authentication_error' },
   model_not_found: { status: 404, type: invalid },
+  group_too_large: { status: 400, type: invalid },
   route_not_found: { status: 404, type: invalid },
   method_not_allowed: { status: 405, type: invalid },
   // Of files and batches.

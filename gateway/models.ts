@@ -1,11 +1,12 @@
-// What names clients may use and what they stand for, as pure functions of the resources: BaseModels, LoraAdapters and
-// AdapterRoutes share one space of names. Of two resources with one name the older has it; the operator keeps the same
+// What names clients may use and what they stand for, as pure functions of the resources: BaseModels, LoraAdapters,
+// AdapterRoutes and AdapterGroups share one space of names. Of two resources with one name the older has it; the operator keeps the same
 // rule. What a tenant may not use does not exist for it.
 
+import { selects } from '../crds/label-selector.ts';
 import { conditionTypes, loraAdapterReasons, servedNameOf, servedNamesOf } from '../crds/names.ts';
-import type { AdapterRoute, BaseModel, LoraAdapter, TenantSpec } from '../crds/types.ts';
+import type { AdapterGroup, AdapterRoute, BaseModel, LoraAdapter, TenantSpec } from '../crds/types.ts';
 import type { WeightedTarget } from './choose-target.ts';
-import { selects } from './label-selector.ts';
+import { type GroupRules, groupRules, membersFor } from './groups/group.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
 import { type RouteRules, routeRules, steppedWeights } from './routes/route.ts';
 
@@ -13,33 +14,43 @@ export type Resources = {
   baseModels: readonly BaseModel[];
   loraAdapters: readonly LoraAdapter[];
   adapterRoutes: readonly AdapterRoute[];
+  adapterGroups: readonly AdapterGroup[];
 };
 
 /** What a name stands for. */
 export type Model = {
   /** The name that clients use. */
   name: string;
-  kind: 'baseModel' | 'adapter' | 'route';
+  kind: 'baseModel' | 'adapter' | 'route' | 'group';
   /** Of its resource. */
   labels: Readonly<Record<string, string>>;
   /** Unix seconds. */
   created: number;
   /** Served name of the base that all its targets share; null for a base, and for a route over several. */
   parent: string | null;
-  /** Who may answer: one for a base and an adapter; for a route those that exist, perhaps none. */
+  /** Who may answer: one for a base and an adapter; for a route those that exist, perhaps none; for a group it depends on who asks. */
   targets: WeightedTarget[];
   /** Of a route. */
   rules?: RouteRules;
+  group?: GroupRules;
 };
 
-type Named = BaseModel | LoraAdapter | AdapterRoute;
+type Named = BaseModel | LoraAdapter | AdapterRoute | AdapterGroup;
 
 /** Served name -> what it stands for. */
-export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resources): Map<string, Model> {
+export function buildModels({
+  baseModels,
+  loraAdapters,
+  adapterRoutes,
+  adapterGroups,
+}: Resources): Map<string, Model> {
   const owners = ownersOfNames([
     ...baseModels.map((resource) => ({ resource, names: [servedNameOf(resource)] })),
     ...loraAdapters.map((resource) => ({ resource, names: servedNamesOf(resource) })),
-    ...adapterRoutes.map((resource) => ({ resource, names: [servedNameOf(resource)] })),
+    ...[...adapterRoutes, ...adapterGroups].map((resource) => ({
+      resource,
+      names: [servedNameOf(resource)],
+    })),
   ]);
   const ownedBy = (resource: Named, names: string[]) => names.filter((name) => owners.get(name) === resource);
 
@@ -95,6 +106,13 @@ export function buildModels({ baseModels, loraAdapters, adapterRoutes }: Resourc
       models.set(name, { ...common(resource, name), kind: 'route', parent, targets, rules });
     }
   }
+  for (const resource of adapterGroups) {
+    const parent = parentOf(resource.spec.baseModel);
+    for (const name of ownedBy(resource, [servedNameOf(resource)])) {
+      const group = groupRules(resource, loraAdapters, (adapter) => targetOfAdapter.get(adapter));
+      models.set(name, { ...common(resource, name), kind: 'group', parent, targets: [], group });
+    }
+  }
   return models;
 }
 
@@ -123,7 +141,7 @@ export function isHopeless({ status }: LoraAdapter): boolean {
 }
 
 /** Whether a tenant with this access sees, lists and calls the model. */
-export function mayUse(access: TenantSpec['access'], { kind, labels }: Model): boolean {
+export function mayUse(access: TenantSpec['access'], { kind, labels, group }: Model): boolean {
   switch (kind) {
     case 'baseModel':
       return selects(access.baseModels, labels);
@@ -131,6 +149,8 @@ export function mayUse(access: TenantSpec['access'], { kind, labels }: Model): b
       return selects(access.adapters, labels);
     case 'route':
       return selects(access.routes, labels);
+    case 'group':
+      return selects(access.groups, labels) && membersFor(group!, access.adapters).length > 0;
   }
 }
 

@@ -1,6 +1,7 @@
 // Which engines can answer as a target, as a pure function of what the engines last said of themselves.
 // An engine that left is remembered for a while: its models are then "away" (503, come back), not "unknown" (404).
 
+import type { WeightedName } from '../engine/protocol.ts';
 import type { Endpoint } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
@@ -16,6 +17,8 @@ export type Target = {
   isHopeless?: boolean;
   /** Resources behind it that are there only while somebody asks. Default none. */
   asks?: readonly OnDemand[];
+  /** Of a group: the adapters that answer together. An engine has it when it has each of them. */
+  members?: readonly WeightedName[];
 };
 
 export type Resolution =
@@ -31,11 +34,12 @@ export type Resolution =
 export const rememberMs = 10 * 60_000;
 
 export function resolveModel(target: Target, endpoints: readonly Endpoint[], nowMs: number): Resolution {
-  const { name, baseModel } = target;
+  const { baseModel } = target;
+  const members: readonly { name: string }[] = target.members ?? [target];
   const candidates =
     baseModel === null ? endpoints : endpoints.filter((endpoint) => endpoint.baseModel === baseModel);
   const seen = candidates.filter(({ lastSeenMs }) => lastSeenMs !== null && nowMs - lastSeenMs <= rememberMs);
-  const having = seen.filter(({ cards }) => cards.has(name));
+  const having = seen.filter(({ cards }) => members.every((member) => cards.has(member.name)));
   const ready = having.filter(({ isReady }) => isReady);
 
   if (ready.length > 0) return { kind: 'served', endpoints: ready };

@@ -3,8 +3,9 @@
  * status alone, most of them our own, do not touch the object's own key.
  */
 import type { KubernetesObject, V1Pod } from '@kubernetes/client-node';
+import { isMember } from '../crds/label-selector.ts';
 import { labels } from '../crds/names.ts';
-import type { AdapterRoute } from '../crds/types.ts';
+import type { AdapterGroup, AdapterRoute } from '../crds/types.ts';
 import type { ReconcileKind } from './cluster.ts';
 import { type Claimant, namesOf } from './names.ts';
 
@@ -13,18 +14,20 @@ export interface Key {
   name: string;
 }
 
+const kinds = { BaseModel: 'base-model', AdapterRoute: 'route', AdapterGroup: 'group' } as const;
+
 /** The key under which a resource is looked at: adapters of one base model share a pass. */
 export function keyOf(claimant: Claimant): Key {
   const name = claimant.metadata.name!;
   if (claimant.kind === 'LoraAdapter') return { kind: 'adapters', name: claimant.spec.baseModel };
-  return { kind: claimant.kind === 'BaseModel' ? 'base-model' : 'route', name };
+  return { kind: kinds[claimant.kind], name };
 }
 
 /** Without a key twice. */
 export function keysOfEverything(claimants: readonly Claimant[]): Key[] {
   const keys = claimants.flatMap((one) => [
     keyOf(one),
-    ...(one.kind === 'BaseModel' ? [adaptersOf(one)] : []),
+    ...(one.kind === 'BaseModel' ? [adaptersOf(one.metadata.name!)] : []),
   ]);
   return [...new Map(keys.map((key) => [`${key.kind}/${key.name}`, key])).values()];
 }
@@ -44,14 +47,30 @@ export function keysOfClaimant(
         ? target.adapter === metadata.name
         : kind === 'BaseModel' && target.baseModel === metadata.name,
     );
-  const routes = claimants.filter(isNamedBy).map(keyOf);
-  if (isStatusOnly(now, before)) return [...routes, ...(hasNewSignal(now, before) ? [keyOf(now!)] : [])];
+  const followers = [
+    ...claimants.filter(isNamedBy).map(keyOf),
+    ...claimants.filter((one) => one.kind === 'AdapterGroup' && concerns(one, both)).map(keyOf),
+  ];
+  if (isStatusOnly(now, before)) return [...followers, ...(hasNewSignal(now, before) ? [keyOf(now!)] : [])];
 
-  return [...keysOfEverything(both), ...routes, ...rivals(now, before, claimants)];
+  // Engines hold what groups select.
+  const engines = both.flatMap((one) =>
+    one.kind === 'AdapterGroup' ? [adaptersOf(one.spec.baseModel)] : [],
+  );
+  return [...keysOfEverything([...both]), ...engines, ...followers, ...rivals(now, before, claimants)];
 }
 
-function adaptersOf({ metadata }: Claimant): Key {
-  return { kind: 'adapters', name: metadata.name! };
+function adaptersOf(baseModel: string): Key {
+  return { kind: 'adapters', name: baseModel };
+}
+
+/** Whether what is or was is a member of the group, or its base model. */
+function concerns(group: AdapterGroup, both: readonly Claimant[]): boolean {
+  return both.some((one) =>
+    one.kind === 'LoraAdapter'
+      ? isMember(group, one)
+      : one.kind === 'BaseModel' && one.metadata.name === group.spec.baseModel,
+  );
 }
 
 /** The others that claim a name that was taken or set free. */
@@ -95,7 +114,14 @@ export function keysOfOwned(now: KubernetesObject | undefined, before: Kubernete
 /** What gateways write into a status is not our own. */
 function hasNewSignal(now: Claimant | undefined, before: Claimant | undefined): boolean {
   const signalOf = (one: Claimant | undefined) =>
-    one?.kind === 'AdapterRoute' ? JSON.stringify(one.status?.aborted) : one?.status?.askedAt;
+    one?.kind === 'AdapterRoute'
+      ? JSON.stringify(one.status?.aborted)
+      : // Labels decide which groups an adapter belongs to, and so on which engines it is.
+        one?.kind === 'LoraAdapter'
+        ? JSON.stringify([one.status?.askedAt, one.metadata.labels])
+        : one?.kind === 'BaseModel'
+          ? one.status?.askedAt
+          : undefined;
   return signalOf(now) !== signalOf(before);
 }
 

@@ -16,6 +16,8 @@ import type { Logger } from 'pino';
 import { ApiError, type ApiRequest, callApi, motetPath } from '../crds/api.ts';
 import { type Condition, labels } from '../crds/names.ts';
 import {
+  type AdapterGroup,
+  type AdapterGroupStatus,
   type AdapterRoute,
   type AdapterRouteStatus,
   apiVersion,
@@ -35,7 +37,7 @@ import { type Claimant, type NameHolders, nameHolders } from './names.ts';
 /** Who owns the fields that the operator sets, in server-side apply. */
 export const fieldManager = 'motet-operator';
 
-export type ReconcileKind = 'base-model' | 'adapters' | 'route';
+export type ReconcileKind = 'base-model' | 'adapters' | 'route' | 'group';
 
 export interface ReconcileResult {
   /** Look again after this time although nothing changed. Default, at the next change or resync. */
@@ -76,6 +78,7 @@ interface Statuses {
   BaseModel: BaseModelStatus;
   LoraAdapter: LoraAdapterStatus;
   AdapterRoute: AdapterRouteStatus;
+  AdapterGroup: AdapterGroupStatus;
 }
 
 type Change<T> = (now: T | undefined, before: T | undefined) => void;
@@ -92,6 +95,7 @@ export interface ClusterOptions {
     baseModel: Change<BaseModel>;
     loraAdapter: Change<LoraAdapter>;
     adapterRoute: Change<AdapterRoute>;
+    adapterGroup: Change<AdapterGroup>;
     pod: Change<V1Pod>;
     /** Deployments, Services and PodDisruptionBudgets. */
     owned: Change<KubernetesObject>;
@@ -105,6 +109,7 @@ export class Cluster {
   readonly baseModels: ObjectWatch<BaseModel>;
   readonly loraAdapters: ObjectWatch<LoraAdapter>;
   readonly adapterRoutes: ObjectWatch<AdapterRoute>;
+  readonly adapterGroups: ObjectWatch<AdapterGroup>;
   /** Engine pods, trimmed to what `trimPod` keeps. */
   readonly pods: ObjectWatch<V1Pod>;
   /** These three hold everything of the namespace, so that nothing of somebody else is ever taken for ours. */
@@ -136,6 +141,7 @@ export class Cluster {
     this.baseModels = this.#watch(motetPath('BaseModel', namespace), claimant(onChange.baseModel));
     this.loraAdapters = this.#watch(motetPath('LoraAdapter', namespace), claimant(onChange.loraAdapter));
     this.adapterRoutes = this.#watch(motetPath('AdapterRoute', namespace), claimant(onChange.adapterRoute));
+    this.adapterGroups = this.#watch(motetPath('AdapterGroup', namespace), claimant(onChange.adapterGroup));
     this.pods = this.#watch(`/api/v1/namespaces/${namespace}/pods`, onChange.pod, {
       labelSelector: labels.baseModel,
       trim: trimPod,
@@ -149,12 +155,13 @@ export class Cluster {
   }
 
   get watches(): Record<string, ObjectWatch<KubernetesObject>> {
-    const { baseModels, loraAdapters, adapterRoutes, pods, deployments, services, podDisruptionBudgets } =
-      this;
+    const { baseModels, loraAdapters, adapterRoutes, adapterGroups } = this;
+    const { pods, deployments, services, podDisruptionBudgets } = this;
     const all = {
       baseModels,
       loraAdapters,
       adapterRoutes,
+      adapterGroups,
       pods,
       deployments,
       services,
@@ -178,7 +185,12 @@ export class Cluster {
 
   /** Everything that claims served names. */
   claimants(): Claimant[] {
-    return [...this.baseModels.list(), ...this.loraAdapters.list(), ...this.adapterRoutes.list()];
+    return [
+      ...this.baseModels.list(),
+      ...this.loraAdapters.list(),
+      ...this.adapterRoutes.list(),
+      ...this.adapterGroups.list(),
+    ];
   }
 
   /** Engine pods of a base model, those that are ending and those that ended among them. */

@@ -14,6 +14,7 @@ import { countApiCalls, createMetrics, type Metrics, watchState } from './metric
 import type { Claimant } from './names.ts';
 import { reconcileAdapters } from './reconcile-adapters.ts';
 import { reconcileBaseModel } from './reconcile-base-model.ts';
+import { reconcileGroup } from './reconcile-group.ts';
 import { reconcileRoute } from './reconcile-route.ts';
 import { serve } from './server.ts';
 import { WorkQueue } from './work-queue.ts';
@@ -33,6 +34,7 @@ const reconciles: Record<ReconcileKind, (name: string, parts: Parts) => Promise<
   'base-model': reconcileBaseModel,
   adapters: reconcileAdapters,
   route: reconcileRoute,
+  group: reconcileGroup,
 };
 
 /** Longest wait for reconciles at the end; after it they cannot write any more. */
@@ -66,6 +68,7 @@ export async function startOperator(config: Config, log: Logger): Promise<Operat
       baseModel: onClaimant,
       loraAdapter: onClaimant,
       adapterRoute: onClaimant,
+      adapterGroup: onClaimant,
       pod: (now, before) => enqueueAll(keysOfPod(now, before)),
       owned: (now, before) => enqueueAll(keysOfOwned(now, before)),
     },

@@ -1,11 +1,11 @@
 /**
- * Who answers to a served name. BaseModels, LoraAdapters and AdapterRoutes of a namespace share one space of names; the
+ * Who answers to a served name. BaseModels, LoraAdapters, AdapterRoutes and AdapterGroups of a namespace share one space of names; the
  * oldest resource that claims a name has it (creationTimestamp, then uid), so that a newcomer never takes what is served.
  */
 import { servedNameOf, servedNamesOf } from '../crds/names.ts';
-import type { AdapterRoute, BaseModel, LoraAdapter } from '../crds/types.ts';
+import type { AdapterGroup, AdapterRoute, BaseModel, LoraAdapter } from '../crds/types.ts';
 
-export type Claimant = BaseModel | LoraAdapter | AdapterRoute;
+export type Claimant = BaseModel | LoraAdapter | AdapterRoute | AdapterGroup;
 
 /** Served name -> the resource that has it. */
 export type NameHolders = ReadonlyMap<string, Claimant>;

@@ -3,6 +3,7 @@
  * that are missing, write what is. Engines tell nobody when they change, so a pass comes back soon; one that finds the
  * world as it should be writes nothing.
  */
+import { isMember } from '../crds/label-selector.ts';
 import { loraAdapterReasons } from '../crds/names.ts';
 import type { BaseModel, LoraAdapter, LoraAdapterStatus } from '../crds/types.ts';
 import type { LoadSource } from './adapter-loads.ts';
@@ -35,6 +36,8 @@ interface Found {
   missingClaim: string | null;
   /** It is to be loaded now: always, or since somebody asks for it. */
   isWanted: boolean;
+  /** Every engine is to hold it, since a group may compose it with others. */
+  isComposed: boolean;
   wanted: WantedAdapter;
   bytes: number;
   numDesired: number;
@@ -85,6 +88,7 @@ function lookAt(adapter: LoraAdapter, baseModel: BaseModel | undefined, { cluste
     names,
     missingClaim: claim === null || baseModel?.spec.adapterClaims?.includes(claim) ? null : claim,
     isWanted: isWanted(adapter, clock.date()),
+    isComposed: cluster.adapterGroups.list().some((group) => isMember(group, adapter)),
     wanted: { id, names, digest: null, pods: [], isPinned: spec.pin },
     bytes: 0,
     numDesired: 0,
@@ -144,7 +148,7 @@ function decide(found: Found[], engines: readonly Engine[], memory: EngineMemory
       const { copies } = one.adapter.spec;
       return {
         id,
-        copies: typeof copies === 'number' ? copies : 'all',
+        copies: typeof copies === 'number' && !one.isComposed ? copies : 'all',
         bytes: one.bytes,
         heat: digest === null ? 0 : memory.heat.of(digest, nowMs),
         avoid: memory.loads.podsWithoutRoom(one.source),

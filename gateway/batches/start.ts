@@ -1,9 +1,10 @@
 // Puts the parts of batches together. Wiring only.
 
 import type { Logger } from 'pino';
-import { enginePaths, modelHeader } from '../../engine/protocol.ts';
+import { enginePaths } from '../../engine/protocol.ts';
 import { sourceAccess } from '../../engine/sources/access.ts';
 import { askWhole, type Forward, type Outcome } from '../forward.ts';
+import { whoAnswers } from '../groups/group.ts';
 import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
 import { askOf, lowestPriority } from '../queue/ask.ts';
 import { type FindParts, findTarget } from '../request/find-target.ts';
@@ -102,8 +103,10 @@ function answerLine({ directory, forward, routes, metrics }: Around): AnswerLine
     const facts: Parameters<typeof findTarget>[1] = { ...(tenant !== null && { tenant }) };
     const asker = { tenant, user: null, header: () => undefined };
     const target = await findTarget(model, facts, { directory, forward, routes }, asker);
-    const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
-    if (target.name !== model) headers[modelHeader] = target.name;
+    const headers = {
+      ...{ 'content-type': 'application/json', 'x-request-id': requestId },
+      ...whoAnswers(model, target),
+    };
     const outcome: Outcome = { attempts: 0, responseBytes: 0 };
     const ask = askOf(
       {

@@ -14,6 +14,8 @@ export type ConsoleData = {
   bases: { name: string; mayUse: boolean; engines: EngineView[] }[];
   adapters: AdapterView[];
   routes: { name: string; targets: { name: string; weight: number; isServed: boolean }[] }[];
+  /** `members` are those that the caller may use. Null: more than a request composes. */
+  groups: { name: string; members: string[] | null; isServed: boolean }[];
   traffic: Omit<RecentTraffic, 'models'> & { windowS: number; models: TrafficView[] };
 };
 
@@ -67,6 +69,14 @@ export function consoleData(
           weight: target.weight,
           isServed: holdersOf(target, endpoints).some(({ isReady }) => isReady),
         })),
+      }))
+      .sort(byName),
+    groups: models
+      .filter(({ kind }) => kind === 'group')
+      .map(({ name, targets: [target] }) => ({
+        name,
+        members: target?.members?.map((member) => member.name) ?? null,
+        isServed: target !== undefined && holdersOf(target, endpoints).some(({ isReady }) => isReady),
       }))
       .sort(byName),
     traffic: {
@@ -145,12 +155,12 @@ function adapterView({ name, parent, targets }: VisibleModel, endpoints: readonl
   };
 }
 
-function holdersOf(
-  { name, baseModel }: VisibleModel['targets'][number],
-  endpoints: readonly Endpoint[],
-): Endpoint[] {
+function holdersOf(target: VisibleModel['targets'][number], endpoints: readonly Endpoint[]): Endpoint[] {
+  const { baseModel } = target;
+  const members: readonly { name: string }[] = target.members ?? [target];
   return endpoints.filter(
-    (endpoint) => (baseModel === null || endpoint.baseModel === baseModel) && endpoint.cards.has(name),
+    ({ baseModel: base, cards }) =>
+      (baseModel === null || base === baseModel) && members.every((member) => cards.has(member.name)),
   );
 }
 

@@ -2,11 +2,12 @@
 
 import type { IncomingMessage } from 'node:http';
 import type { Logger } from 'pino';
-import { enginePaths, modelHeader, type TokenUsage } from '../../engine/protocol.ts';
+import { adaptersHeader, enginePaths, modelHeader, type TokenUsage } from '../../engine/protocol.ts';
 import type { WeightedTarget } from '../choose-target.ts';
 import type { Directory } from '../directory.ts';
 import { asGatewayError, errorBody } from '../errors.ts';
 import { type Forward, forward, type Translation } from '../forward.ts';
+import { whoAnswers } from '../groups/group.ts';
 import { type HoldLimits, holdStream } from '../on-demand/hold.ts';
 import type { Asked } from '../openai.ts';
 import { type Ask, askOf, lowered, parseWaitMs } from '../queue/ask.ts';
@@ -83,7 +84,8 @@ async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise
     const value = headerOf(req, name);
     if (value !== undefined) headers[name] = value;
   }
-  if (target.name !== model) headers[modelHeader] = target.name;
+  Object.assign(headers, whoAnswers(model, target));
+  if (headers[adaptersHeader] !== undefined) res.setHeader(adaptersHeader, headers[adaptersHeader]);
   const span = startRequestSpan(path, model, headers);
   res.once('close', () => endRequestSpan(span, res.statusCode, facts));
 
@@ -150,7 +152,7 @@ function followRoute(
   { directory, routes }: AnswerParts,
 ): void {
   const rules = directory.rulesOf(model);
-  const targets = directory.targetsOf(model, facts.tenant ?? null);
+  const targets = rules && directory.targetsOf(model, facts.tenant ?? null);
   if (rules === null || targets === null) return;
   res.once('close', () => {
     const isStream = String(res.getHeader('content-type') ?? '').startsWith('text/event-stream');

@@ -67,9 +67,11 @@ test('short names and the category motet find them', async () => {
   await create('BaseModel', 'found', { source: { uri: 'pvc://m/x' } });
   await create('LoraAdapter', 'found', { baseModel: 'found', source: { uri: 'pvc://a/x' } });
   await create('AdapterRoute', 'found', { targets: [{ adapter: 'found' }] });
+  await create('AdapterGroup', 'found', { baseModel: 'found', selector: {} });
   await create('Tenant', 'found', { keys: [{ secretRef: { name: 's' } }] });
   const all = await inNamespace('get', 'motet', '-o', 'name');
   expect(all.trim().split('\n').sort()).toEqual([
+    'adaptergroup.motet.dev/found',
     'adapterroute.motet.dev/found',
     'basemodel.motet.dev/found',
     'loraadapter.motet.dev/found',
@@ -79,6 +81,7 @@ test('short names and the category motet find them', async () => {
     ['bm', 'basemodel'],
     ['lora', 'loraadapter'],
     ['ar', 'adapterroute'],
+    ['ag', 'adaptergroup'],
   ]) {
     expect(await inNamespace('get', short!, '-o', 'name')).toContain(`${kind}.motet.dev/found`);
   }
@@ -127,6 +130,13 @@ describe('kubectl get shows what a person wants to know', () => {
       { summary: 'a 90%, b 10%', ...ready('False', 'TargetNotReady', 'b is not resident') },
       { TARGETS: 'a 90%, b 10%', READY: 'False', REASON: 'TargetNotReady' },
       { MESSAGE: 'b is not resident' },
+    ],
+    [
+      'AdapterGroup',
+      { baseModel: 'smollm2', selector: {}, maxMembers: 4 },
+      { members: '2/3', ...ready('False', 'MemberNotReady', 'no engine holds c') },
+      { BASE: 'smollm2', MEMBERS: '2/3', MOST: '4', READY: 'False', REASON: 'MemberNotReady' },
+      { MESSAGE: 'no engine holds c' },
     ],
     [
       'Tenant',

@@ -4,6 +4,7 @@ import { beforeAll, describe, expect, test } from 'vitest';
 import { parse } from 'yaml';
 import { callApi, motetPath } from '../../crds/api.ts';
 import {
+  adapterGroupReasons,
   adapterRouteReasons,
   baseModelReasons,
   loraAdapterReasons,
@@ -29,6 +30,7 @@ const reasons: Record<Kind, Record<string, string>> = {
   BaseModel: baseModelReasons,
   LoraAdapter: loraAdapterReasons,
   AdapterRoute: adapterRouteReasons,
+  AdapterGroup: adapterGroupReasons,
   Tenant: tenantReasons,
 };
 

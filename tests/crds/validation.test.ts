@@ -2,6 +2,7 @@ import type { KubeConfig } from '@kubernetes/client-node';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { ApiError, callApi, motetPath } from '../../crds/api.ts';
 import {
+  type AdapterGroup,
   type AdapterRoute,
   apiVersion,
   type BaseModel,
@@ -94,6 +95,16 @@ const full: Record<Kind, object> = {
       { percent: 100, minutes: 10 },
     ],
   } satisfies AdapterRoute['spec'],
+  AdapterGroup: {
+    servedName: 'knowledge',
+    baseModel: 'smollm2',
+    selector: {
+      matchLabels: { kind: 'knowledge' },
+      matchExpressions: [{ key: 'tier', operator: 'In', values: ['free'] }],
+    },
+    weights: 'sum',
+    maxMembers: 4,
+  } satisfies AdapterGroup['spec'],
   Tenant: {
     keys: [
       {
@@ -115,6 +126,7 @@ const full: Record<Kind, object> = {
         matchLabels: { team: 'acme' },
         matchExpressions: [{ key: 'tier', operator: 'DoesNotExist' }],
       },
+      groups: { matchLabels: { team: 'acme' }, matchExpressions: [{ key: 'tier', operator: 'Exists' }] },
     },
   } satisfies Tenant['spec'],
 };
@@ -134,6 +146,28 @@ const remoteSources: Case[] = [
   ['spec.source', { uri: 's3://my-bucket/folder/a b/tiny.gguf', digest }, null],
   ['spec.source', { uri: 's3://bucket/x' }, /digest is required for https:\/\/ and s3/],
 ];
+
+/** Of a label selector at this path. */
+function selectorCases(path: string): Case[] {
+  const expressions = `${path}.matchExpressions`;
+  return [
+    [path, {}, null],
+    [`${path}.matchLabels`, labels(33), /at most 32/],
+    [`${path}.matchLabels.team`, long(64), /Too long/],
+    [expressions, many(33, () => ({ key: 'a', operator: 'Exists' })), /at most 32/],
+    [`${expressions}.0`, { operator: 'Exists' }, /key: Required value/],
+    [`${expressions}.0`, { key: 'a' }, /operator: Required value/],
+    [`${expressions}.0`, { key: 'a', operator: 'NotIn', values: ['b'] }, null],
+    [`${expressions}.0`, { key: 'a', operator: 'In' }, /expected values for In and NotIn/],
+    [`${expressions}.0`, { key: 'a', operator: 'NotIn', values: [] }, /expected values for In and NotIn/],
+    [`${expressions}.0`, { key: 'a', operator: 'Exists', values: ['b'] }, /and none for Exists/],
+    [`${expressions}.0.key`, '', /at least 1/],
+    [`${expressions}.0.key`, long(318), /Too long/],
+    [`${expressions}.0.operator`, 'Equals', /supported values: "In"/],
+    [`${expressions}.0.values`, many(65, (i) => `${i}`), /at most 64/],
+    [`${expressions}.0.values`, [long(64)], /Too long/],
+  ];
+}
 
 // What is refused, with what the message says after the field; null is accepted. Left out: `undefined`.
 const cases: Record<Kind, Case[]> = {
@@ -480,6 +514,25 @@ const cases: Record<Kind, Case[]> = {
     ['spec.steps.0.minutes', 10081, /less than or equal to 10080/],
     ['metadata.name', long(129), /Too long/],
   ],
+  AdapterGroup: [
+    ['spec', undefined, /Required value/],
+    ['spec.servedName', undefined, null],
+    ['spec.servedName', '', /at least 1/],
+    ['spec.servedName', long(129), /Too long/],
+    ['spec.servedName', '-x', /should match/],
+    ['spec.baseModel', undefined, /Required value/],
+    ['spec.baseModel', '', /at least 1/],
+    ['spec.baseModel', long(53), /Too long/],
+    ['spec.selector', undefined, /Required value/],
+    ...selectorCases('spec.selector'),
+    ['spec.weights', undefined, null],
+    ['spec.weights', 'equal', null],
+    ['spec.weights', 'even', /supported values: "equal"/],
+    ['spec.maxMembers', undefined, null],
+    ['spec.maxMembers', 0, /greater than or equal to 1/],
+    ['spec.maxMembers', 9, /less than or equal to 8/],
+    ['metadata.name', long(129), /Too long/],
+  ],
   Tenant: [
     ['spec', undefined, /Required value/],
     ['spec.keys', undefined, /Required value/],
@@ -513,26 +566,9 @@ const cases: Record<Kind, Case[]> = {
     ['spec.priority', -11, /greater than or equal to -10/],
     ['spec.priority', 11, /less than or equal to 10/],
     ['spec.access', undefined, null],
-    ...['adapters', 'baseModels', 'routes'].flatMap((which): Case[] => {
-      const expressions = `spec.access.${which}.matchExpressions`;
-      return [
-        [`spec.access.${which}`, {}, null],
-        [`spec.access.${which}.matchLabels`, labels(33), /at most 32/],
-        [`spec.access.${which}.matchLabels.team`, long(64), /Too long/],
-        [expressions, many(33, () => ({ key: 'a', operator: 'Exists' })), /at most 32/],
-        [`${expressions}.0`, { operator: 'Exists' }, /key: Required value/],
-        [`${expressions}.0`, { key: 'a' }, /operator: Required value/],
-        [`${expressions}.0`, { key: 'a', operator: 'NotIn', values: ['b'] }, null],
-        [`${expressions}.0`, { key: 'a', operator: 'In' }, /expected values for In and NotIn/],
-        [`${expressions}.0`, { key: 'a', operator: 'NotIn', values: [] }, /expected values for In and NotIn/],
-        [`${expressions}.0`, { key: 'a', operator: 'Exists', values: ['b'] }, /and none for Exists/],
-        [`${expressions}.0.key`, '', /at least 1/],
-        [`${expressions}.0.key`, long(318), /Too long/],
-        [`${expressions}.0.operator`, 'Equals', /supported values: "In"/],
-        [`${expressions}.0.values`, many(65, (i) => `${i}`), /at most 64/],
-        [`${expressions}.0.values`, [long(64)], /Too long/],
-      ];
-    }),
+    ...['adapters', 'baseModels', 'routes', 'groups'].flatMap((which) =>
+      selectorCases(`spec.access.${which}`),
+    ),
     ['metadata.name', long(64), /Too long/],
   ],
 };
@@ -641,6 +677,12 @@ test('fills in every default', async () => {
   expect((await stored('AdapterRoute', { targets: [{ adapter: 'a' }], abort })).spec).toMatchObject({
     abort: { maxErrorPercent: 1, windowSeconds: 60, minRequests: 20 },
   });
+  expect((await stored('AdapterGroup', { baseModel: 'b', selector: {} })).spec).toEqual({
+    baseModel: 'b',
+    selector: {},
+    weights: 'equal',
+    maxMembers: 8,
+  });
   expect((await stored('Tenant', { keys: [{ secretRef: { name: 's' } }] })).spec).toEqual({
     keys: [{ secretRef: { name: 's', key: 'key' } }],
     access: {},
@@ -667,12 +709,14 @@ describe('what cannot be changed', () => {
       null,
     ],
     ['AdapterRoute', {}, { servedName: 'new', targets: [{ adapter: 'b' }] }, null],
+    ['AdapterGroup', {}, { servedName: 'new', baseModel: 'other', maxMembers: 2 }, null],
     ['Tenant', {}, { keys: [{ secretRef: { name: 'other' } }], access: { adapters: {} } }, null],
   ];
   const minimal: Record<Kind, object> = {
     BaseModel: { source: { uri: 'pvc://m/x' } },
     LoraAdapter: { baseModel: 'b', source: { uri: 'pvc://a/v1' } },
     AdapterRoute: { targets: [{ adapter: 'a' }] },
+    AdapterGroup: { baseModel: 'b', selector: {} },
     Tenant: { keys: [{ secretRef: { name: 's' } }] },
   };
   test.for(

@@ -4,7 +4,7 @@ import { buildModels, mayUse } from '../../gateway/models.ts';
 import { adapterRoute, baseModel, loraAdapter } from './resources.ts';
 
 const build = (resources: Partial<Parameters<typeof buildModels>[0]>) =>
-  buildModels({ baseModels: [], loraAdapters: [], adapterRoutes: [], ...resources });
+  buildModels({ baseModels: [], loraAdapters: [], adapterRoutes: [], adapterGroups: [], ...resources });
 
 test('a resource is known by its name, or by the served names that it gives', () => {
   const models = build({

@@ -39,6 +39,14 @@ test('a name that a live engine no longer lists is unknown', () => {
   expect(resolveModel(x, [endpoint(['y'])], nowMs).kind).toBe('unknown');
 });
 
+test('a group is served by the engines that have each of its members', () => {
+  const members = ['x', 'y'].map((name) => ({ name, weight: 1 }));
+  const group = { name: 'group', baseModel: null, members };
+  const [a, b, c] = [endpoint(['x', 'y']), endpoint(['x', 'group']), endpoint(['y'])];
+  expect(resolveModel(group, [a, b, c], nowMs)).toEqual({ kind: 'served', endpoints: [a] });
+  expect(resolveModel(group, [b, c], nowMs).kind).toBe('unknown');
+});
+
 test('an engine that is away is forgotten after a bounded time', () => {
   const [gone, other] = [
     endpoint(['x'], { isReady: false, lastSeenMs: nowMs - rememberMs - 1 }),

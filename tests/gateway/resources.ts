@@ -2,6 +2,7 @@
 
 import { labels } from '../../crds/names.ts';
 import {
+  type AdapterGroup,
   type AdapterRoute,
   apiVersion,
   type BaseModel,
@@ -41,6 +42,16 @@ export function adapterRoute(name: string, targets: RouteTargets, meta: Meta = {
     ...more,
   };
   return { apiVersion, kind: 'AdapterRoute', metadata: metadata(name, meta), spec } as AdapterRoute;
+}
+
+export function adapterGroup(name: string, spec: Partial<AdapterGroup['spec']> = {}, meta: Meta = {}) {
+  const defaults = { baseModel: 'base', selector: {}, weights: 'equal', maxMembers: 8 };
+  return {
+    apiVersion,
+    kind: 'AdapterGroup',
+    metadata: metadata(name, meta),
+    spec: { ...defaults, ...spec },
+  } as AdapterGroup;
 }
 
 /** @param secrets  names of the Secrets that hold its keys, or `NAME/ENTRY` */

@@ -28,7 +28,7 @@ const log = pino({ level: 'silent' });
 
 beforeAll(async () => {
   plane = await sharedControlPlane();
-  const kinds = ['basemodels', 'loraadapters', 'adapterroutes', 'tenants'];
+  const kinds = ['basemodels', 'loraadapters', 'adapterroutes', 'adaptergroups', 'tenants'];
   const files = kinds.flatMap((kind) => ['-f', join(import.meta.dirname, `../../crds/${kind}.yaml`)]);
   await kubectl(plane, ['apply', '--server-side', ...files]);
   const names = kinds.map((kind) => `crd/${kind}.motet.dev`);
@@ -39,7 +39,7 @@ beforeAll(async () => {
 });
 
 test('operator and gateway use every verb of their Roles, and miss none', { timeout: 120_000 }, async () => {
-  const files = ['base-model', 'adapters', 'tenant', 'route'].map((name) =>
+  const files = ['base-model', 'adapters', 'tenant', 'route', 'group'].map((name) =>
     readFileSync(join(import.meta.dirname, `../../examples/kubernetes/${name}.yaml`), 'utf8'),
   );
   const objects = files.flatMap((text) => parseAllDocuments(text).map((one) => one.toJS() as Manifest));
@@ -88,7 +88,7 @@ test('operator and gateway use every verb of their Roles, and miss none', { time
   onTestFinished(() => asks.close());
 
   const ours = objects.filter(({ apiVersion }) => apiVersion.startsWith('motet.dev/'));
-  expect(new Set(ours.map(({ kind }) => kind)).size).toBe(4);
+  expect(new Set(ours.map(({ kind }) => kind)).size).toBe(5);
   for (const kind of ['BaseModel', 'LoraAdapter'] as const) {
     const { name } = ours.find((one) => one.kind === kind)!.metadata;
     asks.ask({ kind, name, idleMinutes: 1 }, Date.now());
@@ -139,6 +139,7 @@ const motetKinds = [
   'basemodels.motet.dev',
   'loraadapters.motet.dev',
   'adapterroutes.motet.dev',
+  'adaptergroups.motet.dev',
   'tenants.motet.dev',
 ];
 const everyVerb = ['get', 'list', 'watch', 'create', 'update', 'patch', 'delete', 'deletecollection'];
@@ -149,6 +150,7 @@ const table: Record<string, Record<string, string[]>> = {
     ...{ 'basemodels.motet.dev': ['list', 'watch'], 'basemodels/status.motet.dev': ['patch'] },
     ...{ 'loraadapters.motet.dev': ['list', 'watch'], 'loraadapters/status.motet.dev': ['patch'] },
     ...{ 'adapterroutes.motet.dev': ['list', 'watch'], 'adapterroutes/status.motet.dev': ['patch'] },
+    ...{ 'adaptergroups.motet.dev': ['list', 'watch'], 'adaptergroups/status.motet.dev': ['patch'] },
     pods: ['list', 'watch'],
     'deployments.apps': ['list', 'watch', 'create', 'patch'],
     services: ['list', 'watch', 'create', 'patch'],
@@ -157,7 +159,12 @@ const table: Record<string, Record<string, string[]>> = {
   },
   'motet-gateway': {
     ...Object.fromEntries(motetKinds.map((kind) => [kind, ['list', 'watch']])),
-    ...Object.fromEntries(motetKinds.map((kind) => [kind.replace('.', '/status.'), ['patch']])),
+    ...Object.fromEntries(
+      motetKinds
+        // The operator alone says what a group is.
+        .filter((kind) => kind !== 'adaptergroups.motet.dev')
+        .map((kind) => [kind.replace('.', '/status.'), ['patch']]),
+    ),
     pods: ['list', 'watch'],
     secrets: ['get', 'list', 'watch'],
   },

@@ -1,15 +1,16 @@
 // Small objects with named overrides.
 
 import type { V1ContainerStatus, V1Pod } from '@kubernetes/client-node';
-import type { AdapterRoute, BaseModel, LoraAdapter } from '../../crds/types.ts';
+import type { AdapterGroup, AdapterRoute, BaseModel, LoraAdapter } from '../../crds/types.ts';
 
-type Metadata = { name?: string; uid?: string; createdAt?: string };
+type Metadata = { name?: string; uid?: string; createdAt?: string; labels?: Record<string, string> };
 
-const metadataOf = ({ name = 'tiny', uid, createdAt = '2026-01-01T00:00:00Z' }: Metadata) => ({
+const metadataOf = ({ name = 'tiny', uid, createdAt = '2026-01-01T00:00:00Z', labels }: Metadata) => ({
   name,
   namespace: 'default',
   uid: uid ?? `uid-of-${name}`,
   generation: 1,
+  ...(labels && { labels }),
   // As it comes from the wire.
   creationTimestamp: createdAt as never,
 });
@@ -62,6 +63,18 @@ export function adapterRoute(
     kind: 'AdapterRoute',
     metadata: metadataOf({ name: 'route', ...metadata }),
     spec: { targets: [{ adapter: 'sql', weight: 1, shadowPercent: 0 }], warmCopies: 1, ...spec },
+  };
+}
+
+export function adapterGroup(
+  spec: Partial<AdapterGroup['spec']> = {},
+  metadata: Metadata = {},
+): AdapterGroup {
+  return {
+    apiVersion: 'motet.dev/v1alpha1',
+    kind: 'AdapterGroup',
+    metadata: metadataOf({ name: 'group', ...metadata }),
+    spec: { baseModel: 'tiny', selector: {}, weights: 'equal', maxMembers: 8, ...spec },
   };
 }
 

@@ -6,7 +6,7 @@ import {
   keysOfOwned,
   keysOfPod,
 } from '../../operator/changes.ts';
-import { adapterRoute, baseModel, loraAdapter, pod } from './builders.ts';
+import { adapterGroup, adapterRoute, baseModel, loraAdapter, pod } from './builders.ts';
 
 const text = (keys: Key[]) => [...new Set(keys.map(({ kind, name }) => `${kind}/${name}`))].sort();
 
@@ -39,6 +39,22 @@ test('a status alone touches only the routes to the object', () => {
   expect(text(keysOfClaimant(now, before, [now, adapterRoute()]))).toEqual(['route/route']);
   const changed = { ...now, metadata: { ...now.metadata, generation: 2 } };
   expect(text(keysOfClaimant(changed, before, [changed]))).toEqual(['adapters/tiny']);
+});
+
+test('a group touches itself and the placement of its members, and is touched by what it selects', () => {
+  const group = adapterGroup({ selector: { matchLabels: { team: 'red' } } });
+  expect(text(keysOfClaimant(group, undefined, [group]))).toEqual(['adapters/tiny', 'group/group']);
+  const status = { ...group, status: { members: '1/1' } };
+  expect(text(keysOfClaimant(status, group, [status]))).toEqual([]);
+
+  const red = loraAdapter({}, { labels: { team: 'red' } });
+  const blue = loraAdapter({}, { labels: { team: 'blue' } });
+  const held = { ...red, status: { readyCopies: 1 } };
+  expect(text(keysOfClaimant(held, red, [held, group]))).toEqual(['group/group']);
+  // A label that changed changes no generation.
+  expect(text(keysOfClaimant(blue, red, [blue, group]))).toEqual(['adapters/tiny', 'group/group']);
+  expect(text(keysOfClaimant(blue, undefined, [blue, group]))).toEqual(['adapters/tiny']);
+  expect(text(keysOfClaimant(baseModel(), undefined, [group]))).toContain('group/group');
 });
 
 test('an object made again under its name is no change of a status', () => {

@@ -7,6 +7,7 @@ import { expect, onTestFinished, vi } from 'vitest';
 import { type ApiRequest, callApi, motetPath } from '../../crds/api.ts';
 import { labels } from '../../crds/names.ts';
 import {
+  type AdapterGroup,
   type AdapterRoute,
   apiVersion,
   type BaseModel,
@@ -26,6 +27,7 @@ interface Kinds {
   BaseModel: BaseModel;
   LoraAdapter: LoraAdapter;
   AdapterRoute: AdapterRoute;
+  AdapterGroup: AdapterGroup;
 }
 
 /** Waits this long for what has no deadline of its own. */

@@ -12,7 +12,7 @@ import { type ControlPlane, kubectl } from '../fixtures/control-plane.ts';
 const crdFolder = join(import.meta.dirname, '../../crds');
 
 export async function applyCrds(plane: ControlPlane): Promise<void> {
-  const kinds = ['basemodels', 'loraadapters', 'adapterroutes', 'tenants'];
+  const kinds = ['basemodels', 'loraadapters', 'adapterroutes', 'adaptergroups', 'tenants'];
   await kubectl(plane, [
     'apply',
     '--server-side',

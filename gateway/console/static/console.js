@@ -46,7 +46,7 @@ function show(data) {
   drawAll(data);
   const held = adapters.filter(({ places }) => places.length > 0).map(({ name }) => name);
   const bases = data.bases.filter(({ mayUse }) => mayUse).map(({ name }) => name);
-  playground.offer([...held, ...bases, ...data.routes.map(({ name }) => name)]);
+  playground.offer([...held, ...bases, ...[...data.routes, ...data.groups].map(({ name }) => name)]);
 }
 
 function forget(why) {

@@ -11,6 +11,8 @@ export function drawAll(data) {
   drawAdapters(data.adapters);
   byId('routes-section').hidden = data.routes.length === 0;
   redraw(byId('routes'), data.routes, drawRoutes);
+  byId('groups-section').hidden = data.groups.length === 0;
+  redraw(byId('groups'), data.groups, drawGroups);
 }
 
 export function drawAdapters(adapters) {
@@ -170,6 +172,15 @@ function drawRoutes(routes) {
     return [name, element('ul', { class: 'places' }, ...items)];
   });
   return [element('div', { class: 'card' }, table('Routes', ['Route', 'Targets'], rows))];
+}
+
+function drawGroups(groups) {
+  const rows = groups.map(({ name, members, isServed }) => {
+    if (members === null) return [name, 'more than a request composes'];
+    const items = members.map((member) => element('li', { class: isServed ? 'device' : 'away' }, member));
+    return [name, element('ul', { class: 'places' }, ...items)];
+  });
+  return [element('div', { class: 'card' }, table('Groups', ['Group', 'Composed of'], rows))];
 }
 
 /** @param columns  a name that begins with # is of numbers */

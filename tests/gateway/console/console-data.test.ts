@@ -102,3 +102,17 @@ test('a route shows its targets and which of them an engine holds', () => {
     },
   ]);
 });
+
+test('a group shows the members that the caller may use, and whether an engine holds all of them', () => {
+  const members = ['law', 'tax'].map((name) => ({ name, weight: 0.5 }));
+  const targets = [{ name: 'all', baseModel: 'b', weight: 1, members }];
+  const group: VisibleModel = { name: 'all', kind: 'group', parent: 'Base', targets };
+  const groupsWith = (...names: string[]) => dataFor([group], [engine('e1', 'b', names)]).groups;
+  expect(groupsWith('Base', 'law', 'tax')).toEqual([
+    { name: 'all', members: ['law', 'tax'], isServed: true },
+  ]);
+  expect(groupsWith('Base', 'law')).toMatchObject([{ isServed: false }]);
+  expect(dataFor([{ ...group, targets: [] }], []).groups).toEqual([
+    { name: 'all', members: null, isServed: false },
+  ]);
+});

@@ -49,11 +49,11 @@ test('resources that are deleted after the operator was uninstalled go at once, 
   await motet.helm(['uninstall', 'motet', '-n', namespace, '--wait', '--timeout', '120s']);
   expect(await engineObjects()).not.toEqual([]);
 
-  for (const kind of ['basemodels', 'loraadapters', 'adapterroutes', 'tenants']) {
+  for (const kind of ['basemodels', 'loraadapters', 'adapterroutes', 'adaptergroups', 'tenants']) {
     await motet.kubectl(['delete', kind, '--all', '--timeout=60s']);
   }
   expect(await untilNothingIsLeft()).toEqual([]);
-  const definitions = ['basemodels', 'loraadapters', 'adapterroutes', 'tenants'].map(
+  const definitions = ['basemodels', 'loraadapters', 'adapterroutes', 'adaptergroups', 'tenants'].map(
     (name) => `${name}.motet.dev`,
   );
   await kubectl(motet.cluster, ['delete', 'crd', ...definitions, '--timeout=60s']);

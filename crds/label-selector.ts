@@ -1,7 +1,7 @@
 // Kubernetes label selectors: which objects a selector means, by their labels. The rules are those of
 // https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#label-selectors
 
-import type { TenantSpec } from '../crds/types.ts';
+import type { AdapterGroup, LoraAdapter, TenantSpec } from './types.ts';
 
 export type LabelSelector = NonNullable<TenantSpec['access']['adapters']>;
 
@@ -16,6 +16,11 @@ export function selects(
     Object.entries(matchLabels).every(([key, value]) => labelOf(labels, key) === value) &&
     matchExpressions.every((requirement) => holds(requirement, labelOf(labels, requirement.key)))
   );
+}
+
+/** Whether an adapter belongs to a group. */
+export function isMember({ spec: group }: AdapterGroup, { metadata, spec }: LoraAdapter): boolean {
+  return spec.baseModel === group.baseModel && selects(group.selector, metadata.labels ?? {});
 }
 
 type Requirement = NonNullable<LabelSelector['matchExpressions']>[number];

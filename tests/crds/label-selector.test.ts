@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { type LabelSelector, selects } from '../../gateway/label-selector.ts';
+import { type LabelSelector, selects } from '../../crds/label-selector.ts';
 
 const labels = { team: 'sql', tier: 'gold', empty: '' };
 

@@ -1,0 +1,77 @@
+// Who answers to the name of an AdapterGroup: the adapters of the group that the caller may use, all of them at once. The group
+// gives no right to an adapter, and none of what the caller may use is left out: an engine that cannot compose all of it, or a
+// bound that is too small, is an error and not a poorer answer. One adapter a domain of access, composed when it is asked for, as
+// in AdapterSwap (Fleshman et al., 2024).
+
+import { isMember, type LabelSelector, selects } from '../../crds/label-selector.ts';
+import type { AdapterGroup, LoraAdapter } from '../../crds/types.ts';
+import { adaptersHeader, formatAdapters, modelHeader } from '../../engine/protocol.ts';
+import type { WeightedTarget } from '../choose-target.ts';
+import { GatewayError } from '../errors.ts';
+import type { Target } from '../resolve-model.ts';
+
+/** An adapter that the group selects. */
+export type Member = { labels: Readonly<Record<string, string>>; target: Target };
+
+export type GroupRules = Pick<AdapterGroup['spec'], 'baseModel' | 'weights' | 'maxMembers'> & {
+  /** By name. */
+  members: readonly Member[];
+};
+
+/** @param targetOf  null for an adapter of which no name is its own */
+export function groupRules(
+  group: AdapterGroup,
+  loraAdapters: readonly LoraAdapter[],
+  targetOf: (adapter: string) => Target | undefined,
+): GroupRules {
+  const { baseModel, weights, maxMembers } = group.spec;
+  const members = loraAdapters
+    .filter((adapter) => isMember(group, adapter))
+    .flatMap(({ metadata }) => {
+      const target = targetOf(metadata.name!);
+      return target === undefined ? [] : [{ labels: metadata.labels ?? {}, target }];
+    })
+    .sort((a, b) => (a.target.name < b.target.name ? -1 : 1));
+  return { baseModel, weights, maxMembers, members };
+}
+
+/** @param adapters  what selects the adapters that the caller may use; null: it may use all */
+export function membersFor({ members }: GroupRules, adapters: LabelSelector | undefined | null): Member[] {
+  return members.filter(({ labels }) => adapters === null || selects(adapters, labels));
+}
+
+/** A request cannot compose them, and does not choose among them. */
+export function isTooLarge({ maxMembers }: GroupRules, members: readonly Member[]): boolean {
+  return members.length > maxMembers;
+}
+
+/**
+ * @param name     of the group
+ * @param members  those that the caller may use, at least one
+ * @throws group_too_large
+ */
+export function groupTarget(name: string, group: GroupRules, members: readonly Member[]): WeightedTarget {
+  const { baseModel, weights, maxMembers } = group;
+  if (isTooLarge(group, members)) {
+    const message = `model: expected a group of which you may use at most ${maxMembers} adapters, got ${members.length}`;
+    throw new GatewayError('group_too_large', message, { param: 'model' });
+  }
+  const weight = weights === 'equal' ? 1 / members.length : 1;
+  const asks = new Map(
+    members.flatMap(({ target }) => (target.asks ?? []).map((ask) => [`${ask.kind}/${ask.name}`, ask])),
+  );
+  return {
+    name,
+    baseModel,
+    weight: 1,
+    members: members.map(({ target }) => ({ name: target.name, weight })),
+    ...(members.some(({ target }) => target.isHopeless) && { isHopeless: true }),
+    ...(asks.size > 0 && { asks: [...asks.values()] }),
+  };
+}
+
+/** The headers that tell an engine who is to answer, where the name in the body does not. */
+export function whoAnswers(model: string, { name, members }: Target): Record<string, string> {
+  if (members !== undefined) return { [adaptersHeader]: formatAdapters(members) };
+  return name === model ? {} : { [modelHeader]: name };
+}
