@@ -7,7 +7,7 @@
 import { once } from 'node:events';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import { type Dispatcher, request } from 'undici';
-import { modelHeader, usageHeader } from '../engine/protocol.ts';
+import { formatAdapters, modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
@@ -159,7 +159,12 @@ async function tryEngines(
   deliver: (answer: Answer, attempt: Attempt) => Promise<GatewayError | null>,
 ): Promise<GatewayError | null> {
   const { admission, router, limits } = parts;
-  const route = routeAsk(req.target.name, req.body, { ...req, outputTokens: req.ask.outputTokens });
+  const { name, members } = req.target;
+  const route = routeAsk(members === undefined ? name : formatAdapters(members), req.body, {
+    ...req,
+    outputTokens: req.ask.outputTokens,
+    members: members?.map((member) => member.name),
+  });
   router.noteRequest();
   const tried = new Set<Endpoint>();
   const report = (failure: GatewayError | null) => {

@@ -89,7 +89,11 @@ test('a right that is taken away, by label, by tenant or by group, is in no late
       (got) => got === wanted,
     );
   await cluster.change('LoraAdapter', 'oncology', { metadata: { labels: { ward: 'closed' } } });
+  const changedMs = performance.now();
   await becomes('doctor', 'triage=1');
+  console.log(
+    `a label was taken away: the adapter is in no answer after ${Math.round(performance.now() - changedMs)} ms`,
+  );
   await cluster.change('LoraAdapter', 'oncology', { metadata: { labels: { ward: 'oncology' } } });
   await becomes('doctor', 'oncology=0.5,triage=0.5');
   await cluster.change('Tenant', 'doctor', { spec: { access: accessTo('cardiology') } });
