@@ -2,13 +2,14 @@
  * What does a batch gain over the same requests asked online, and does each line stay answered once when the gateway is killed
  * while it runs? Engine and gateway are processes of their own.
  *
- *   node tests/bench/batch-job.ts                                5,000 lines, 6 adapters, 5 kills: about a quarter of an hour
+ *   node tests/bench/batch-job.ts                                5,000 lines, 6 adapters, 5 kills
  *   node tests/bench/batch-job.ts --lines 600 --documents 30 --rounds 3
  *   node tests/bench/batch-job.ts --model tiny --rounds 0 --online 0    kills alone, with a model of two layers
  *
  * A line is a system prompt, its adapter's own, then a document that some other lines of the adapter share, then a question of its
- * own. Online, clients in a closed loop ask the lines in a random order, as many at a time as the job has in flight: what a
- * tenant would do without batches. Both go through the same gateway to the same engine, in turns, with texts of their own in each
+ * own. Online, clients in a closed loop ask the lines in the order of the file, as many at a time as the job has in flight: what a
+ * tenant would do without batches. The file is in a random order (--order shuffled) or document by document (--order grouped), when there is
+ * little left for a batch to order. Both go through the same gateway to the same engine, in turns, with texts of their own in each
  * turn, so that nothing of one is in the cache for another. `--documents` with `--kv-tokens` says how much of the
  * documents the device holds: when it holds all of them, order gains nothing from the cache.
  */
@@ -32,9 +33,10 @@ const { values: options } = parseArgs({
     lines: { type: 'string', default: '5000' },
     adapters: { type: 'string', default: '6' },
     documents: { type: 'string', default: '240' },
-    'system-words': { type: 'string', default: '40' },
-    'document-words': { type: 'string', default: '80' },
-    'kv-tokens': { type: 'string', default: '12288' },
+    'system-words': { type: 'string', default: '24' },
+    'document-words': { type: 'string', default: '48' },
+    'kv-tokens': { type: 'string', default: '8192' },
+    order: { type: 'string', default: 'shuffled' },
     'output-tokens': { type: 'string', default: '8' },
     'in-flight': { type: 'string', default: '48' },
     rounds: { type: 'string', default: '1' },
@@ -64,6 +66,10 @@ const numOnline = countOf('online', 0);
 const numSpareSeats = 16;
 const endpoint = '/v1/chat/completions' as const;
 
+const { order } = options;
+if (order !== 'shuffled' && order !== 'grouped') {
+  throw new RangeError(`--order: expected shuffled or grouped, got ${order}`);
+}
 const paths = { smollm2: smollm2Path, tiny: join(import.meta.dirname, '../goldens/tiny/llama3') };
 const modelPath = paths[options.model as keyof typeof paths];
 if (modelPath === undefined) throw new RangeError(`--model: expected smollm2 or tiny, got ${options.model}`);
@@ -75,7 +81,7 @@ const vocabulary =
     ' ',
   );
 
-/** The lines of a turn, in a random order. */
+/** The lines of a turn, in the order of the file. */
 function makeLines(seed: number): Body[] {
   const random = seededRandom(seed);
   const text = (numWords: number) =>
@@ -83,7 +89,7 @@ function makeLines(seed: number): Body[] {
   const systems = Array.from({ length: numAdapters }, () => text(systemWords));
   const documents = Array.from({ length: numDocuments }, () => text(documentWords));
   const bodies = Array.from({ length: numLines }, (_, i): Body => {
-    const document = i % numDocuments;
+    const document = order === 'grouped' ? Math.floor((i * numDocuments) / numLines) : i % numDocuments;
     const adapter = document % numAdapters;
     return {
       model: `adapter-${adapter}`,
@@ -94,6 +100,7 @@ function makeLines(seed: number): Body[] {
       ...{ max_tokens: outputTokens, temperature: 0 },
     };
   });
+  if (order === 'grouped') return bodies;
   for (let i = bodies.length - 1; i > 0; i--) {
     const j = random.below(i + 1);
     [bodies[i], bodies[j]] = [bodies[j]!, bodies[i]!];
@@ -107,17 +114,28 @@ interface Turn {
   cachedTokens: number;
 }
 
+let toldMs = 0;
+
+/** On the way, every ten seconds. */
+function tell(what: string, numDone: number, beganMs: number): void {
+  if (performance.now() - toldMs < 10_000) return;
+  toldMs = performance.now();
+  const seconds = (toldMs - beganMs) / 1000;
+  process.stderr.write(`${what}: ${numDone} of ${numLines} lines in ${seconds.toFixed(0)} s\n`);
+}
+
 const clientOf = ({ url }: RunningProcess) =>
   new OpenAI({ baseURL: `${url}/v1`, apiKey: 'none', maxRetries: 0, timeout: 600_000 });
 
 async function askOnline(gateway: RunningProcess, bodies: Body[]): Promise<Turn> {
   const client = clientOf(gateway);
   const turn: Turn = { linesPerSecond: 0, promptTokens: 0, cachedTokens: 0 };
-  const left = [...bodies];
+  const left = bodies.toReversed();
   const beginMs = performance.now();
   const ask = async () => {
     for (let body = left.pop(); body !== undefined; body = left.pop()) {
       const { usage } = await client.chat.completions.create(body);
+      tell('online', bodies.length - left.length, beginMs);
       turn.promptTokens += usage!.prompt_tokens;
       turn.cachedTokens += usage!.prompt_tokens_details?.cached_tokens ?? 0;
     }
@@ -141,12 +159,14 @@ async function beginBatch(gateway: RunningProcess, bodies: Body[]): Promise<stri
 }
 
 async function ended(gateway: RunningProcess, id: string): Promise<OpenAI.Batch> {
+  const beganMs = performance.now();
   for (;;) {
     const batch = await clientOf(gateway).batches.retrieve(id);
     if (batch.completed_at) return batch;
     if (batch.status !== 'validating' && batch.status !== 'in_progress' && batch.status !== 'finalizing') {
       throw new Error(`the batch is ${batch.status}: ${JSON.stringify(batch.errors)}`);
     }
+    tell('batch', batch.request_counts?.completed ?? 0, beganMs);
     await new Promise((resolve) => setTimeout(resolve, 200));
   }
 }
@@ -230,7 +250,7 @@ async function compareOnline(gateway: RunningProcess): Promise<void> {
     throw new Error('the job ended before the online requests did; take more lines');
   }
   await client.batches.cancel(id);
-  console.log('| an online request for one token, s | median | p95 |');
+  console.log('| first token of an online request, s | median | p95 |');
   console.log('|---|---|---|');
   for (const [name, seconds] of [
     ['alone', alone],
@@ -257,6 +277,7 @@ async function killOften(engineUrl: string, settings: string[]): Promise<void> {
       if (request_counts!.completed >= due) break;
       await new Promise((resolve) => setTimeout(resolve, 50));
     }
+    process.stderr.write(`kill ${kill} of ${numKills}, after ${Math.ceil(due)} lines\n`);
     gateway.child.kill('SIGKILL');
     await once(gateway.child, 'close');
     gateway = await startGatewayOver([engineUrl], killed);
@@ -297,7 +318,7 @@ try {
   children.push(gateway);
   console.log(
     `${options.model}; ${numLines} lines over ${numAdapters} adapters and ${numDocuments} documents, ${numInFlight} in flight, ` +
-      `KV for ${kvTokens} tokens; ${cpuInfo().isa}\n`,
+      `file ${order}, KV for ${kvTokens} tokens; ${cpuInfo().isa}\n`,
   );
   if (numRounds > 0) await compare(gateway);
   if (numOnline > 0) await compareOnline(gateway);
