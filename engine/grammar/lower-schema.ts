@@ -1,6 +1,6 @@
 /**
  * Says in the words that the grammar library knows what a JSON schema says in some others: `unevaluatedProperties`, `unevaluatedItems`,
- * `dependentRequired`, `dependentSchemas`, `dependencies`, `propertyNames`, `not`, and `if` with `then` and `else`. A keyword is replaced where the
+ * `dependentRequired`, `dependentSchemas`, `dependencies`, `propertyNames`, `not`, `if` with `then` and `else`, and `oneOf` whose parts overlap. A keyword is replaced where the
  * instances are the same ones before and after; where that cannot be told it stays, and the library refuses it by name.
  *
  *   a node → the node without those keywords, and `allOf` with what they come to
@@ -23,6 +23,8 @@ const maxDepth = 128;
 /** Of nodes looked at and names written; what takes more stays as it is. */
 const maxWork = 100_000;
 const maxWordCharacters = 4096;
+/** Each part of a `oneOf` is said together with all others. */
+const maxOverlapping = 6;
 
 interface Around {
   root: Node;
@@ -57,6 +59,7 @@ function lower(schema: unknown, around: Around, depth: number): unknown {
   lowerNot(node, extra, around);
   lowerIf(node, extra, around);
   lowerPropertyNames(node, extra);
+  lowerOneOf(node, extra, around);
   if (extra.length > 0) node.allOf = [...(Array.isArray(node.allOf) ? node.allOf : []), ...extra];
 
   const below = (part: unknown) => lower(part, around, depth + 1);
@@ -224,6 +227,47 @@ function lowerIf(node: Node, extra: Schema[], around: Around): void {
   delete node.if;
   delete node.then;
   delete node.else;
+}
+
+/** One part, and none of the others. Parts that cannot overlap the library takes as they are. */
+function lowerOneOf(node: Node, extra: Schema[], around: Around): void {
+  const { oneOf: parts } = node;
+  if (!Array.isArray(parts) || parts.length > maxOverlapping) return;
+  const isApart = parts.every((a, i) => parts.slice(i + 1).every((b) => areApart(a, b, around, 0)));
+  if (isApart) return;
+  const others = parts.map((part) => negate(part, around, 0));
+  if (others.includes(null)) return;
+  const only = (part: unknown, i: number) => ({ allOf: [part, ...others.filter((_, j) => j !== i)] });
+  extra.push({ anyOf: parts.map(only) });
+  delete node.oneOf;
+}
+
+/** Whether no instance of the one is one of the other; false also when that does not meet the eye. */
+function areApart(a: unknown, b: unknown, around: Around, depth: number): boolean {
+  const [one, other] = [a, b].map((part) =>
+    isObject(part) && '$ref' in part ? resolve(part.$ref, around) : part,
+  );
+  if (!isObject(one) || !isObject(other) || depth > 4) return false;
+  const [values, otherValues] = [valuesOf(one), valuesOf(other)];
+  if (values && otherValues) return !values.some((value) => otherValues.includes(value));
+  const [kinds, otherKinds] = [typesOf(one), typesOf(other)];
+  if (!kinds || !otherKinds) return false;
+  if (!kinds.some((type) => otherKinds.includes(type))) return true;
+  if (kinds.length > 1 || otherKinds.length > 1 || kinds[0] !== 'object') return false;
+  const required = [one.required, other.required].flatMap((list) => (isNames(list) ? list : []));
+  const below = (of: Node, name: string) => (isObject(of.properties) ? of.properties[name] : undefined);
+  return required.some((name) => areApart(below(one, name), below(other, name), around, depth + 1));
+}
+
+function valuesOf({ const: value, enum: list }: Node): unknown[] | null {
+  const values = value !== undefined ? [value] : Array.isArray(list) ? list : null;
+  return values?.every((one) => typeof one !== 'object' || one === null) ? values : null;
+}
+
+function typesOf({ type, ...rest }: Node): string[] | null {
+  const types = Array.isArray(type) ? type : [type];
+  if (isNames(types)) return types.map((name) => (name === 'integer' ? 'number' : name));
+  return valuesOf(rest)?.map((value) => (value === null ? 'null' : typeof value)) ?? null;
 }
 
 /** Names that are a list, or those of a pattern, and no other. */

@@ -11,6 +11,8 @@ import { seededRandom } from '../../fixtures/seeded-random.ts';
 type Schema = Record<string, unknown>;
 
 const keywords = [
+  'oneOf',
+
   ...['unevaluatedProperties', 'unevaluatedItems', 'dependentRequired', 'dependentSchemas', 'dependencies'],
   ...['propertyNames', 'not', 'if', 'then', 'else'],
 ];
@@ -75,6 +77,11 @@ const lowered: [string, Schema][] = [
   ['not a form', { not: { type: 'object', properties: { foo: { type: 'string' } } } }],
   ['one of two forms by a name', conditional(card, { required: ['x'] }, { required: ['a'] })],
   ['only if', conditional({ required: ['foo'] }, { minProperties: 2 })],
+  [
+    'one of parts that overlap',
+    { oneOf: [{ required: ['foo'] }, { required: ['bar'] }, { maxProperties: 1 }] },
+  ],
+  ['one of two bounds', { type: 'number', oneOf: [{ minimum: 1 }, { maximum: 2 }] }],
   ['only else', conditional({ type: 'array' }, undefined, { not: { const: 'card' } })],
 ];
 
@@ -92,6 +99,18 @@ test.each([
     { anyOf: [{ properties: { a: true } }], unevaluatedProperties: false },
   ],
   ['an item that is found', { contains: { type: 'string' }, unevaluatedItems: false }],
+  [
+    'one of parts apart by a value',
+    {
+      $defs: { card: { type: 'object', properties: { kind: { const: 'card' } }, required: ['kind'] } },
+      oneOf: [
+        { $ref: '#/$defs/card' },
+        { type: 'object', properties: { kind: { enum: ['cash', 'x'] } }, required: ['kind'] },
+        { type: 'string' },
+      ],
+    },
+  ],
+  ['one of parts that are not known', { oneOf: [{ pattern: 'a' }, { maxLength: 3 }] }],
   ['no integer', { not: { type: 'integer' } }],
   ['no pattern', { not: { pattern: 'a' } }],
   ['a reference to another document', { not: { $ref: 'other.json' } }],
