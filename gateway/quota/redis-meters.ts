@@ -4,7 +4,8 @@
 // While Redis cannot be asked, a gateway goes on alone, with its share of every limit: the limit divided by the gateways that
 // were there last. It begins where Redis left off, since it keeps what Redis read last. Nobody waits longer than the timeout, and
 // that once: from then on Redis is asked again by a look a second, not by requests. What is spent meanwhile is not told
-// to Redis afterwards. Leases are renewed every few seconds, which also puts them back into a Redis that lost them.
+// to Redis afterwards, but for leases: those that ended meanwhile are given back when it answers again. Leases are renewed every few
+// seconds, which also puts them back into a Redis that lost them.
 
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -27,8 +28,10 @@ export type RedisOptions = {
 type Log = { info(fields: object, message: string): void; warn(fields: object, message: string): void };
 
 const script = readFileSync(join(import.meta.dirname, 'meter.lua'), 'utf8');
-/** Leases that one call renews: a script holds up all others. */
+/** Leases that one call renews or gives back: a script holds up all others. */
 const maxRenewed = 500;
+/** More than that end by the time. */
+const maxOwed = 10_000;
 const renewMs = 5_000;
 const lookMs = 1_000;
 const gatewaysKey = 'motet:quota:gateways';
@@ -48,6 +51,8 @@ export class RedisMeters implements MeterStore {
   readonly #log: Log;
   /** Taken and not given back: `key id` -> how to renew it. */
   readonly #leases = new Map<string, Extract<Take, { kind: 'lease' }>>();
+  /** Ended, and Redis may not know of it: `key id` -> how to give it back. */
+  readonly #owed = new Map<string, Settlement>();
   #isAway = false;
   #isClosed = false;
   readonly #ready = Promise.withResolvers<void>();
@@ -122,11 +127,33 @@ export class RedisMeters implements MeterStore {
     return [isTaken === 1, readings];
   }
 
-  /** What cannot be given back now is given back by the time: a lease that is not renewed ends. */
+  /** A lease that cannot be given back now is owed. */
   async #settleShared(settlements: readonly Settlement[]): Promise<void> {
     this.#forgetLeases(settlements);
-    if (settlements.length === 0 || !this.isShared) return;
-    await this.#call('settle', settlements).catch((error) => this.#noteAway(error));
+    if (settlements.length === 0) return;
+    if (!this.isShared) return this.#oweLeases(settlements);
+    await this.#call('settle', settlements).catch((error) => {
+      this.#noteAway(error);
+      this.#oweLeases(settlements);
+    });
+  }
+
+  #oweLeases(settlements: readonly Settlement[]): void {
+    for (const each of settlements) {
+      if (each.kind === 'lease' && this.#owed.size < maxOwed) this.#owed.set(`${each.key} ${each.id}`, each);
+    }
+  }
+
+  async #giveBackOwed(): Promise<void> {
+    const owed = [...this.#owed];
+    for (let begin = 0; begin < owed.length; begin += maxRenewed) {
+      const some = owed.slice(begin, begin + maxRenewed);
+      await this.#call(
+        'settle',
+        some.map(([, settlement]) => settlement),
+      );
+      for (const [name] of some) this.#owed.delete(name);
+    }
   }
 
   #takeAlone(takes: readonly Take[]): Taken {
@@ -170,6 +197,7 @@ export class RedisMeters implements MeterStore {
       for (let begin = 0; begin < leases.length; begin += maxRenewed) {
         await this.#call('renew', leases.slice(begin, begin + maxRenewed));
       }
+      await this.#giveBackOwed();
       this.#local.numGateways = Math.max(numGateways!, 1);
       if (this.#isAway) this.#log.info({ gateways: numGateways }, 'Redis answers again; quotas are shared');
       this.#isAway = false;

@@ -1,12 +1,14 @@
 /**
- * What becomes of requests while engines are killed, stopped and slowed at random? Four engines without arithmetic
+ * What becomes of requests while engines are killed, stopped, hung and slowed at random, and the Redis that limits are kept in is killed
+ * and frozen? Four engines without arithmetic
  * (tests/fixtures/paced-engine-child.ts), of which two are in trouble at most, one gateway, clients in a closed loop.
  *
  *   node tests/bench/chaos.ts                    5 minutes
  *   node tests/bench/chaos.ts --seconds 30 --seed 7 --clients 32
  *
  * Fails when a request ends without all of its answer and without an error that says why, when an answer is wrong or there
- * twice, or when the gateway counted other tokens or requests than the clients.
+ * twice, when the gateway counted other tokens or requests than the clients, when a limit that has room refuses, or when a place of a
+ * request is not given back.
  */
 import { parseArgs } from 'node:util';
 import { runChaos } from '../fixtures/chaos.ts';
@@ -32,12 +34,16 @@ const report = await runChaos({
   numClients: countOf('clients'),
   // Longer than a look may take and an engine may be silent: some are taken for dead.
   maxStopMs: 12_000,
+  hangMs: 9_000,
   gatewayArgs: ['--silent-after-ms', '5000', '--idle-timeout-ms', '20000'],
 });
 const { done, refused, wrong, latenciesMs, ...counts } = report;
 const numRefused = Object.values(refused).reduce((a, b) => a + b, 0);
 console.log(
-  `engines killed ${done.killed} times, stopped ${done.stopped}, slowed ${done.slowed}; left alone ${counts.ejections} times`,
+  `engines killed ${done.killed} times, stopped ${done.stopped}, hung ${done.hung}, slowed ${done.slowed}; left alone ${counts.ejections} times`,
+);
+console.log(
+  `Redis killed ${done.redisKilled} times, frozen ${done.redisFrozen}; ${counts.numAlone} requests without it, ${counts.numPlacesLeft} places not given back`,
 );
 console.log(
   `${counts.numSent} requests: ${counts.numAnswered} answered, ${numRefused} told why not, ${wrong.length} wrong; ${counts.numRetried} asked of another engine`,
@@ -54,6 +60,8 @@ const isRight =
   wrong.length === 0 &&
   counts.receivedTokens === counts.countedTokens &&
   counts.numSent === counts.countedRequests &&
-  counts.numAnswered + numRefused === counts.numSent;
+  counts.numAnswered + numRefused === counts.numSent &&
+  refused.rate_limit_exceeded === undefined &&
+  counts.numPlacesLeft === 0;
 console.log(isRight ? 'nothing was lost, and nothing came twice' : 'NOT RIGHT');
 process.exitCode = isRight ? 0 : 1;

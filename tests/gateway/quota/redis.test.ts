@@ -13,7 +13,7 @@ import {
   take,
 } from '../../../gateway/quota/meter.ts';
 import { RedisMeters, type RedisOptions, scriptArguments } from '../../../gateway/quota/redis-meters.ts';
-import { startFakeEngine } from '../../fixtures/fake-engine.ts';
+import { answer, type Received, startFakeEngine } from '../../fixtures/fake-engine.ts';
 import { certificates } from '../../fixtures/https-source.ts';
 import { type RunningRedis, startRedis } from '../../fixtures/redis.ts';
 import { seededRandom } from '../../fixtures/seeded-random.ts';
@@ -115,6 +115,41 @@ test('gateways share a limit', async () => {
   const statuses = await ask(gateways, 8);
   expect(numOk(statuses)).toBeLessThanOrEqual(4);
   expect(statuses.slice(0, 3)).toEqual([200, 200, 200]);
+});
+
+test('a place of a request that ends while Redis is away is free when Redis is back', async () => {
+  const redis = await startRedis();
+  const held: Received[] = [];
+  const engine = await startFakeEngine({ script: (received) => void held.push(received) });
+  const gateway = await gatewayFor([engine], {
+    apiKeys,
+    limits: new Map([['team-a', { concurrency: 3 }]]),
+    redis: { url: redis.url, password: null, ca: null, timeoutMs: 500 },
+  });
+  const statusOf = async () => (await gateway.chat(chatBody(), asTeam)).status;
+  const areHeld = (count: number) =>
+    until(
+      () => held.length,
+      (length) => length === count,
+    );
+  const isLogged = (text: string) =>
+    until(
+      () => logged(gateway, text),
+      (count) => count === 1,
+    );
+  const statuses = [statusOf(), statusOf()];
+  await areHeld(2);
+  redis.freeze();
+  // The one that finds out.
+  statuses.push(statusOf());
+  await areHeld(3);
+  await isLogged(awayText);
+  for (const received of held) void answer(received);
+  expect(await Promise.all(statuses)).toEqual([200, 200, 200]);
+  redis.thaw();
+  await isLogged(backText);
+  engine.script = answer;
+  expect(await Promise.all([statusOf(), statusOf(), statusOf()])).toEqual([200, 200, 200]);
 });
 
 test('a Redis that is killed and comes back fails no request', async () => {
