@@ -9,7 +9,7 @@ import { Traffic } from './console/traffic.ts';
 import { GatewayError } from './errors.ts';
 import type { Metrics } from './metrics.ts';
 import { modelNotFound, parseAsked, parseContentType } from './openai.ts';
-import { addHealth, addLoraxRoutes, loraxPaths } from './protocols/lorax-routes.ts';
+import { addHealth, addLoraxRoutes, loraxPaths, loraxPostPaths } from './protocols/lorax-routes.ts';
 import { type AnswerParts, answerWithin } from './request/answer.ts';
 import { arrivalOf, tenantOf } from './request/arrival.ts';
 import { admitByKey, answerError, onlyMethod } from './request/door.ts';
@@ -102,10 +102,9 @@ export function createApp(parts: AppParts): Express {
   addLoraxRoutes(app, {
     readBody,
     cards: (res) => directory.cards(tenantOf(res)),
-    send: (request, res) =>
-      answerWithin(arrivalOf(res), { ...request, path: enginePaths.completions }, parts),
+    send: (request, res) => answerWithin(arrivalOf(res), request, parts),
   });
-  app.all(['/', '/generate', '/generate_stream'], onlyMethod('POST'));
+  app.all(loraxPostPaths, onlyMethod('POST'));
   app.all('/info', onlyMethod('GET'));
 
   if (parts.batches !== null) addBatchRoutes(app, parts.batches, tenantOf, onlyMethod);

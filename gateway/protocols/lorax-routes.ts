@@ -1,16 +1,22 @@
 // The routes of LoRAX's and TGI's clients. Who may use which model is judged as for OpenAI's: only bodies are others.
 
 import { randomInt } from 'node:crypto';
-import type { Express, RequestHandler, Response } from 'express';
+import type { Express, Request, RequestHandler, Response } from 'express';
 import type { ModelCard } from '../../engine/protocol.ts';
 import type { GatewayError } from '../errors.ts';
 import { parseContentType, parseJsonObject } from '../openai.ts';
 import { type LoraxRequest, loraxError, parseLorax } from './lorax.ts';
+import { noClassifier, parseEmbed } from './lorax-embed.ts';
 
 /** By path, whether the answer is a stream; null: as the body says. */
 const generatePaths = { '/generate': false, '/generate_stream': true, '/': null } as const;
 
-export const loraxPaths: readonly string[] = [...Object.keys(generatePaths), '/info', '/health'];
+/** Known, and answered by a refusal. */
+const classifyPaths = ['/classify', '/classify_batch'];
+
+/** Of the paths below, those that take a body. */
+export const loraxPostPaths: string[] = [...Object.keys(generatePaths), '/embed', ...classifyPaths];
+export const loraxPaths: readonly string[] = [...loraxPostPaths, '/info', '/health'];
 
 export type LoraxParts = {
   readBody: RequestHandler;
@@ -33,11 +39,15 @@ export function addLoraxRoutes(app: Express, { readBody, cards, send }: LoraxPar
   const newSeed = () => randomInt(2 ** 32);
   for (const [path, wantsStream] of Object.entries(generatePaths)) {
     app.post(path, readBody, async (req, res) => {
-      parseContentType(req.get('content-type'));
-      const body = parseJsonObject(Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0));
-      await send(parseLorax(body, basesOf(cards(res)), wantsStream, newSeed), res);
+      await send(parseLorax(bodyOf(req), basesOf(cards(res)), wantsStream, newSeed), res);
     });
   }
+  app.post('/embed', readBody, async (req, res) => {
+    await send(parseEmbed(bodyOf(req), basesOf(cards(res))), res);
+  });
+  app.post(classifyPaths, (req) => {
+    throw noClassifier(req.path);
+  });
   app.get('/info', (_req, res) => {
     const bases = cards(res).filter(({ parent }) => parent === null);
     const [first] = bases;
@@ -55,6 +65,11 @@ export function addLoraxRoutes(app: Express, { readBody, cards, send }: LoraxPar
       router: 'motet',
     });
   });
+}
+
+function bodyOf(req: Request): Record<string, unknown> {
+  parseContentType(req.get('content-type'));
+  return parseJsonObject(Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0));
 }
 
 /** Whether an error on this path is told in this protocol. */

@@ -4,18 +4,21 @@
 //   /generate          {inputs, parameters} → {generated_text, details?}
 //   /generate_stream   the same → one event a token, {token, generated_text, details}; the last two are null but in the last event
 //   /                  either, as `stream` says; whole answers are in a list
+//   /embed             lorax-embed.ts
 //
 // Errors are {error, error_type}, and what is wrong with a request is 422 here.
 // Source: predibase/lorax, router/src/lib.rs and server.rs; clients/python/lorax/types.py.
 
 import { z } from 'zod';
+import { enginePaths } from '../../engine/protocol.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import type { Translation } from '../forward.ts';
 import type { Asked } from '../openai.ts';
 
 export type LoraxRequest = {
+  /** Of the engine. */
+  path: string;
   asked: Asked;
-  /** For `/v1/completions`. */
   body: Buffer;
   translation: Translation;
 };
@@ -71,17 +74,10 @@ export function parseLorax(
   wantsStream: boolean | null,
   newSeed: () => number,
 ): LoraxRequest {
-  const parsed = loraxBody.safeParse(value);
-  if (!parsed.success) {
-    const { path, message } = parsed.error.issues[0]!;
-    throw invalid(path.join('.'), message);
-  }
-  const { inputs, stream } = parsed.data;
-  const given = parsed.data.parameters ?? {};
-  for (const [field, expected] of Object.entries(refused)) {
-    if (given[field] !== undefined && given[field] !== null && given[field] !== false)
-      throw invalid(field, expected);
-  }
+  const parsed = parseShape(loraxBody, value);
+  const { inputs, stream } = parsed;
+  const given = parsed.parameters ?? {};
+  refuseGiven(given);
   const isStream = wantsStream ?? stream ?? false;
   const bestOf = given.best_of ?? 1;
   if (isStream && bestOf > 1) throw invalid('best_of', `expected 1 for a stream, got ${bestOf}`);
@@ -90,7 +86,7 @@ export function parseLorax(
     (given.do_sample === true || [given.temperature, given.top_k, given.top_p].some((set) => set != null));
   if (bestOf > 1 && !isSampling) throw invalid('best_of', `expected 1 without sampling, got ${bestOf}`);
   const seed = isSampling ? (given.seed ?? newSeed()) : null;
-  const model = given.adapter_id || onlyBase(baseModels);
+  const model = loraxModel(given.adapter_id, baseModels);
   const format = given.response_format;
   const body = {
     model,
@@ -122,10 +118,32 @@ export function parseLorax(
     isList: wantsStream === null,
   };
   return {
+    path: enginePaths.completions,
     asked: { model, user: null, isStream, maxTokens: body.max_tokens, numChoices: bestOf },
     body: Buffer.from(JSON.stringify(body)),
     translation: new LoraxTranslation(shape),
   };
+}
+
+/** @throws GatewayError invalid_value, of the first field that is wrong */
+export function parseShape<T>(shape: z.ZodType<T>, value: unknown): T {
+  const parsed = shape.safeParse(value);
+  if (parsed.success) return parsed.data;
+  const { path, message } = parsed.error.issues[0]!;
+  throw invalid(path.join('.'), message);
+}
+
+/** @throws GatewayError invalid_value, for what would change the output and cannot be honoured */
+export function refuseGiven(parameters: Record<string, unknown>): void {
+  for (const [field, expected] of Object.entries(refused)) {
+    const value = parameters[field];
+    if (value !== undefined && value !== null && value !== false) throw invalid(field, expected);
+  }
+}
+
+/** Who is asked: the adapter, or without one the base model that there is. */
+export function loraxModel(adapterId: string | null | undefined, baseModels: readonly string[]): string {
+  return adapterId || onlyBase(baseModels);
 }
 
 function onlyBase(baseModels: readonly string[]): string {
@@ -282,11 +300,13 @@ function parse(text: string): Completion | null {
 
 const eventOf = (data: object) => `data:${JSON.stringify(data)}\n\n`;
 
-function engineError(status: number, answer: Completion | null): [number, string] {
-  return [status, answer?.error?.message ?? 'the engine answered something else than a completion'];
+export function engineError(status: number, answer: Pick<Completion, 'error'> | null): [number, string] {
+  // What calls itself an answer and is none is the engine's failure.
+  const failed = status === 200 ? 502 : status;
+  return [failed, answer?.error?.message ?? 'the engine answered something else than was asked'];
 }
 
-function errorAnswer(status: number, message: string): { status: number; body: Buffer } {
+export function errorAnswer(status: number, message: string): { status: number; body: Buffer } {
   const { status: told, errorType } = toldAs(status);
   return { status: told, body: Buffer.from(JSON.stringify({ error: message, error_type: errorType })) };
 }

@@ -156,6 +156,49 @@ describe('/', () => {
   });
 });
 
+describe('/embed', () => {
+  const embedding: Script = ({ res }) => {
+    res.writeHead(200, { 'content-type': 'application/json' });
+    res.end(JSON.stringify({ data: [{ index: 0, embedding: [0.6, 0.8] }], usage: { prompt_tokens: 3 } }));
+  };
+
+  test('answers the vector of a text, also of an adapter', async () => {
+    const { post, sent, engine } = await start(embedding);
+    // As LoRAX's client sends it.
+    const response = await post('/embed', { inputs, parameters: null, stream: false });
+    expect([response.status, await response.json()]).toEqual([200, { embeddings: [0.6, 0.8] }]);
+    expect(engine.received[0]!.path).toBe('/v1/embeddings');
+    expect(sent()).toEqual({ model: 'base', input: inputs, encoding_format: 'float' });
+    await post('/embed', { inputs, parameters: { adapter_id: 'tone' } });
+    expect(sent()).toMatchObject({ model: 'tone' });
+  });
+
+  test.each([
+    ['no text', { inputs: '' }, completion, 422, 'validation'],
+    ['what cannot be honoured', { inputs, parameters: { api_token: 'a' } }, completion, 422, 'validation'],
+    ['no such adapter', { inputs, parameters: { adapter_id: 'nobody' } }, completion, 404, 'model_not_found'],
+    ['an engine that refuses', { inputs }, refuse(400, 'some_code'), 422, 'validation'],
+    ['an answer without a vector', { inputs }, completion, 424, 'generation'],
+  ] as const)('tells %s in LoRAX’s shape', async (_, body, script, status, error_type) => {
+    const { post } = await start(script);
+    const response = await post('/embed', body);
+    expect([response.status, await response.json()]).toEqual([
+      status,
+      { error: expect.any(String), error_type },
+    ]);
+  });
+});
+
+test.each(['/classify', '/classify_batch'])('%s says that there is no head for it', async (path) => {
+  const { post, engine } = await start();
+  const response = await post(path, { inputs });
+  expect([response.status, await response.json()]).toEqual([
+    422,
+    { error: expect.stringMatching(`^${path}: expected .* got causal`), error_type: 'validation' },
+  ]);
+  expect(engine.received).toEqual([]);
+});
+
 describe('parameters', () => {
   const translate = (parameters: object, stream = false) =>
     JSON.parse(parseLorax({ inputs, parameters }, ['base'], stream, () => 42).body.toString());
