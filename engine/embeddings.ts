@@ -6,7 +6,7 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { SequenceHandle } from './engine.ts';
 import type { EngineError } from './errors.ts';
-import { adapterOf, checkTokens, encode, type ServedModel } from './generate.ts';
+import { adaptersOf, checkTokens, encode, type Served, type ServedModel } from './generate.ts';
 import type { EmbeddingsRequest } from './openai.ts';
 import { defaultSampling } from './sampling.ts';
 
@@ -32,11 +32,11 @@ export async function embed(
   model: ServedModel,
   pooling: Pooling,
   { inputs, dimensions }: EmbeddingsRequest,
-  servedModel: string | null,
+  served: Served,
   sender: string | null,
   signal: AbortSignal,
 ): Promise<Embeddings> {
-  adapterOf(model, servedModel);
+  adaptersOf(model, served);
   const prompts: ArrayLike<number>[] = [];
   for (const input of inputs) {
     if (prompts.length > 0) await nextTurn();
@@ -51,7 +51,7 @@ export async function embed(
   const embedRest = async () => {
     while (next < prompts.length && !signal.aborted) {
       const index = next++;
-      const { handle, done } = begin(model, pooling, prompts[index]!, servedModel, sender);
+      const { handle, done } = begin(model, pooling, prompts[index]!, served, sender);
       open.add(handle);
       vectors[index] = normalise(await done, dimensions);
       open.delete(handle);
@@ -80,13 +80,13 @@ function begin(
   model: ServedModel,
   pooling: Pooling,
   promptTokens: ArrayLike<number>,
-  servedModel: string | null,
+  served: Served,
   sender: string | null,
 ): { handle: SequenceHandle; done: Promise<Float64Array> } {
   const { promise: done, resolve, reject } = Promise.withResolvers<Float64Array>();
   const pool = new Pool();
   const params = { ...defaultSampling(), temperature: 0, maxTokens: 1 };
-  const adapter = adapterOf(model, servedModel);
+  const adapters = adaptersOf(model, served);
   const hidden = {
     rows: pooling === 'mean' ? ('all' as const) : ('last' as const),
     onRows: (position: number, rows: Float32Array, numRows: number) => pool.add(position, rows, numRows),
@@ -97,7 +97,7 @@ function begin(
       resolve(new Float64Array(1)); // nobody waits for it
     else if (finishReason) resolve(pool.mean());
   };
-  const [handle] = model.engine.add([{ promptTokens, params, adapter, sender, hidden, onOutput }]);
+  const [handle] = model.engine.add([{ promptTokens, params, adapters, sender, hidden, onOutput }]);
   return { handle: handle!, done };
 }
 

@@ -13,7 +13,7 @@ import { embed, type Pooling } from './embeddings.ts';
 import type { SequenceHandle } from './engine.ts';
 import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
 import {
-  adapterOf,
+  adaptersOf,
   addJob,
   chatJob,
   chatTokens,
@@ -37,7 +37,7 @@ import {
   parseEmbeddings,
   parseLoadAdapter,
   parseRemoveAdapter,
-  parseServedModel,
+  parseServed,
   parseTokenize,
   parseUnloadAdapter,
 } from './openai.ts';
@@ -59,7 +59,6 @@ import {
   formatUsage,
   type ModelCard,
   type ModelList,
-  modelHeader,
   type PurgeReport,
   senderHeader,
   type UnloadReport,
@@ -125,14 +124,14 @@ export function createServer(options: ServerOptions): Server {
 
   route(app, 'post', enginePaths.chat, body, async (request, response) => {
     const body = parseChat(request.body);
-    const job = await chatJob(options, body, parseServedModel(request.get(modelHeader), body.model));
+    const job = await chatJob(options, body, parseServed(request.headers, body));
     const { toolForm } = options.text;
     const format = body.toolUse ? chatFormatOf(() => new ToolCallReader(toolForm)) : chatFormat;
     await reply(options, job, format, request, response);
   });
   route(app, 'post', enginePaths.completions, body, async (request, response) => {
     const body = parseCompletion(request.body);
-    const job = await completionJob(options, body, parseServedModel(request.get(modelHeader), body.model));
+    const job = await completionJob(options, body, parseServed(request.headers, body));
     await reply(options, job, completionFormat, request, response);
   });
   route(app, 'post', enginePaths.embeddings, body, async (request, response) => {
@@ -157,7 +156,7 @@ export function createServer(options: ServerOptions): Server {
     response.type('text/plain').send(`Success: LoRA adapter '${name}' removed successfully.`);
   });
   route(app, 'post', enginePaths.tokenize, body, (request, response) => {
-    response.json(tokenize(options, request.body, request.get(modelHeader)));
+    response.json(tokenize(options, request));
   });
   route(app, 'post', enginePaths.detokenize, body, (request, response) => {
     const { tokens } = parseDetokenize(request.body);
@@ -272,14 +271,14 @@ function jsonBody(maxBodyBytes: number): RequestHandler[] {
 
 async function replyEmbeddings(options: ServerOptions, request: Request, response: Response): Promise<void> {
   const body = parseEmbeddings(request.body, options.hiddenSize);
+  const served = parseServed(request.headers, body);
   const hangUp = new AbortController();
   response.on('close', () => hangUp.abort());
-  const servedModel = parseServedModel(request.get(modelHeader), body.model);
   const { vectors, numPromptTokens, numCachedTokens } = await embed(
     options,
     options.pooling,
     body,
-    servedModel,
+    served,
     senderOf(request),
     hangUp.signal,
   );
@@ -477,9 +476,9 @@ function arenaUse(arena: Arena, numCached: number): ArenaUse {
 }
 
 /** vLLM's shape. */
-function tokenize(options: ServerOptions, body: unknown, header: string | undefined) {
+function tokenize(options: ServerOptions, { body, headers }: Request) {
   const request = parseTokenize(body);
-  adapterOf(options, parseServedModel(header, request.model));
+  adaptersOf(options, parseServed(headers, { ...request, adapters: null }));
   const tokens =
     'messages' in request
       ? chatTokens(options, request)

@@ -109,7 +109,7 @@ describe('refusals', () => {
     const a = await parts.tiers.load('a', '/adapters/a-r2', false);
     await parts.tiers.load('b', '/adapters/b-r1', false, true);
     expect(() => start(parts, { adapter: a, params: { maxTokens: 50 } })).toThrow(
-      'has room for 48 beside its adapter and the pinned ones',
+      'has room for 48 beside its adapters and the pinned ones',
     );
     const { tokens } = await start(parts, { params: { maxTokens: 70 } }).done;
     expect([tokens.length, a.device]).toEqual([70, null]);
@@ -137,7 +137,7 @@ describe('refusals', () => {
     const request = {
       promptTokens: text('hi'),
       params: defaultSampling(),
-      adapter: null,
+      adapters: [],
       onOutput: () => {},
     };
     expect(() => parts.engine.add([request, request, request, request])).toThrow('the queue holds 1');

@@ -1,10 +1,10 @@
 /**
  * Random loads on the fake runtime: small arenas that force preemption, small token budgets, cancellations, ends of every
- * kind, adapters that come and go; most with steps planned ahead, some without. Each sequence must give the tokens that
+ * kind, adapters that come and go, alone and in compositions; most with steps planned ahead, some without. Each sequence must give the tokens that
  * it gives alone, and at the end nothing may be held.
  */
 import { expect, test, vi } from 'vitest';
-import type { Adapter } from '../../engine/adapters/adapter-tiers.ts';
+import { type Composition, compose } from '../../engine/adapters/composition.ts';
 import { EngineError } from '../../engine/errors.ts';
 import { defaultSampling, type SamplingParams } from '../../engine/sampling.ts';
 import type { FinishReason } from '../../engine/stop.ts';
@@ -45,6 +45,8 @@ interface Counts {
   numFetched: number;
   /** Steps that read the host arena. */
   numStreaming: number;
+  /** Sequences of several adapters. */
+  numComposed: number;
 }
 
 /** Every fourth has sequences that the device arena has no room for. */
@@ -72,6 +74,7 @@ async function runSchedule(seed: number): Promise<Counts> {
   const beginnings = [0, 1].map(() => Int32Array.from({ length: 60 }, () => randomAlike.below(256)));
   const runs: Promise<void>[] = [];
   const loads: Promise<unknown>[] = [];
+  let numComposed = 0;
   // Names are loaded in place, with other content, while sequences use the old one.
   const names = ['a', 'b', 'c'];
 
@@ -87,7 +90,10 @@ async function runSchedule(seed: number): Promise<Counts> {
     } else {
       const params = randomParams(random);
       params.biasValues = params.biasIds.map(() => 2);
-      const adapter: Adapter | null = random.below(3) === 0 ? null : (tiers.get(random.pick(names)) ?? null);
+      const chosen = random.below(3) === 0 ? [] : [random.pick(names)];
+      if (chosen.length > 0 && randomAlike.below(3) === 0) chosen.push(randomAlike.pick(names));
+      const adapters = composed(parts, chosen, randomAlike);
+      if (adapters.length > 1) numComposed++;
       const length = isLong && randomAlike.below(3) === 0 ? randomAlike.from(100, 360) : random.from(1, 60);
       const promptTokens = Int32Array.from({ length }, () => random.below(256));
       if (randomAlike.below(2) === 0) {
@@ -95,7 +101,7 @@ async function runSchedule(seed: number): Promise<Counts> {
         promptTokens.set(randomAlike.pick(beginnings).subarray(0, numAlike));
       }
       const cancelAfter = random.below(4) === 0 ? random.below(6) : Number.POSITIVE_INFINITY;
-      runs.push(runOne(parts, promptTokens, params, adapter, cancelAfter));
+      runs.push(runOne(parts, promptTokens, params, adapters, cancelAfter));
     }
     for (let i = random.below(8); i > 0; i--) await new Promise((resolve) => setImmediate(resolve));
     arena.check();
@@ -119,14 +125,30 @@ async function runSchedule(seed: number): Promise<Counts> {
     numHits: await total('vllm:prefix_cache_hits_total'),
     numFetched: numToDevice,
     numStreaming: parts.runtime.steps.filter(({ numHostBlocks }) => numHostBlocks > 0).length,
+    numComposed,
   };
+}
+
+/** Those of the names that point at an adapter; of one, that adapter as it is. */
+function composed(
+  { tiers }: ReturnType<typeof startEngine>,
+  names: readonly string[],
+  random: SeededRandom,
+): Composition {
+  const weight = () => (names.length === 1 ? 1 : random.pick([1, 0.5, -2]));
+  return compose(
+    names.flatMap((name) => {
+      const adapter = tiers.get(name);
+      return adapter ? [{ adapter, weight: weight() }] : [];
+    }),
+  );
 }
 
 async function runOne(
   parts: ReturnType<typeof startEngine>,
   promptTokens: Int32Array,
   params: SamplingParams,
-  adapter: Adapter | null,
+  adapters: Composition,
   cancelAfter: number,
 ): Promise<void> {
   let outcome: Awaited<ReturnType<typeof start>['done']>;
@@ -135,7 +157,7 @@ async function runOne(
     const { handle, done } = start(parts, {
       promptTokens,
       params,
-      adapter,
+      adapters,
       onOutput: () => {
         if (numOutputs++ >= cancelAfter) handle.cancel();
       },
@@ -153,7 +175,8 @@ async function runOne(
     const isAtArenaLimit = last.finishReason === 'length' && params.maxTokens === null;
     if (!isAtArenaLimit) expect(endAfter(tokens, tokens.length, params)).toBe(last.finishReason);
   }
-  const alone = await generateAlone(promptTokens, params, adapter?.file.path ?? null, tokens.length);
+  const voice = adapters.map(({ adapter, weight }) => ({ path: adapter.file.path, weight }));
+  const alone = await generateAlone(promptTokens, params, voice, tokens.length);
   expect(tokens).toEqual(alone);
 }
 
@@ -179,6 +202,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
     let numHits = 0;
     let numFetched = 0;
     let numStreaming = 0;
+    let numComposed = 0;
     for (let i = 0; i < numSchedules / numGroups; i++) {
       const seed = group * numSchedules + i;
       try {
@@ -187,6 +211,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
         numHits += counts.numHits;
         numFetched += counts.numFetched;
         numStreaming += counts.numStreaming;
+        numComposed += counts.numComposed;
       } catch (cause) {
         throw new Error(`schedule with seed ${seed} failed: ${(cause as Error).message}`, { cause });
       }
@@ -196,6 +221,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
     expect(numHits).toBeGreaterThan(0);
     expect(numFetched).toBeGreaterThan(0);
     expect(numStreaming).toBeGreaterThan(0);
+    expect(numComposed).toBeGreaterThan(0);
   },
   numSchedules * 30,
 );
