@@ -13,7 +13,7 @@ import { embed, type Pooling } from './embeddings.ts';
 import type { SequenceHandle } from './engine.ts';
 import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
 import {
-  adaptersOf,
+  adapterOf,
   addJob,
   chatJob,
   chatTokens,
@@ -37,7 +37,7 @@ import {
   parseEmbeddings,
   parseLoadAdapter,
   parseRemoveAdapter,
-  parseServed,
+  parseServedModel,
   parseTokenize,
   parseUnloadAdapter,
 } from './openai.ts';
@@ -59,7 +59,10 @@ import {
   formatUsage,
   type ModelCard,
   type ModelList,
+  modelHeader,
   type PurgeReport,
+  parseStanding,
+  type Standing,
   senderHeader,
   type UnloadReport,
   usageHeader,
@@ -124,14 +127,14 @@ export function createServer(options: ServerOptions): Server {
 
   route(app, 'post', enginePaths.chat, body, async (request, response) => {
     const body = parseChat(request.body);
-    const job = await chatJob(options, body, parseServed(request.headers, body));
+    const job = await chatJob(options, body, parseServedModel(request.get(modelHeader), body.model));
     const { toolForm } = options.text;
     const format = body.toolUse ? chatFormatOf(() => new ToolCallReader(toolForm)) : chatFormat;
     await reply(options, job, format, request, response);
   });
   route(app, 'post', enginePaths.completions, body, async (request, response) => {
     const body = parseCompletion(request.body);
-    const job = await completionJob(options, body, parseServed(request.headers, body));
+    const job = await completionJob(options, body, parseServedModel(request.get(modelHeader), body.model));
     await reply(options, job, completionFormat, request, response);
   });
   route(app, 'post', enginePaths.embeddings, body, async (request, response) => {
@@ -156,7 +159,7 @@ export function createServer(options: ServerOptions): Server {
     response.type('text/plain').send(`Success: LoRA adapter '${name}' removed successfully.`);
   });
   route(app, 'post', enginePaths.tokenize, body, (request, response) => {
-    response.json(tokenize(options, request));
+    response.json(tokenize(options, request.body, request.get(modelHeader)));
   });
   route(app, 'post', enginePaths.detokenize, body, (request, response) => {
     const { tokens } = parseDetokenize(request.body);
@@ -271,15 +274,15 @@ function jsonBody(maxBodyBytes: number): RequestHandler[] {
 
 async function replyEmbeddings(options: ServerOptions, request: Request, response: Response): Promise<void> {
   const body = parseEmbeddings(request.body, options.hiddenSize);
-  const served = parseServed(request.headers, body);
   const hangUp = new AbortController();
   response.on('close', () => hangUp.abort());
+  const servedModel = parseServedModel(request.get(modelHeader), body.model);
   const { vectors, numPromptTokens, numCachedTokens } = await embed(
     options,
     options.pooling,
     body,
-    served,
-    senderOf(request),
+    servedModel,
+    originOf(request),
     hangUp.signal,
   );
   if (response.destroyed) return;
@@ -297,7 +300,7 @@ async function reply(
   response: Response,
 ): Promise<void> {
   if (response.destroyed) return;
-  const job = { ...asked, sender: senderOf(request) };
+  const job = { ...asked, ...originOf(request) };
   if (job.request.stream) return stream(options, job, format, tellsUsage(request), response);
   const { choices, cancel } = collect(options, job);
   response.on('close', cancel);
@@ -362,6 +365,16 @@ function stream(
   });
   response.flushHeaders();
   for (let index = 0; index < handles.length; index++) write(events.begin(index));
+}
+
+/** @throws EngineError invalid_value naming the header */
+function originOf(request: Request): { sender: string | null; standing: Standing } {
+  const standing = parseStanding((name) => request.get(name));
+  if ('at' in standing) {
+    const { at, expected, got } = standing;
+    throw new EngineError('invalid_value', `${at}: expected ${expected}, got ${got}`, { param: at });
+  }
+  return { sender: senderOf(request), standing };
 }
 
 function senderOf(request: Request): string | null {
@@ -476,9 +489,9 @@ function arenaUse(arena: Arena, numCached: number): ArenaUse {
 }
 
 /** vLLM's shape. */
-function tokenize(options: ServerOptions, { body, headers }: Request) {
+function tokenize(options: ServerOptions, body: unknown, header: string | undefined) {
   const request = parseTokenize(body);
-  adaptersOf(options, parseServed(headers, { ...request, adapters: null }));
+  adapterOf(options, parseServedModel(header, request.model));
   const tokens =
     'messages' in request
       ? chatTokens(options, request)

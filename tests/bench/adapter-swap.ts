@@ -12,7 +12,6 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
 import type { Adapter } from '../../engine/adapters/adapter-tiers.ts';
-import { alone } from '../../engine/adapters/composition.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { cpuInfo } from '../../native/index.ts';
 import { open, prepare, smollm2Path } from '../fixtures/models.ts';
@@ -56,7 +55,7 @@ function run(
   engine.add([
     {
       promptTokens: Array.from({ length: 16 }, (_, i) => (i * seed + 11) % 4000),
-      adapters: alone(adapter),
+      adapter,
       params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens },
       onOutput({ finishReason, error }) {
         if (error) end.reject(error);
@@ -99,7 +98,7 @@ const copyMs: number[] = [];
 const ttftMs: number[] = [];
 for (let i = 0; i < numSwaps; i++) {
   const adapter = adapters[i % adapters.length]!;
-  tiers.residency.evictWaiting();
+  tiers.residency.evictWaiting(null);
   const { first, end } = run(adapter, i, 2);
   ttftMs.push(await first);
   await end;
@@ -121,10 +120,8 @@ async function decodeRate(withSwaps: boolean): Promise<number> {
   const swaps = (async () => {
     for (let i = 0; withSwaps && !isOver && i < numSwaps / numRounds; i++) {
       const adapter = adapters[i % adapters.length]!;
-      if (adapter.device) tiers.residency.evictWaiting();
-      await tiers.residency.whileMoving(adapter, () =>
-        tiers.residency.raise(adapter, 'name', { leave: (wait) => wait() }),
-      );
+      if (adapter.device) tiers.residency.evictWaiting(null);
+      await tiers.residency.whileMoving(adapter, () => tiers.residency.raise(adapter, 'name'));
     }
   })();
   await Promise.all(voices);
