@@ -4,9 +4,9 @@
  * token, or `mean` over all tokens. For a mean every row is computed here: the prefix cache keeps KV and no hidden states.
  */
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import type { SequenceHandle, SequenceRequest } from './engine.ts';
+import type { SequenceHandle } from './engine.ts';
 import type { EngineError } from './errors.ts';
-import { adapterOf, checkTokens, encode, type ServedModel } from './generate.ts';
+import { adaptersOf, checkTokens, encode, type Served, type ServedModel } from './generate.ts';
 import type { EmbeddingsRequest } from './openai.ts';
 import { defaultSampling } from './sampling.ts';
 
@@ -24,7 +24,7 @@ export interface Embeddings {
 const maxAtOnce = 32;
 
 /**
- * @param origin  which gateway asks, and for whom
+ * @param sender  which gateway asks; null: nobody says
  * @param signal  aborted: nobody waits for the vectors any more
  * @throws EngineError of the first input that fails; the others are ended
  */
@@ -32,11 +32,11 @@ export async function embed(
   model: ServedModel,
   pooling: Pooling,
   { inputs, dimensions }: EmbeddingsRequest,
-  servedModel: string | null,
-  origin: Pick<SequenceRequest, 'sender' | 'standing'>,
+  served: Served,
+  sender: string | null,
   signal: AbortSignal,
 ): Promise<Embeddings> {
-  adapterOf(model, servedModel);
+  adaptersOf(model, served);
   const prompts: ArrayLike<number>[] = [];
   for (const input of inputs) {
     if (prompts.length > 0) await nextTurn();
@@ -51,7 +51,7 @@ export async function embed(
   const embedRest = async () => {
     while (next < prompts.length && !signal.aborted) {
       const index = next++;
-      const { handle, done } = begin(model, pooling, prompts[index]!, servedModel, origin);
+      const { handle, done } = begin(model, pooling, prompts[index]!, served, sender);
       open.add(handle);
       vectors[index] = normalise(await done, dimensions);
       open.delete(handle);
@@ -80,13 +80,13 @@ function begin(
   model: ServedModel,
   pooling: Pooling,
   promptTokens: ArrayLike<number>,
-  servedModel: string | null,
-  origin: Pick<SequenceRequest, 'sender' | 'standing'>,
+  served: Served,
+  sender: string | null,
 ): { handle: SequenceHandle; done: Promise<Float64Array> } {
   const { promise: done, resolve, reject } = Promise.withResolvers<Float64Array>();
   const pool = new Pool();
   const params = { ...defaultSampling(), temperature: 0, maxTokens: 1 };
-  const adapter = adapterOf(model, servedModel);
+  const adapters = adaptersOf(model, served);
   const hidden = {
     rows: pooling === 'mean' ? ('all' as const) : ('last' as const),
     onRows: (position: number, rows: Float32Array, numRows: number) => pool.add(position, rows, numRows),
@@ -97,7 +97,7 @@ function begin(
       resolve(new Float64Array(1)); // nobody waits for it
     else if (finishReason) resolve(pool.mean());
   };
-  const [handle] = model.engine.add([{ promptTokens, params, adapter, ...origin, hidden, onOutput }]);
+  const [handle] = model.engine.add([{ promptTokens, params, adapters, sender, hidden, onOutput }]);
   return { handle: handle!, done };
 }
 

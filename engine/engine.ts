@@ -6,11 +6,11 @@
  *
  * A sequence that ends while steps have it keeps its blocks until they are over. Preemption takes blocks back, so a plan
  * that preempts waits for the step that runs, and is made anew then. Sequences enter only when they fit into the arena
- * alone beside their adapter and the pins, and everything else can leave, so the oldest sequence can always go on and
+ * alone beside their adapters and the pins, and everything else can leave, so the oldest sequence can always go on and
  * preemption never loops.
  *
- * A sequence whose adapter is not on the device waits for it alone: the queue is shown to the tiers, which bring up what it
- * needs in its order, and the scheduler sees the sequences whose adapter is there.
+ * A sequence whose adapters are not on the device waits for them alone: the queue is shown to the tiers, which bring up what it
+ * needs in its order, and the scheduler sees the sequences whose adapters are all there.
  *
  * Full blocks of a prompt are in the prefix cache from when a step has them: steps run in order, so a sequence that shares
  * them in the same step or the next reads what was written. When the step fails, they and whoever has them are lost with it.
@@ -23,21 +23,21 @@
 import type { Logger } from 'pino';
 import type { Grammar, Runtime, StepResult } from '../native/index.ts';
 import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
+import { type Composition, has, numPagesOf, voiceOf } from './adapters/composition.ts';
 import { BatchLayout, numHiddenRows } from './batch.ts';
 import { EngineError, InvariantError } from './errors.ts';
 import type { Arena } from './ladder/arena.ts';
-import type { BlockHash } from './ladder/block-hash.ts';
+import { type BlockHash, baseVoice } from './ladder/block-hash.ts';
 import type { BlockPool, CachedTokens, MadeBlock } from './ladder/block-pool.ts';
 import type { MeasuredCosts } from './ladder/costs.ts';
 import { LongContexts, type LongLimits, LongState, longShape, maxLongTokens } from './ladder/long-context.ts';
 import { type Reclaimable, reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
-import type { EngineLoad, Standing } from './protocol.ts';
+import type { EngineLoad } from './protocol.ts';
 import type { SamplingParams } from './sampling.ts';
 import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';
 import { blocksFor, Sequence } from './sequence.ts';
 import { type FinishReason, StopStrings, stopAtToken } from './stop.ts';
-import { outputWeight, Turns } from './turns.ts';
 
 /** Ids to text, piece by piece; a piece never ends inside a character. */
 export interface Detokenizer {
@@ -99,11 +99,10 @@ export interface SequenceOutput {
 export interface SequenceRequest {
   promptTokens: ArrayLike<number>;
   params: SamplingParams;
-  adapter: Adapter | null;
+  /** Empty: the base model alone. Requests that are added together share one list when it is the same. */
+  adapters: Composition;
   /** Which gateway sent it; null, or absent: nobody said. */
   sender?: string | null;
-  /** Whose it is; absent: nobody's, with no claim before others. */
-  standing?: Standing;
   /** What its output follows; null, or absent: nothing. */
   grammar?: Grammar | null;
   /**
@@ -124,8 +123,8 @@ interface Live {
   request: SequenceRequest;
   /** The client named no maximum: it ends by `length` when the arena has no more for it. */
   isOpenEnded: boolean;
-  /** It runs, so its adapter stays on the device. */
-  holdsAdapter: boolean;
+  /** It runs, so its adapters stay on the device. */
+  holdsAdapters: boolean;
   /** The last word was said. */
   isTold: boolean;
   /** One object for all its tokens. */
@@ -165,9 +164,7 @@ export class Engine {
   readonly #options: EngineOptions;
   readonly #layout: BatchLayout;
   readonly #live = new Map<Sequence, Live>();
-  /** In the order they came; those that were preempted before all others. */
   readonly #waiting: Sequence[] = [];
-  readonly #turns = new Turns();
   /** Those of them whose blocks are being read from the disk. */
   readonly #reading = new Set<Sequence>();
   readonly #running: Sequence[] = [];
@@ -262,31 +259,40 @@ export class Engine {
     return this.#isDraining;
   }
 
-  get waitingAdapterKeys(): Iterable<string> {
-    return this.#waiting.map((sequence) => sequence.adapterKey);
+  /** Those that waiting sequences use. */
+  get waitingAdapters(): Set<Adapter> {
+    const adapters = new Set<Adapter>();
+    for (const sequence of this.#waiting)
+      for (const { adapter } of this.#adaptersOf(sequence)) adapters.add(adapter);
+    return adapters;
+  }
+
+  #adaptersOf(sequence: Sequence): Composition {
+    return this.#live.get(sequence)!.request.adapters;
   }
 
   /**
-   * Most tokens, prompt and output, that one sequence may have beside its adapter and the pins: on the device, or with a part of
+   * Most tokens, prompt and output, that one sequence may have beside its adapters and the pins: on the device, or with a part of
    * its KV in the host arena.
    */
-  maxTokensOfOne(adapter: Adapter | null): number {
-    const most = Math.max(this.#maxTokensOnDevice(adapter), maxLongTokens(this.#longLimits(adapter)));
+  maxTokensOfOne(adapters: Composition): number {
+    const most = Math.max(this.#maxTokensOnDevice(adapters), maxLongTokens(this.#longLimits(adapters)));
     return Math.max(0, Math.min(this.#options.limits.maxModelLen, most));
   }
 
-  #maxTokensOnDevice(adapter: Adapter | null): number {
-    return this.#numPagesFor(adapter) * this.#options.runtime.blockTokens;
+  #maxTokensOnDevice(adapters: Composition): number {
+    return this.#numPagesFor(adapters) * this.#options.runtime.blockTokens;
   }
 
-  #numPagesFor(adapter: Adapter | null): number {
-    return this.#options.arena.numPages - this.#tiers!.residency.numPagesBeside(adapter);
+  #numPagesFor(adapters: Composition): number {
+    const members = adapters.map(({ adapter }) => adapter);
+    return this.#options.arena.numPages - this.#tiers!.residency.numPagesBeside(members);
   }
 
-  #longLimits(adapter: Adapter | null): LongLimits {
+  #longLimits(adapters: Composition): LongLimits {
     const { runtime, hostArena, limits } = this.#options;
     return {
-      numPages: this.#numPagesFor(adapter),
+      numPages: this.#numPagesFor(adapters),
       numHostPages: hostArena?.numPages ?? 0,
       minStagingPages: runtime.minStagingPages,
       blockTokens: runtime.blockTokens,
@@ -310,18 +316,26 @@ export class Engine {
     return count;
   }
 
-  /** Pages that the largest running sequence may come to need. */
+  /**
+   * Pages that the largest running sequence may come to need, or the one that begins next: what adapters that come up leave
+   * for them. Otherwise they could take turns on the device, and no sequence ever find room to begin.
+   */
   numPagesKept(): number {
     let most = 0;
-    for (const sequence of this.#running) most = Math.max(most, this.#numPagesOf(this.#live.get(sequence)!));
+    const keepFor = (sequence: Sequence | undefined) => {
+      if (sequence) most = Math.max(most, this.#numPagesOf(this.#live.get(sequence)!));
+    };
+    for (const sequence of this.#running) keepFor(sequence);
+    keepFor(this.#waiting[0]);
+    keepFor(this.#waiting.find((sequence) => this.#isStartable(sequence)));
     return most;
   }
 
-  /** Pages that the largest sequence, waiting or running, may come to need beside pins, its adapter's included. */
+  /** Pages that the largest sequence, waiting or running, may come to need beside pins, its adapters' included. */
   numPagesPromised(): number {
     let most = 0;
     for (const live of this.#live.values())
-      most = Math.max(most, this.#numPagesOf(live) + (live.request.adapter?.numPages ?? 0));
+      most = Math.max(most, this.#numPagesOf(live) + numPagesOf(live.request.adapters));
     return most;
   }
 
@@ -353,19 +367,18 @@ export class Engine {
         promptTokens: request.promptTokens,
         maxTotalTokens: totals[index]!.numTokens,
         params: request.params,
-        adapterKey: request.adapter?.digest ?? '',
+        adapterKey: voiceOf(request.adapters),
         ...(request.hidden && { hiddenRows: request.hidden.rows }),
-        ...(request.standing && { standing: request.standing }),
       });
       if (totals[index]!.isLong)
-        sequence.long = new LongState(longShape(sequence.maxTotalTokens, this.#longLimits(request.adapter)));
+        sequence.long = new LongState(longShape(sequence.maxTotalTokens, this.#longLimits(request.adapters)));
       else if (sequence.hiddenRows !== 'all') this.#hashPrompt(sequence, request, requests[index - 1]);
-      if (request.adapter) this.#tiers!.acquire(request.adapter);
+      for (const { adapter } of request.adapters) this.#tiers!.acquire(adapter);
       const live: Live = {
         sequence,
         request,
         isOpenEnded: request.params.maxTokens === null,
-        holdsAdapter: false,
+        holdsAdapters: false,
         isTold: false,
         output: { text: '', logprobs: null, finishReason: null, stopReason: null, error: null },
         detokenizer: this.#options.createDetokenizer(request.params),
@@ -379,7 +392,6 @@ export class Engine {
       };
       this.#live.set(sequence, live);
       this.#waiting.push(sequence);
-      this.#turns.wait(sequence);
       this.#readAhead(sequence);
       return {
         sequence,
@@ -399,7 +411,7 @@ export class Engine {
   #hashPrompt(sequence: Sequence, request: SequenceRequest, before: SequenceRequest | undefined): void {
     const { blocks } = this.#options;
     if (!blocks.isCaching) return;
-    const isSame = before?.promptTokens === request.promptTokens && before.adapter === request.adapter;
+    const isSame = before?.promptTokens === request.promptTokens && before.adapters === request.adapters;
     if (isSame) sequence.blockHashes = this.#lastPromptHashes.slice();
     else blocks.hash(sequence, sequence.numPromptTokens);
     this.#lastPromptHashes = sequence.blockHashes.slice();
@@ -472,11 +484,6 @@ export class Engine {
       const beginMs = now();
       this.#reap();
       const plan = this.#plan();
-      if (plan.yielded.length > 0) {
-        if (this.#steps.length > 0) return plan;
-        for (const sequence of plan.yielded) this.#preempt(sequence);
-        continue;
-      }
       if (plan.chunks.length === 0 && plan.admitted.length === 0) return plan;
       const isHeld = this.#steps.length > 0 || plan.preempted.some((sequence) => sequence.isInFlight);
       if (plan.preempted.length > 0 && isHeld) return plan;
@@ -495,7 +502,7 @@ export class Engine {
     if (plan === null || blocks.isFetching || this.#long.isCopying) return;
     const tiers = this.#tiers!;
     if (plan.preempted.length > 0 || this.#waiting.length > 0) {
-      const [first] = this.#turns.order(this.#startable(), 1);
+      const [first] = this.#startable();
       if (first?.long && plan.preempted.length === 0 && !this.#hasHostPagesFor(first.long)) {
         if (!tiers.residency.isCopying) this.#waitForHost(first);
         return;
@@ -503,7 +510,7 @@ export class Engine {
       const isShort = plan.preempted.length > 0 || first !== undefined;
       // Who runs goes before who waits.
       const next = plan.preempted[0] ?? first;
-      const kept = next ? this.#live.get(next)!.request.adapter : null;
+      const kept = next ? this.#adaptersOf(next).map(({ adapter }) => adapter) : [];
       // Whatever else ends in a wake: pages that come back, an adapter that arrives.
       if (isShort && tiers.residency.evictWaiting(kept)) this.wake();
       else if (isShort ? tiers.residency.isCopying : tiers.isBringing || this.#reading.size > 0) return;
@@ -642,9 +649,7 @@ export class Engine {
         metrics.interTokenLatency.observe((nowMs - live.lastTokenMs) / 1000);
       }
       live.lastTokenMs = nowMs;
-      if (sequence.hiddenRows !== 'none') continue;
-      numDrawn++;
-      this.#turns.charge(sequence, outputWeight);
+      if (sequence.hiddenRows === 'none') numDrawn++;
     }
     metrics.generationTokens.inc(numDrawn);
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
@@ -692,7 +697,7 @@ export class Engine {
     for (let i = 0; i < this.#holders.length; i++) numFreePages += this.#holders[i]!.numReclaimablePages;
     const isLongWaiting = this.#waiting.some((sequence) => sequence.long);
     return schedule({
-      waiting: this.#turns.order(this.#startable(), limits.maxSequences - this.#numKeepingSeats()),
+      waiting: this.#startable(),
       running: this.#running,
       numFreePages,
       numFreeHostPages: isLongWaiting ? this.#numFreeHostPages() : 0,
@@ -706,31 +711,19 @@ export class Engine {
 
   /** Tells the tiers which adapters the queue waits for, in its order. */
   #showQueue(): void {
-    const queue = new Set<Adapter>();
-    for (const sequence of this.#waiting) {
-      const { adapter } = this.#live.get(sequence)!.request;
-      if (adapter) queue.add(adapter);
-    }
-    this.#tiers!.showQueue([...queue]);
+    this.#tiers!.showQueue(
+      this.#waiting.map((sequence) => this.#adaptersOf(sequence).map(({ adapter }) => adapter)),
+    );
   }
 
-  /** Running sequences that have more to do and do not give way. */
-  #numKeepingSeats(): number {
-    let count = 0;
-    for (let i = 0; i < this.#running.length; i++) {
-      const { isFinished, isFull, givesWay } = this.#running[i]!;
-      if (!isFinished && !isFull && !givesWay) count++;
-    }
-    return count;
-  }
-
-  /** Waiting sequences whose adapter is there, and whose blocks need not be waited for. */
   #startable(): readonly Sequence[] {
-    return this.#waiting.filter((sequence) => {
-      if (this.#reading.has(sequence)) return false;
-      const { adapter } = this.#live.get(sequence)!.request;
-      return adapter === null || this.#tiers!.residency.isReady(adapter);
-    });
+    return this.#waiting.filter((sequence) => this.#isStartable(sequence));
+  }
+
+  /** Whether its adapters are there, and its blocks need not be waited for. */
+  #isStartable(sequence: Sequence): boolean {
+    if (this.#reading.has(sequence)) return false;
+    return this.#adaptersOf(sequence).every(({ adapter }) => this.#tiers!.residency.isReady(adapter));
   }
 
   /** The adapter that they wait for cannot be brought up. */
@@ -742,7 +735,7 @@ export class Engine {
       'adapter cannot be brought up',
     );
     for (const live of [...this.#live.values()]) {
-      if (live.request.adapter === adapter && live.sequence.status === 'waiting')
+      if (has(live.request.adapters, adapter) && live.sequence.status === 'waiting')
         this.#cutOff(live, 'error', error);
     }
   }
@@ -750,22 +743,29 @@ export class Engine {
   /** Ends all that waits for the adapter or runs on it. They have let go of it when the steps in flight are over. */
   endSequences(adapter: Adapter, error: EngineError): void {
     for (const live of [...this.#live.values()]) {
-      if (live.request.adapter === adapter) this.#cutOff(live, 'error', error);
+      if (has(live.request.adapters, adapter)) this.#cutOff(live, 'error', error);
     }
     this.wake();
   }
 
   /** @returns the blocks that are kept since */
   #carryOut(plan: SchedulePlan): MadeBlock[] {
-    const { arena, blocks } = this.#options;
-    for (const sequence of plan.preempted) this.#preempt(sequence);
-    for (const sequence of plan.passedOver) sequence.numStepsPassedOver++;
+    const { arena, blocks, metrics } = this.#options;
+    for (const sequence of plan.preempted) {
+      this.#giveBackBlocks(sequence);
+      this.#letGoOfAdapters(this.#live.get(sequence)!);
+      sequence.status = 'waiting';
+      sequence.wasPreempted = true;
+      this.#running.splice(this.#running.indexOf(sequence), 1);
+      this.#waitAgain(sequence);
+      metrics.preemptions.inc();
+    }
+    for (const sequence of plan.passedOver) sequence.numPassedOver++;
     for (const { sequence } of plan.admitted) {
-      this.#turns.begin(sequence, this.#waiting);
       this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
       this.#running.push(sequence);
       sequence.status = 'running';
-      this.#holdAdapter(this.#live.get(sequence)!);
+      this.#holdAdapters(this.#live.get(sequence)!);
     }
     // What is shared is held before room is made for others, or it might leave.
     for (const { sequence, ways } of plan.admitted) {
@@ -793,18 +793,10 @@ export class Engine {
     return made;
   }
 
-  /** It waits again. No step has it. */
-  #preempt(sequence: Sequence): void {
-    this.#giveBackBlocks(sequence);
-    this.#letGoOfAdapter(this.#live.get(sequence)!);
-    sequence.status = 'waiting';
-    // One that gives way does so here too: it goes on in its turn.
-    if (sequence.givesWay) sequence.numYields++;
-    else sequence.wasPreempted = true;
-    this.#running.splice(this.#running.indexOf(sequence), 1);
-    this.#waiting.unshift(sequence);
-    this.#turns.wait(sequence);
-    this.#options.metrics.preemptions.inc();
+  /** Before those that came after it, and behind those that came before it and still wait for their adapters. */
+  #waitAgain(sequence: Sequence): void {
+    const after = this.#waiting.findIndex(({ id }) => id > sequence.id);
+    this.#waiting.splice(after < 0 ? this.#waiting.length : after, 0, sequence);
   }
 
   #beginLong(sequence: Sequence, { shape }: LongState): void {
@@ -826,28 +818,31 @@ export class Engine {
     const { sequence } = live;
     live.scheduledMs = now();
     if (live.request.grammar) sequence.matcher = runtime.openMatcher(live.request.grammar);
-    if (blocks.isCaching) sequence.numCachedTokens = cached.device + cached.host + cached.disk;
-    this.#turns.charge(sequence, sequence.numPromptTokens - sequence.numCachedTokens);
     if (!blocks.isCaching) return;
-    blocks.count(sequence.adapterKey, sequence.numPromptTokens, sequence.numCachedTokens);
+    sequence.numCachedTokens = cached.device + cached.host + cached.disk;
+    const { adapters } = live.request;
+    const voices = adapters.length === 0 ? [baseVoice] : adapters.map(({ adapter }) => adapter.digest);
+    for (const voice of voices) blocks.count(voice, sequence.numPromptTokens, sequence.numCachedTokens);
     metrics.prefixCacheQueries.inc(sequence.numPromptTokens);
     metrics.prefixCacheHits.inc(sequence.numCachedTokens);
     metrics.observeCached(cached);
   }
 
-  #holdAdapter(live: Live): void {
-    const { adapter } = live.request;
-    if (!adapter) return;
-    this.#tiers!.hold(adapter);
-    live.holdsAdapter = true;
-    // Each time it comes to the device it has another handle.
-    live.sequence.adapters = [{ handle: adapter.device!.handle, weight: 1 }];
+  #holdAdapters(live: Live): void {
+    const { adapters } = live.request;
+    for (const { adapter } of adapters) this.#tiers!.hold(adapter);
+    live.holdsAdapters = true;
+    // Each time they come to the device they have other handles.
+    live.sequence.adapters = adapters.map(({ adapter, weight }) => ({
+      handle: adapter.device!.handle,
+      weight,
+    }));
   }
 
-  #letGoOfAdapter(live: Live): void {
-    if (!live.holdsAdapter) return;
-    live.holdsAdapter = false;
-    this.#tiers!.letGo(live.request.adapter!);
+  #letGoOfAdapters(live: Live): void {
+    if (!live.holdsAdapters) return;
+    live.holdsAdapters = false;
+    for (const { adapter } of live.request.adapters) this.#tiers!.letGo(adapter);
   }
 
   /** Tells what a step drew: text, stop strings, ends. */
@@ -916,7 +911,7 @@ export class Engine {
     sequence.finishReason = finishReason;
     if (wasWaiting) {
       this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
-      this.#dispose(sequence, true);
+      this.#dispose(sequence);
     }
     this.#observeEnd(live, finishReason);
     output.finishReason = finishReason;
@@ -944,15 +939,14 @@ export class Engine {
     }
   }
 
-  /** Blocks and adapter go back. Once per sequence, and never while a step has it. @param wasWaiting  it did not run when it ended */
-  #dispose(sequence: Sequence, wasWaiting = false): void {
+  /** Blocks and adapter go back. Once per sequence, and never while a step has it. */
+  #dispose(sequence: Sequence): void {
     const live = this.#live.get(sequence);
     if (!live) throw new InvariantError(`sequence ${sequence.id} let go twice`);
     this.#live.delete(sequence);
-    this.#turns.end(sequence, wasWaiting);
     this.#giveBackBlocks(sequence);
-    this.#letGoOfAdapter(live);
-    if (live.request.adapter) this.#tiers!.release(live.request.adapter);
+    this.#letGoOfAdapters(live);
+    for (const { adapter } of live.request.adapters) this.#tiers!.release(adapter);
     if (sequence.matcher >= 0) this.#options.runtime.closeMatcher(sequence.matcher);
   }
 
@@ -964,7 +958,7 @@ export class Engine {
   }
 
   /** Prompt and most output tokens of a request, checked against the context and the arenas, and whether it is too long for the device. */
-  #totalTokens({ promptTokens, params, adapter }: SequenceRequest): { numTokens: number; isLong: boolean } {
+  #totalTokens({ promptTokens, params, adapters }: SequenceRequest): { numTokens: number; isLong: boolean } {
     const { hostArena, limits } = this.#options;
     const { maxModelLen } = limits;
     const numPrompt = promptTokens.length;
@@ -983,16 +977,16 @@ export class Engine {
         { param: isPromptAlone ? 'prompt' : 'max_tokens' },
       );
     }
-    const numMost = this.maxTokensOfOne(adapter);
+    const numMost = this.maxTokensOfOne(adapters);
     if (numWanted > numMost) {
       throw new EngineError(
         'arena_full',
         `the request needs room for ${numWanted} tokens, and ${hostArena ? 'the arenas have' : 'the device arena has'} room for ` +
-          `${numMost} beside its adapter and the pinned ones; ask for less, or give the engine more ` +
+          `${numMost} beside its adapters and the pinned ones; ask for less, or give the engine more ` +
           (hostArena ? '--device-memory or --host-memory' : '--device-memory'),
       );
     }
-    const isLong = numWanted > this.#maxTokensOnDevice(adapter);
+    const isLong = numWanted > this.#maxTokensOnDevice(adapters);
     const numTokens = params.maxTokens !== null ? numWanted : isLong ? numMost : maxModelLen;
     return { numTokens, isLong };
   }

@@ -4,7 +4,8 @@
  */
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { Grammar } from '../native/index.ts';
-import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
+import type { AdapterTiers } from './adapters/adapter-tiers.ts';
+import { alone, type Composition, compose } from './adapters/composition.ts';
 import type {
   Detokenizer,
   Engine,
@@ -19,9 +20,8 @@ import { schemaText } from './grammar/output-format.ts';
 import { explainTools, type ToolForm, type ToolUse, toolGrammar } from './grammar/tool-calls.ts';
 import type { ChatMessage, ChatRequest, CompletionRequest } from './openai.ts';
 import { type Choice, type TokenNames, type Usage, usageOf } from './openai-reply.ts';
-import type { Standing } from './protocol.ts';
+import type { WeightedName } from './protocol.ts';
 import { seedOfChoice } from './sampling.ts';
-import { defaultStanding } from './sequence.ts';
 
 /** The base model's text side. */
 export interface TextModel extends TokenNames, GrammarTokens {
@@ -46,35 +46,31 @@ export interface ServedModel {
   grammars: Grammars;
 }
 
+/** Who answers, which may be another than the request's `model`, which the reply carries: a name, null or '' for the base, or several. */
+export type Served = string | null | readonly WeightedName[];
+
 /** Prompts as tokens, and what is asked of them. */
 export interface Job {
-  /** Who answers, which may be another name than the request's `model`, which the reply carries; null or '': the base. */
-  servedModel: string | null;
+  served: Served;
   prompts: ArrayLike<number>[];
   request: ChatRequest | CompletionRequest;
   /** What the outputs follow; null: nothing. */
   grammar: Grammar | null;
   /** Which gateway sent it; null, or absent: nobody said. */
   sender?: string | null;
-  /** Whose it is. */
-  standing?: Standing;
 }
 
 /** Text that averages more characters a token than this is not written for a model; encoding it would only hold the thread. */
 const maxCharactersPerToken = 16;
 
-export async function chatJob(
-  model: ServedModel,
-  request: ChatRequest,
-  servedModel: string | null,
-): Promise<Job> {
-  adapterOf(model, servedModel);
+export async function chatJob(model: ServedModel, request: ChatRequest, served: Served): Promise<Job> {
+  adaptersOf(model, served);
   const prompts = [chatTokens(model, request)];
   const { sampling, toolUse } = request;
   const grammar = toolUse ? await toolUseGrammar(model, toolUse) : await grammarOf(model, request);
   // The tokens that begin and end a call may be special ones.
   return {
-    servedModel,
+    served,
     prompts,
     request: toolUse ? { ...request, sampling: { ...sampling, skipSpecialTokens: false } } : request,
     grammar,
@@ -107,24 +103,31 @@ async function toolUseGrammar({ grammars, text }: ServedModel, toolUse: ToolUse)
 export async function completionJob(
   model: ServedModel,
   request: CompletionRequest,
-  servedModel: string | null,
+  served: Served,
 ): Promise<Job> {
-  adapterOf(model, servedModel);
+  adaptersOf(model, served);
   const prompts: ArrayLike<number>[] = [];
   for (const prompt of request.prompts) {
     if (prompts.length > 0) await nextTurn();
     if (typeof prompt !== 'string') checkTokens(prompt, model.text.vocabSize, 'prompt');
     prompts.push(typeof prompt === 'string' ? encode(model, prompt, request.addSpecialTokens) : prompt);
   }
-  return { servedModel, prompts, request, grammar: await grammarOf(model, request) };
+  return { served, prompts, request, grammar: await grammarOf(model, request) };
 }
 
-/** The adapter that `name` points at; null for the base model.  @throws EngineError model_not_found */
-export function adapterOf({ tiers, baseName }: ServedModel, name: string | null): Adapter | null {
-  if (name === null || name === '' || name === baseName) return null;
-  const adapter = tiers.get(name);
-  if (adapter) return adapter;
-  throw new EngineError('model_not_found', `The model \`${name}\` does not exist.`, { param: 'model' });
+/**
+ * The adapters that the names point at now.
+ * @throws EngineError model_not_found
+ */
+export function adaptersOf({ tiers, baseName }: ServedModel, served: Served): Composition {
+  const find = (name: string, param: string) => {
+    const adapter = tiers.get(name);
+    if (adapter) return adapter;
+    throw new EngineError('model_not_found', `The model \`${name}\` does not exist.`, { param });
+  };
+  if (served === null || served === '' || served === baseName) return alone(null);
+  if (typeof served === 'string') return alone(find(served, 'model'));
+  return compose(served.map(({ name, weight }) => ({ adapter: find(name, 'adapters'), weight })));
 }
 
 export function chatTokens(
@@ -179,12 +182,12 @@ export function checkTokens(tokenIds: readonly number[], vocabSize: number, fiel
  */
 export function addJob(
   model: ServedModel,
-  { servedModel, prompts, request, grammar, sender = null, standing = defaultStanding }: Job,
+  { served, prompts, request, grammar, sender = null }: Job,
   onOutput: (index: number, output: SequenceOutput) => void,
 ): SequenceHandle[] {
   const { engine, text } = model;
   // Named anew, in the same turn as the adding: an unload may have come since the job was made.
-  const adapter = adapterOf(model, servedModel);
+  const adapters = adaptersOf(model, served);
   checkTokens(request.sampling.stopTokenIds, text.vocabSize, 'stop_token_ids');
   checkTokens(request.sampling.biasIds, text.vocabSize, 'logit_bias');
   const requests: SequenceRequest[] = [];
@@ -194,9 +197,8 @@ export function addJob(
       requests.push({
         promptTokens,
         params: { ...request.sampling, seed: seedOfChoice(request.sampling.seed, choice) },
-        adapter,
+        adapters,
         sender,
-        standing,
         grammar,
         onOutput: (output) => onOutput(index, output),
       });

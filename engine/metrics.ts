@@ -5,7 +5,7 @@
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import type { Runtime } from '../native/index.ts';
 import type { FetchEvent } from './adapters/adapter-cache.ts';
-import type { AdapterTiers } from './adapters/adapter-tiers.ts';
+import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
 import { type Arena, pageOwners } from './ladder/arena.ts';
 import type { BlockPool, CachedTokens } from './ladder/block-pool.ts';
 import type { KvDisk } from './ladder/kv-disk.ts';
@@ -22,7 +22,7 @@ export interface MetricSources {
     numRunning: number;
     numWaiting: number;
     numUnusedPositions: number;
-    waitingAdapterKeys: Iterable<string>;
+    waitingAdapters: ReadonlySet<Adapter>;
   };
   blockSizeTokens: number;
   /** Unix seconds. */
@@ -322,9 +322,9 @@ export class EngineMetrics {
       collect() {
         // Every new set of labels is a new series: only the present one may live.
         this.reset();
-        const keys = new Set(engine.waitingAdapterKeys);
+        const { waitingAdapters } = engine;
         const waiting = new Set(tiers.loadingNames);
-        for (const [name, adapter] of tiers.names) if (keys.has(adapter.digest)) waiting.add(name);
+        for (const [name, adapter] of tiers.names) if (waitingAdapters.has(adapter)) waiting.add(name);
         this.set(
           {
             max_lora: maxAdapters(),

@@ -3,11 +3,19 @@
  * shape: `field: expected …, got …`. Fields that we do not know are ignored; fields that would change the output and
  * are not supported are refused by name.
  */
+import type { IncomingHttpHeaders } from 'node:http';
 import { z } from 'zod';
 import { EngineError, invalidValue } from './errors.ts';
 import { type GrammarSource, parseOutputFormat } from './grammar/output-format.ts';
 import { parseToolUse, type ToolUse } from './grammar/tool-calls.ts';
-import { modelHeader } from './protocol.ts';
+import {
+  adaptersHeader,
+  modelHeader,
+  type Problem,
+  parseAdapters,
+  readAdapters,
+  type WeightedName,
+} from './protocol.ts';
 import { defaultSampling, maxLogprobs, randomSeed, type SamplingParams } from './sampling.ts';
 import { isDigest, needsDigest, uriProblem } from './source-uri.ts';
 
@@ -29,6 +37,8 @@ export interface ChatMessage {
 interface Generation {
   /** null or '': the base model. */
   model: string | null;
+  /** In place of the model; null: not given. */
+  adapters: readonly WeightedName[] | null;
   sampling: SamplingParams;
   /** Choices per prompt. */
   n: number;
@@ -57,6 +67,7 @@ export interface CompletionRequest extends Generation {
 
 export interface EmbeddingsRequest {
   model: string | null;
+  adapters: readonly WeightedName[] | null;
   /** Text or token ids. */
   inputs: (string | number[])[];
   /** The first so many of each vector; null: all. */
@@ -113,6 +124,7 @@ const samplingFields = {
 
 const generationFields = {
   model: text.nullish(),
+  adapters: z.unknown().optional(),
   n: integerIn(1, maxChoices).nullish(),
   stream: flag.nullish(),
   stream_options: z.object({ include_usage: flag.nullish() }, { error: 'expected an object' }).nullish(),
@@ -168,6 +180,7 @@ const inputError = `expected text that is not empty, token ids, or a list of eit
 const input = text.min(1);
 const embeddingsBody = z.object({
   model: text.nullish(),
+  adapters: z.unknown().optional(),
   input: z.union(
     [
       input,
@@ -264,6 +277,7 @@ export function parseEmbeddings(body: unknown, hiddenSize: number): EmbeddingsRe
   const fields = parse(embeddingsBody.extend({ dimensions }), body);
   return {
     model: fields.model ?? null,
+    adapters: toAdapters(fields.adapters),
     inputs: toPrompts(fields.input),
     dimensions: fields.dimensions ?? null,
     isBase64: fields.encoding_format === 'base64',
@@ -303,11 +317,33 @@ export function parseDetokenize(body: unknown): { tokens: number[] } {
 }
 
 /**
- * The name that chooses the adapter: the header's, when a gateway has resolved an alias, else the body's.
- * @param header undefined: it was not sent
+ * Who answers: whom the headers name, when a gateway has resolved an alias or a composition, else the body. Of a gateway that
+ * knows the one header and not the other nobody can say whether it knows the body's adapters: then there must be none.
  */
-export function parseServedModel(header: string | undefined, bodyModel: string | null): string | null {
-  if (header === undefined) return bodyModel;
+export function parseServed(
+  headers: IncomingHttpHeaders,
+  body: { model: string | null; adapters: readonly WeightedName[] | null },
+): string | null | readonly WeightedName[] {
+  const adapters = headers[adaptersHeader];
+  if (adapters !== undefined) return accepted(adaptersHeader, parseAdapters(String(adapters)));
+  const model = headers[modelHeader];
+  if (model === undefined) return body.adapters ?? body.model;
+  if (body.adapters !== null)
+    throw invalidValue('adapters', `expected none beside ${modelHeader}`, body.adapters);
+  return parseModelHeader(String(model));
+}
+
+function toAdapters(value: unknown): readonly WeightedName[] | null {
+  return value === undefined || value === null ? null : accepted('adapters', readAdapters(value));
+}
+
+function accepted(field: string, adapters: WeightedName[] | Problem): readonly WeightedName[] {
+  if (Array.isArray(adapters)) return adapters;
+  const { at, expected, got } = adapters;
+  throw new EngineError('invalid_value', `${field}${at}: expected ${expected}, got ${got}`, { param: field });
+}
+
+function parseModelHeader(header: string): string {
   if (/^[\x20-\x7e]{1,256}$/.test(header)) return header;
   const expected = 'expected 1 to 256 printable ASCII characters';
   throw new EngineError('invalid_value', `${modelHeader}: ${expected}, got ${header.length} others`, {
@@ -421,6 +457,7 @@ function refuse(field: string, instead: string): never {
 function toGeneration(fields: z.infer<z.ZodObject<typeof generationFields>>, n: number) {
   return {
     model: fields.model ?? null,
+    adapters: toAdapters(fields.adapters),
     n,
     stream: fields.stream ?? false,
     includeUsage: fields.stream_options?.include_usage ?? false,

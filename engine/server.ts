@@ -13,7 +13,7 @@ import { embed, type Pooling } from './embeddings.ts';
 import type { SequenceHandle } from './engine.ts';
 import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
 import {
-  adapterOf,
+  adaptersOf,
   addJob,
   chatJob,
   chatTokens,
@@ -37,7 +37,7 @@ import {
   parseEmbeddings,
   parseLoadAdapter,
   parseRemoveAdapter,
-  parseServedModel,
+  parseServed,
   parseTokenize,
   parseUnloadAdapter,
 } from './openai.ts';
@@ -59,10 +59,7 @@ import {
   formatUsage,
   type ModelCard,
   type ModelList,
-  modelHeader,
   type PurgeReport,
-  parseStanding,
-  type Standing,
   senderHeader,
   type UnloadReport,
   usageHeader,
@@ -127,14 +124,14 @@ export function createServer(options: ServerOptions): Server {
 
   route(app, 'post', enginePaths.chat, body, async (request, response) => {
     const body = parseChat(request.body);
-    const job = await chatJob(options, body, parseServedModel(request.get(modelHeader), body.model));
+    const job = await chatJob(options, body, parseServed(request.headers, body));
     const { toolForm } = options.text;
     const format = body.toolUse ? chatFormatOf(() => new ToolCallReader(toolForm)) : chatFormat;
     await reply(options, job, format, request, response);
   });
   route(app, 'post', enginePaths.completions, body, async (request, response) => {
     const body = parseCompletion(request.body);
-    const job = await completionJob(options, body, parseServedModel(request.get(modelHeader), body.model));
+    const job = await completionJob(options, body, parseServed(request.headers, body));
     await reply(options, job, completionFormat, request, response);
   });
   route(app, 'post', enginePaths.embeddings, body, async (request, response) => {
@@ -159,7 +156,7 @@ export function createServer(options: ServerOptions): Server {
     response.type('text/plain').send(`Success: LoRA adapter '${name}' removed successfully.`);
   });
   route(app, 'post', enginePaths.tokenize, body, (request, response) => {
-    response.json(tokenize(options, request.body, request.get(modelHeader)));
+    response.json(tokenize(options, request));
   });
   route(app, 'post', enginePaths.detokenize, body, (request, response) => {
     const { tokens } = parseDetokenize(request.body);
@@ -274,15 +271,15 @@ function jsonBody(maxBodyBytes: number): RequestHandler[] {
 
 async function replyEmbeddings(options: ServerOptions, request: Request, response: Response): Promise<void> {
   const body = parseEmbeddings(request.body, options.hiddenSize);
+  const served = parseServed(request.headers, body);
   const hangUp = new AbortController();
   response.on('close', () => hangUp.abort());
-  const servedModel = parseServedModel(request.get(modelHeader), body.model);
   const { vectors, numPromptTokens, numCachedTokens } = await embed(
     options,
     options.pooling,
     body,
-    servedModel,
-    originOf(request),
+    served,
+    senderOf(request),
     hangUp.signal,
   );
   if (response.destroyed) return;
@@ -300,7 +297,7 @@ async function reply(
   response: Response,
 ): Promise<void> {
   if (response.destroyed) return;
-  const job = { ...asked, ...originOf(request) };
+  const job = { ...asked, sender: senderOf(request) };
   if (job.request.stream) return stream(options, job, format, tellsUsage(request), response);
   const { choices, cancel } = collect(options, job);
   response.on('close', cancel);
@@ -365,16 +362,6 @@ function stream(
   });
   response.flushHeaders();
   for (let index = 0; index < handles.length; index++) write(events.begin(index));
-}
-
-/** @throws EngineError invalid_value naming the header */
-function originOf(request: Request): { sender: string | null; standing: Standing } {
-  const standing = parseStanding((name) => request.get(name));
-  if ('at' in standing) {
-    const { at, expected, got } = standing;
-    throw new EngineError('invalid_value', `${at}: expected ${expected}, got ${got}`, { param: at });
-  }
-  return { sender: senderOf(request), standing };
 }
 
 function senderOf(request: Request): string | null {
@@ -489,9 +476,9 @@ function arenaUse(arena: Arena, numCached: number): ArenaUse {
 }
 
 /** vLLM's shape. */
-function tokenize(options: ServerOptions, body: unknown, header: string | undefined) {
+function tokenize(options: ServerOptions, { body, headers }: Request) {
   const request = parseTokenize(body);
-  adapterOf(options, parseServedModel(header, request.model));
+  adaptersOf(options, parseServed(headers, { ...request, adapters: null }));
   const tokens =
     'messages' in request
       ? chatTokens(options, request)

@@ -19,21 +19,42 @@ export class Slots {
    * Runs the work when there is a place for it.
    * @throws EngineError too_many_loads, when the line is full
    */
-  async run<T>(work: () => Promise<T>): Promise<T> {
-    if (this.#numTaken < this.#max) {
-      this.#numTaken++;
-    } else if (this.#waiting.length < this.#maxWaiting) {
-      await new Promise<void>((resolve) => this.#waiting.push(resolve));
-    } else {
+  async run<T>(work: (place: Place) => Promise<T>): Promise<T> {
+    if (this.#waiting.length >= this.#maxWaiting && this.#numTaken >= this.#max) {
       const message = `${this.#waiting.length} ${this.#what} wait already; retry when some are done`;
       throw new EngineError('too_many_loads', message);
     }
+    await this.#take((resolve) => this.#waiting.push(resolve));
+    let isTaken = true;
+    const leave = async <U>(wait: () => Promise<U>): Promise<U> => {
+      this.#giveBack();
+      isTaken = false;
+      const result = await wait();
+      await this.#take((resolve) => this.#waiting.unshift(resolve));
+      isTaken = true;
+      return result;
+    };
     try {
-      return await work();
+      return await work({ leave });
     } finally {
-      const next = this.#waiting.shift();
-      if (next) next();
-      else this.#numTaken--;
+      if (isTaken) this.#giveBack();
     }
   }
+
+  async #take(standInLine: (resolve: () => void) => void): Promise<void> {
+    if (this.#numTaken < this.#max) this.#numTaken++;
+    else await new Promise<void>(standInLine);
+  }
+
+  #giveBack(): void {
+    const next = this.#waiting.shift();
+    if (next) next();
+    else this.#numTaken--;
+  }
+}
+
+/** A place that is taken. */
+export interface Place {
+  /** Leaves it to others while it waits, and then takes one again, before all who stand in line. */
+  leave<T>(wait: () => Promise<T>): Promise<T>;
 }

@@ -1,7 +1,9 @@
 // The public API's bodies as far as the gateway reads them: it needs the model's name and a field or two. The body
 // goes to the engine byte for byte, so a field that only the engine knows needs no change here.
 
+import { readAdapters, type WeightedName } from '../engine/protocol.ts';
 import { GatewayError } from './errors.ts';
+import { acceptAdapters } from './groups/composition.ts';
 import { isNestedDeeper } from './protocols/nesting.ts';
 
 /** A longer name is cut in messages, so that an error is not a way to make the gateway repeat a whole body. */
@@ -22,6 +24,8 @@ export function parseContentType(value: string | undefined): void {
 /** What the gateway reads of a request body. Everything else is the engine's to judge. */
 export type Asked = {
   model: string;
+  /** Those that answer together in place of the model. Default none. */
+  adapters?: readonly WeightedName[];
   /** Who the client says asks; null when it does not say. */
   user: string | null;
   isStream: boolean;
@@ -33,6 +37,8 @@ export type Asked = {
 
 export function parseAsked(body: Uint8Array): Asked {
   const value = parseJsonObject(body);
+  const adapters = adaptersIn(value);
+  if (adapters !== null) value.model ??= adapters.map(({ name }) => name).join('+');
   if (!('model' in value)) {
     throw new GatewayError('missing_required_parameter', 'model: expected the name of a model, got nothing', {
       param: 'model',
@@ -52,11 +58,17 @@ export function parseAsked(body: Uint8Array): Asked {
   const { user, stream, n, max_tokens, max_completion_tokens } = value;
   return {
     model,
+    ...(adapters !== null && { adapters }),
     user: typeof user === 'string' && user !== '' ? user : null,
     isStream: stream === true,
     maxTokens: positiveInteger(max_completion_tokens) ?? positiveInteger(max_tokens),
     numChoices: positiveInteger(n) ?? 1,
   };
+}
+
+/** An engine would take them from the body: what a body says of them is never passed over. */
+function adaptersIn({ adapters }: Record<string, unknown>): readonly WeightedName[] | null {
+  return adapters === undefined || adapters === null ? null : acceptAdapters(readAdapters(adapters));
 }
 
 /** Null for what is none: that is the engine's to refuse. */
@@ -72,10 +84,8 @@ export function parseJsonObject(body: Uint8Array): Record<string, unknown> {
   return value as Record<string, unknown>;
 }
 
-export function modelNotFound(model: string): GatewayError {
-  return new GatewayError('model_not_found', `The model \`${shown(model)}\` does not exist.`, {
-    param: 'model',
-  });
+export function modelNotFound(model: string, param = 'model'): GatewayError {
+  return new GatewayError('model_not_found', `The model \`${shown(model)}\` does not exist.`, { param });
 }
 
 export function noEngineReady(): GatewayError {

@@ -39,7 +39,12 @@ export function resolveModel(target: Target, endpoints: readonly Endpoint[], now
   const candidates =
     baseModel === null ? endpoints : endpoints.filter((endpoint) => endpoint.baseModel === baseModel);
   const seen = candidates.filter(({ lastSeenMs }) => lastSeenMs !== null && nowMs - lastSeenMs <= rememberMs);
-  const having = seen.filter(({ cards }) => members.every((member) => cards.has(member.name)));
+  const having = seen.filter(
+    ({ cards, adapterList }) =>
+      members.every((member) => cards.has(member.name)) &&
+      // Other servers know no compositions: they would answer as if nothing had been said.
+      (target.members === undefined || adapterList !== null),
+  );
   const ready = having.filter(({ isReady }) => isReady);
 
   if (ready.length > 0) return { kind: 'served', endpoints: ready };

@@ -59,6 +59,36 @@ export async function digestOfFolder(folder: string): Promise<string> {
   return digestOf(await readWeights(folder), config);
 }
 
+/** A module of an adapter, whatever its base model. */
+export interface AdapterPart {
+  /** As in the base model: `model.layers.0.self_attn.q_proj`. */
+  moduleName: string;
+  rank: number;
+  scaling: number;
+  a: SafetensorsTensor;
+  b: SafetensorsTensor;
+}
+
+/**
+ * The modules of an adapter that is LoRA or rsLoRA without biases, by name; shapes are not checked against a base model.
+ * @throws EngineError as readAdapterFile; adapter_invalid for DoRA and biases
+ */
+export async function readAdapterParts(folder: string): Promise<AdapterPart[]> {
+  const config = parseAdapterConfig(await readConfig(folder), null);
+  if (config.usesDora) refuse('use_dora', 'false', 'true');
+  if (config.hasBias) refuse('lora_bias', 'false', 'true');
+  return collectParts(await readWeights(folder), config)
+    .map((module) => {
+      const { moduleName } = module;
+      const { rank, alpha } = rankOf(moduleName, config);
+      const { a, b } = pairOf(module);
+      expectShape(a, [rank, a.shape[1] ?? 0]);
+      expectShape(b, [b.shape[0] ?? 0, rank]);
+      return { moduleName, rank, scaling: scalingOf(alpha, rank, config), a, b };
+    })
+    .sort((a, b) => (a.moduleName < b.moduleName ? -1 : 1));
+}
+
 async function readWeights(folder: string): Promise<SafetensorsFile> {
   const path = join(folder, 'adapter_model.safetensors');
   await statWeights(folder, path);
@@ -263,6 +293,14 @@ interface Parts {
 }
 
 function collectModules(file: SafetensorsFile, config: AdapterConfig, dims: ModelDims): AdapterModule[] {
+  const byPlace = (a: Parts, b: Parts) =>
+    a.layer - b.layer || targetModules.indexOf(a.target) - targetModules.indexOf(b.target);
+  return collectParts(file, config)
+    .sort(byPlace)
+    .map((module) => toAdapterModule(module, config, dims));
+}
+
+function collectParts(file: SafetensorsFile, config: AdapterConfig): Parts[] {
   const parts = new Map<string, Parts>();
   for (const tensor of file.tensors.values()) {
     const { part, ...module } = parseTensorName(tensor.name);
@@ -273,9 +311,7 @@ function collectModules(file: SafetensorsFile, config: AdapterConfig, dims: Mode
   }
   if (parts.size === 0) refuse('adapter_model.safetensors', 'at least one tensor', 'none');
   checkCoverage([...parts.values()], config);
-  const byPlace = (a: Parts, b: Parts) =>
-    a.layer - b.layer || targetModules.indexOf(a.target) - targetModules.indexOf(b.target);
-  return [...parts.values()].sort(byPlace).map((module) => toAdapterModule(module, config, dims));
+  return [...parts.values()];
 }
 
 const tensorName = new RegExp(
@@ -340,12 +376,10 @@ function checkCoverage(parts: Parts[], config: AdapterConfig): void {
 }
 
 function toAdapterModule(module: Parts, config: AdapterConfig, dims: ModelDims): AdapterModule {
-  const { layer, target, moduleName, a, b, magnitude, bias } = module;
+  const { layer, target, moduleName, magnitude, bias } = module;
   const field = `module '${moduleName}'`;
   if (layer >= dims.numLayers) refuse(field, `a layer below ${dims.numLayers}`, `${layer}`);
-  if (a === undefined || b === undefined) {
-    refuse(field, 'lora_A and lora_B', a === undefined ? 'no lora_A' : 'no lora_B');
-  }
+  const { a, b } = pairOf(module);
   if (config.usesDora !== (magnitude !== undefined)) {
     refuse(
       `${field} lora_magnitude_vector`,
@@ -360,19 +394,17 @@ function toAdapterModule(module: Parts, config: AdapterConfig, dims: ModelDims):
       bias ? 'one' : 'none',
     );
   }
-  const rank = matchPatterns(config.rankPatterns, 'rank_pattern', moduleName) ?? config.rank;
-  const alpha = matchPatterns(config.alphaPatterns, 'alpha_pattern', moduleName) ?? config.alpha;
+  const { rank, alpha } = rankOf(moduleName, config);
   const [outFeatures, inFeatures] = moduleShape(target, dims);
   expectShape(a, [rank, inFeatures]);
   expectShape(b, [outFeatures, rank]);
   if (magnitude) expectShape(magnitude, [outFeatures]);
   if (bias) expectShape(bias, [outFeatures]);
-  if (a.dtype !== b.dtype) refuse(`tensor '${b.name}' dtype`, `${a.dtype}, as lora_A has`, b.dtype);
   return {
     layer,
     target,
     rank,
-    scaling: alpha / (config.usesRslora ? Math.sqrt(rank) : rank),
+    scaling: scalingOf(alpha, rank, config),
     type: elementType(a),
     aOffsetBytes: a.offsetBytes,
     bOffsetBytes: b.offsetBytes,
@@ -381,6 +413,25 @@ function toAdapterModule(module: Parts, config: AdapterConfig, dims: ModelDims):
     biasOffsetBytes: bias?.offsetBytes ?? -1,
     biasType: bias ? elementType(bias) : 'f32',
   };
+}
+
+function pairOf({ moduleName, a, b }: Parts): { a: SafetensorsTensor; b: SafetensorsTensor } {
+  if (a === undefined || b === undefined) {
+    refuse(`module '${moduleName}'`, 'lora_A and lora_B', a === undefined ? 'no lora_A' : 'no lora_B');
+  }
+  if (a.dtype !== b.dtype) refuse(`tensor '${b.name}' dtype`, `${a.dtype}, as lora_A has`, b.dtype);
+  return { a, b };
+}
+
+function rankOf(moduleName: string, { rank, alpha, rankPatterns, alphaPatterns }: AdapterConfig) {
+  return {
+    rank: matchPatterns(rankPatterns, 'rank_pattern', moduleName) ?? rank,
+    alpha: matchPatterns(alphaPatterns, 'alpha_pattern', moduleName) ?? alpha,
+  };
+}
+
+function scalingOf(alpha: number, rank: number, { usesRslora }: AdapterConfig): number {
+  return alpha / (usesRslora ? Math.sqrt(rank) : rank);
 }
 
 /** [outFeatures, inFeatures] of the base's projection. */
@@ -414,7 +465,7 @@ function expectShape(tensor: SafetensorsTensor, shape: number[]): void {
   }
 }
 
-function elementType({ name, dtype }: SafetensorsTensor): 'f32' | 'f16' | 'bf16' {
+export function elementType({ name, dtype }: SafetensorsTensor): 'f32' | 'f16' | 'bf16' {
   if (dtype === 'F32') return 'f32';
   if (dtype === 'F16') return 'f16';
   if (dtype === 'BF16') return 'bf16';

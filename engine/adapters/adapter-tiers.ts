@@ -12,7 +12,7 @@ import type { AdapterModule } from '../../native/index.ts';
 import { EngineError, InvariantError, toEngineError } from '../errors.ts';
 import { touch } from '../ladder/policy.ts';
 import type { AdapterStatus, Tier } from '../protocol.ts';
-import { Slots } from '../slots.ts';
+import { type Place, Slots } from '../slots.ts';
 import {
   type LoadReason,
   NobodyWaits,
@@ -108,7 +108,7 @@ export class AdapterTiers {
   /** Copies to the host arena that are under way. */
   readonly #writing = new Set<Promise<void>>();
   /** Adapters that sequences wait for, as the queue was when it was last shown. */
-  #queue: readonly Adapter[] = [];
+  #queue: Iterable<Adapter> = [];
   /** Digests that are being removed: none of them is registered meanwhile. */
   readonly #purging = new Set<string>();
   /** Who waits for an adapter's bytes to be gone. */
@@ -183,14 +183,18 @@ export class AdapterTiers {
   /**
    * Shows what the queue waits for, in its order, and begins to bring up what is not on the device. Call it whenever the
    * queue may have changed.
+   * @param queue  of each sequence its adapters
    */
-  showQueue(queue: readonly Adapter[]): void {
+  showQueue(queue: readonly (readonly Adapter[])[]): void {
     for (const adapter of this.#queue) adapter.queuePlace = Number.POSITIVE_INFINITY;
-    this.#queue = queue;
-    for (const [place, adapter] of queue.entries()) adapter.queuePlace = place;
-    for (const adapter of queue) {
-      if (this.#bringing.size >= maxBroughtUp || this.#isClosed) break;
+    this.#queue = inOrder(queue);
+    for (const adapter of this.#queue) {
+      if (this.#isClosed) break;
       if (adapter.device || this.#bringing.has(adapter)) continue;
+      if (this.#bringing.size >= maxBroughtUp) {
+        this.residency.giveWay(adapter);
+        break;
+      }
       const beginMs = this.#options.now();
       this.#bring(adapter, 'queue').then(
         () => this.onWaited((this.#options.now() - beginMs) / 1000),
@@ -351,10 +355,12 @@ export class AdapterTiers {
     // Who names a digest that is registered has named all there is to load.
     const known = source.digest === null ? undefined : this.#byDigest.get(source.digest);
     if (known) return known;
-    return this.#withFolder(source, (folder) => this.#slots.run(() => this.#loadFolder(source, folder)));
+    return this.#withFolder(source, (folder) =>
+      this.#slots.run((place) => this.#loadFolder(source, folder, place)),
+    );
   }
 
-  async #loadFolder(source: AdapterSource, folder: LocalFolder): Promise<Adapter> {
+  async #loadFolder(source: AdapterSource, folder: LocalFolder, place: Place): Promise<Adapter> {
     const beginMs = this.#options.now();
     const file = await this.#options.readFile(folder.path);
     const verify = (this.#options.now() - beginMs) / 1000;
@@ -365,7 +371,7 @@ export class AdapterTiers {
     if (registered) registered.source = source;
     const underWay = registered ?? this.#loading.get(file.digest);
     if (underWay) return await underWay;
-    const load = this.#register(file, source, { fetch: folder.seconds, verify });
+    const load = this.#register(file, source, { fetch: folder.seconds, verify }, place);
     this.#loading.set(file.digest, load);
     try {
       return await load;
@@ -378,6 +384,7 @@ export class AdapterTiers {
     file: AdapterFile,
     source: AdapterSource,
     loadSeconds: Adapter['loadSeconds'],
+    place: Place,
   ): Promise<Adapter> {
     const adapter: Adapter = {
       digest: file.digest,
@@ -402,7 +409,7 @@ export class AdapterTiers {
       numRequests: 0,
       numNaming: 0,
     };
-    await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, 'name'));
+    await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, 'name', place));
     this.#byDigest.set(file.digest, adapter);
     this.onLoaded(loadSeconds.verify + adapter.seconds.disk);
     return adapter;
@@ -433,10 +440,10 @@ export class AdapterTiers {
   /** @returns false: the host arena does not have it */
   async #raise(adapter: Adapter, why: LoadReason): Promise<boolean> {
     if (!adapter.host) return false;
-    return this.#slotsOf(why).run(async () => {
+    return this.#slotsOf(why).run(async (place) => {
       if (!adapter.host) return false; // it left while this waited for its turn
       refuseUnwanted(adapter, why);
-      await this.residency.whileMoving(adapter, () => this.residency.raise(adapter, why));
+      await this.residency.whileMoving(adapter, () => this.residency.raise(adapter, why, place));
       this.onLoaded(adapter.seconds.host);
       return true;
     });
@@ -445,13 +452,13 @@ export class AdapterTiers {
   #loadAgain(adapter: Adapter, why: LoadReason): Promise<void> {
     const { readFile, now } = this.#options;
     return this.#withFolder(adapter.source, (folder) =>
-      this.#slotsOf(why).run(async () => {
+      this.#slotsOf(why).run(async (place) => {
         refuseUnwanted(adapter, why);
         const beginMs = now();
         const file = await readFile(folder.path);
         const verifySeconds = (now() - beginMs) / 1000;
         checkDigest({ uri: adapter.sourceUri, digest: adapter.digest }, file.digest);
-        await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, why));
+        await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, why, place));
         this.onLoaded(verifySeconds + adapter.seconds.disk);
       }),
     );
@@ -482,7 +489,7 @@ export class AdapterTiers {
     while (isPinned && !adapter.isPinned) {
       const { arena, numPagesPromised } = this.#options;
       const numLeaving = replaced?.isPinned ? replaced.numPages : 0;
-      const numPinned = this.residency.numPagesBeside(adapter) - numLeaving;
+      const numPinned = this.residency.numPagesBeside([adapter]) - numLeaving;
       if (arena.numPages - numPinned < Math.max(1, numPagesPromised())) {
         throw new EngineError(
           'arena_full',
@@ -530,6 +537,26 @@ export class AdapterTiers {
     this.#onDropped.get(adapter)?.(dropped);
     this.#onDropped.delete(adapter);
   }
+}
+
+/**
+ * Gives the adapters their places: one for all of a sequence, so that none of them leaves for another of them, and so that
+ * one sequence after the other gets all of its own. An adapter without a name cannot leave before its sequence has ended:
+ * that one goes first.
+ */
+function inOrder(queue: readonly (readonly Adapter[])[]): Set<Adapter> {
+  const isNamed = (adapters: readonly Adapter[]) => adapters.every(({ names }) => names.size > 0);
+  const inOrder = new Set<Adapter>();
+  let place = 0;
+  for (const adapters of [...queue.filter((own) => !isNamed(own)), ...queue.filter(isNamed)]) {
+    for (const adapter of adapters) {
+      if (inOrder.has(adapter)) continue;
+      adapter.queuePlace = place;
+      inOrder.add(adapter);
+    }
+    place++;
+  }
+  return inOrder;
 }
 
 function purged(digest: string): EngineError {

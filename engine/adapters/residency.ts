@@ -7,6 +7,9 @@
  * (ladder/reclaim.ts); and, for a load that the queue needs, those that only sequences further back in the queue wait for.
  * When even that is not enough, such a load chooses running adapters to drain: no sequence begins to run on those, so they
  * end, while all others go on. Pins never leave the device.
+ *
+ * A sequence may need several. It has one place in the queue for all of them, and pages are handed out in the order of
+ * places: so the first sequence gets all of its adapters, whatever those behind it have, and two never wait for each other.
  */
 import type { AdapterModule } from '../../native/index.ts';
 import { EngineError, InvariantError } from '../errors.ts';
@@ -14,6 +17,7 @@ import type { Arena } from '../ladder/arena.ts';
 import { copyShare, type EvictionRule, type Kept, rules } from '../ladder/policy.ts';
 import { type Reclaimable, reclaim } from '../ladder/reclaim.ts';
 import type { Tier } from '../protocol.ts';
+import type { Place } from '../slots.ts';
 import type { AdapterFile } from './adapter-tiers.ts';
 
 export interface AdapterLoader {
@@ -45,7 +49,7 @@ export interface Resident {
   numInFlight: number;
   /** Those of them that run: its pages and its handle stay. */
   numRunning: number;
-  /** Place in the queue of the first sequence that waits for it, counted in adapters; Infinity: none, or it just came. */
+  /** Place in the queue of the first sequence that waits for it; Infinity: none, or it just came. */
   queuePlace: number;
   /** As policy.ts counts them; 0 for one that was never used. */
   uses: number;
@@ -111,9 +115,14 @@ export class Residency {
   readonly #onDevice = new Set<Resident>();
   readonly #onHost = new Set<Resident>();
   #numMoving = 0;
-  /** Loads for the queue first; of each kind first come, first served, so that a small one never passes a large one. */
+  /**
+   * When they are served, those for the queue are first, in the order of their places; then those by name, first come,
+   * first served. So a small one never passes a large one.
+   */
   readonly #waiters: PageWaiter[] = [];
   readonly #draining = new Set<Resident>();
+  /** Stay, and no sequence begins to run on them, so that KV comes back. */
+  readonly #held = new Set<Resident>();
   /** What may leave the device for anybody: nobody wants it. */
   readonly idle: Reclaimable;
   readonly #hostCopies: Reclaimable;
@@ -129,7 +138,7 @@ export class Residency {
 
   /** Whether a sequence may begin to run on it. */
   isReady(adapter: Resident): boolean {
-    return adapter.device !== null && !this.#draining.has(adapter);
+    return adapter.device !== null && !this.#draining.has(adapter) && !this.#held.has(adapter);
   }
 
   /** Whether something is on its way and has its pages: those that nothing could take now may be had when that is over. */
@@ -145,10 +154,12 @@ export class Residency {
     return Math.max(0, count);
   }
 
-  /** Pages that a sequence on that adapter can never have: those of pins, and its own. */
-  numPagesBeside(adapter: Resident | null): number {
-    let count = adapter?.numPages ?? 0;
-    for (const other of this.#onDevice) if (other.isPinned && other !== adapter) count += other.numPages;
+  /** Pages that a sequence on those adapters can never have: those of pins, and theirs. */
+  numPagesBeside(adapters: readonly Resident[]): number {
+    let count = 0;
+    for (const adapter of adapters) count += adapter.numPages;
+    for (const other of this.#onDevice)
+      if (other.isPinned && !adapters.includes(other)) count += other.numPages;
     return count;
   }
 
@@ -161,9 +172,9 @@ export class Residency {
    * Reads a checked file into pages of the device arena.
    * @throws EngineError adapter_invalid when the native side refuses it; arena_full when the pages are not there in time
    */
-  async load(adapter: Resident, file: AdapterFile, why: LoadReason): Promise<void> {
+  async load(adapter: Resident, file: AdapterFile, why: LoadReason, place: Place): Promise<void> {
     const { loader } = this.#options;
-    const seconds = await this.#bringUp(adapter, why, async (pages) => {
+    const seconds = await this.#bringUp(adapter, why, place, async (pages) => {
       try {
         return await loader.loadAdapter(file.path, file.modules, pages);
       } catch (cause) {
@@ -179,9 +190,9 @@ export class Residency {
   }
 
   /** Copies it from the host arena to the device arena. */
-  async raise(adapter: Resident, why: LoadReason): Promise<void> {
+  async raise(adapter: Resident, why: LoadReason, place: Place): Promise<void> {
     const { loader } = this.#options;
-    const seconds = await this.#bringUp(adapter, why, async (pages) => {
+    const seconds = await this.#bringUp(adapter, why, place, async (pages) => {
       const copy = loader.copyPages('toDevice', adapter.host!, pages);
       try {
         return loader.attachAdapter(adapter.file.modules, pages); // meanwhile: it reads no byte of them
@@ -256,8 +267,8 @@ export class Residency {
    * Everything on which no sequence runs leaves the device, wanted or not, but pins and `kept`: the last resort when nothing
    * else can go on. @returns whether anything left
    */
-  evictWaiting(kept: Resident | null): boolean {
-    const resting = [...this.#onDevice].filter((adapter) => isResting(adapter) && adapter !== kept);
+  evictWaiting(kept: readonly Resident[] = []): boolean {
+    const resting = [...this.#onDevice].filter((adapter) => isResting(adapter) && !kept.includes(adapter));
     for (const adapter of resting) this.#evict(adapter);
     return resting.length > 0;
   }
@@ -269,6 +280,7 @@ export class Residency {
 
   /** Hands pages to the loads that wait for them. Call it when pages came back or sequences ended. */
   servePageWaiters(): void {
+    this.#waiters.sort(byUrgency);
     while (this.#waiters.length > 0) {
       const waiter = this.#waiters[0]!;
       const isWanted = waiter.why === 'name' || waiter.adapter.numInFlight > 0;
@@ -282,6 +294,16 @@ export class Residency {
     this.#chooseDraining();
   }
 
+  /** Too many come up for the queue for this one to begin: the last that only waits for pages, and is behind it, begins anew later. */
+  giveWay({ queuePlace }: Resident): void {
+    this.#waiters.sort(byUrgency);
+    const waiter = this.#waiters.findLast(({ why }) => why === 'queue');
+    if (!waiter || waiter.adapter.queuePlace <= queuePlace) return;
+    this.#waiters.splice(this.#waiters.indexOf(waiter), 1);
+    clearTimeout(waiter.timer);
+    waiter.reject(new NobodyWaits());
+  }
+
   /** Refuses the loads that wait for pages. */
   close(): void {
     this.#isClosed = true;
@@ -290,17 +312,22 @@ export class Residency {
       waiter.reject(new EngineError('draining', 'the engine is shutting down'));
     }
     this.#draining.clear();
+    this.#held.clear();
   }
 
   /** @param fill writes the pages. @returns how long that took, in seconds */
   async #bringUp(
     adapter: Resident,
     why: LoadReason,
+    place: Place,
     fill: (pages: Int32Array) => Promise<number>,
   ): Promise<number> {
     const { arena, now } = this.#options;
     const beginMs = now();
-    const pages = await this.#takePages(adapter, why);
+    const takePages = () => this.#takePages(adapter, why);
+    // Loads by name are bounded by their places, those for the queue by how many come up at once: one that waits for pages
+    // must not keep an adapter from coming up without which none of them may ever get any.
+    const pages = why === 'name' ? await takePages() : await place.leave(takePages);
     const takenMs = now();
     try {
       adapter.device = { pages, handle: await fill(pages) };
@@ -319,7 +346,7 @@ export class Residency {
     const { arena, pageWaitMs, queueWaitMs, onChange } = this.#options;
     if (this.#isClosed) throw new EngineError('draining', 'the engine is shutting down');
     // What sequences and other adapters hold comes back; what pins hold does not, unless someone unloads one.
-    if (this.numPagesBeside(adapter) > arena.numPages) throw this.#arenaFull(adapter);
+    if (this.numPagesBeside([adapter]) > arena.numPages) throw this.#arenaFull(adapter);
     const { resolve, reject, promise } = Promise.withResolvers<Int32Array>();
     const giveUp = () => {
       this.#waiters.splice(this.#waiters.indexOf(waiter), 1);
@@ -329,17 +356,16 @@ export class Residency {
     };
     const timer = setTimeout(giveUp, why === 'queue' ? queueWaitMs : pageWaitMs);
     const waiter: PageWaiter = { adapter, why, resolve, reject, timer };
-    const firstByName = this.#waiters.findIndex((other) => other.why === 'name');
-    if (why === 'queue' && firstByName >= 0) this.#waiters.splice(firstByName, 0, waiter);
-    else this.#waiters.push(waiter);
+    this.#waiters.push(waiter);
     this.servePageWaiters();
     onChange();
     return promise;
   }
 
-  #tryTake({ adapter, why }: PageWaiter): Int32Array | null {
+  #tryTake(waiter: PageWaiter): Int32Array | null {
     const { arena, holders = [], numPagesKept } = this.#options;
-    const mayLeave = (other: Resident) => isIdle(other) || (why === 'queue' && isBehind(other, adapter));
+    const { adapter } = waiter;
+    const mayLeave = (other: Resident) => isIdle(other) || (isForQueue(waiter) && isBehind(other, adapter));
     const leaving = this.#leavingDevice(mayLeave);
     const numStaying = arena.numUsed('adapter') - leaving.numReclaimablePages;
     if (numStaying + adapter.numPages + numPagesKept() > arena.numPages) return null;
@@ -351,13 +377,15 @@ export class Residency {
 
   /**
    * While the first load for the queue has no pages: which running adapters no sequence may begin on, so that theirs come.
-   * Those are the ones with the fewest sequences running, and none that a sequence waits for before it.
+   * Those are the ones with the fewest sequences running, and none that a sequence waits for before it. The others that the
+   * same sequence waits for stay; when all that is not enough none begins on them, so that they end and their KV is back.
    */
   #chooseDraining(): void {
     const { arena, numPagesKept } = this.#options;
     this.#draining.clear();
-    const waiter = this.#waiters[0];
-    if (waiter?.why !== 'queue') return;
+    this.#held.clear();
+    const [waiter] = this.#waiters;
+    if (!waiter || !isForQueue(waiter)) return;
     const { adapter } = waiter;
     let numStaying = arena.numUsed('adapter');
     for (const other of this.#onDevice) {
@@ -371,6 +399,10 @@ export class Residency {
       if (numStaying + adapter.numPages + numPagesKept() <= arena.numPages) break;
       this.#draining.add(other);
       numStaying -= other.numPages;
+    }
+    if (numStaying + adapter.numPages + numPagesKept() <= arena.numPages) return;
+    for (const other of this.#onDevice) {
+      if (other.numRunning > 0 && other.queuePlace === adapter.queuePlace) this.#held.add(other);
     }
   }
 
@@ -418,7 +450,7 @@ export class Residency {
   #arenaFull(adapter: Resident): EngineError {
     const { arena, pageWaitMs } = this.#options;
     const bytes = (pages: number) => `${pages * arena.pageBytes} bytes`;
-    const numPinned = this.numPagesBeside(null);
+    const numPinned = this.numPagesBeside([]);
     return new EngineError(
       'arena_full',
       `the adapter needs ${bytes(adapter.numPages)} of the device arena, ${bytes(arena.numFree)} are free ` +
@@ -428,6 +460,17 @@ export class Residency {
       { param: 'lora_path', retryAfterSeconds: Math.max(1, Math.ceil(pageWaitMs / 1000)) },
     );
   }
+}
+
+/** A sequence waits for it, whoever asked first. */
+function isForQueue({ adapter, why }: PageWaiter): boolean {
+  return why === 'queue' || adapter.queuePlace < Number.POSITIVE_INFINITY;
+}
+
+function byUrgency(a: PageWaiter, b: PageWaiter): number {
+  if (isForQueue(a) !== isForQueue(b)) return isForQueue(a) ? -1 : 1;
+  const [left, right] = [a.adapter.queuePlace, b.adapter.queuePlace];
+  return left === right ? 0 : left - right;
 }
 
 /** Nobody runs on it, and it may be let go. */

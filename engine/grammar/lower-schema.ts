@@ -51,6 +51,7 @@ function lower(schema: unknown, around: Around, depth: number): unknown {
   const node = { ...schema };
   const extra: Schema[] = [];
   dropEmpty(node);
+  lowerExclusive(node);
   if (around.draft !== 'old') {
     lowerUnevaluatedProperties(schema, node, extra, around);
     lowerUnevaluatedItems(schema, node, extra, around);
@@ -85,6 +86,37 @@ function dropEmpty(node: Node): void {
     delete node.then;
     delete node.else;
   } else if (!('then' in node) && !('else' in node)) delete node.if;
+}
+
+/**
+ * Bounds that a number is not to reach: the library lets 2 through where more than 2 is asked, and less than a number below 3. The next number that
+ * a double can be is a bound that may be reached; next to 0 it is the least with as many digits as the library can compare.
+ */
+function lowerExclusive(node: Node): void {
+  const { type, minimum, maximum, exclusiveMinimum: above, exclusiveMaximum: below } = node;
+  if (type === 'integer') return;
+  if (isWhole(above) && above >= 0) {
+    const least = above === 0 ? leastAboveZero : nextAbove(above);
+    node.minimum = typeof minimum === 'number' ? Math.max(minimum, least) : least;
+    delete node.exclusiveMinimum;
+  }
+  if (isWhole(below) && below <= 0) {
+    const most = below === 0 ? -leastAboveZero : -nextAbove(-below);
+    node.maximum = typeof maximum === 'number' ? Math.min(maximum, most) : most;
+    delete node.exclusiveMaximum;
+  }
+}
+
+const leastAboveZero = 1e-18;
+
+/** Doubles above it are no whole numbers. */
+const isWhole = (value: unknown): value is number =>
+  Number.isInteger(value) && Math.abs(value as number) < 2 ** 52;
+
+/** @param value  a whole number above 0 */
+function nextAbove(value: number): number {
+  const [bits] = new BigInt64Array(new Float64Array([value]).buffer);
+  return new Float64Array(new BigInt64Array([bits! + 1n]).buffer)[0]!;
 }
 
 /** What a schema has looked at in an object that follows it. */

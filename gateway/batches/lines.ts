@@ -151,6 +151,11 @@ export function parseLine(bytes: Buffer, endpoint: string): ParsedLine | LinePro
   if (body.stream !== undefined && body.stream !== null && body.stream !== false) {
     return problem('stream_not_supported', 'body.stream: expected false in a batch', 'body.stream');
   }
+  // Lines are ordered by model, and a group is one.
+  if (body.adapters !== undefined && body.adapters !== null) {
+    const expected = 'body.adapters: expected none in a batch; name a group as the model';
+    return problem('adapters_not_supported', expected, 'body.adapters');
+  }
   return { customId: custom_id, model: body.model, body };
 }
 

@@ -7,11 +7,19 @@ import { z } from 'zod';
 import { enginePaths } from '../../engine/protocol.ts';
 import { GatewayError } from '../errors.ts';
 import type { Translation } from '../forward.ts';
-import { engineError, errorAnswer, type LoraxRequest, loraxModel, parseShape, refuseGiven } from './lorax.ts';
+import {
+  adapterParameters,
+  engineError,
+  errorAnswer,
+  type LoraxRequest,
+  parseShape,
+  refuseGiven,
+  whoIsAsked,
+} from './lorax.ts';
 
 const embedBody = z.object({
   inputs: z.string().min(1),
-  parameters: z.looseObject({ adapter_id: z.string().nullish() }).nullish(),
+  parameters: z.looseObject(adapterParameters).nullish(),
 });
 
 /**
@@ -23,11 +31,11 @@ export function parseEmbed(value: Record<string, unknown>, baseModels: readonly 
   const { inputs, parameters } = parseShape(embedBody, value);
   const given = parameters ?? {};
   refuseGiven(given);
-  const model = loraxModel(given.adapter_id, baseModels);
+  const who = whoIsAsked(given, baseModels);
   return {
     path: enginePaths.embeddings,
-    asked: { model, user: null, isStream: false, maxTokens: null, numChoices: 1 },
-    body: Buffer.from(JSON.stringify({ model, input: inputs, encoding_format: 'float' })),
+    asked: { ...who, user: null, isStream: false, maxTokens: null, numChoices: 1 },
+    body: Buffer.from(JSON.stringify({ ...who, input: inputs, encoding_format: 'float' })),
     translation: embedTranslation,
   };
 }

@@ -10,9 +10,10 @@
 // Source: predibase/lorax, router/src/lib.rs and server.rs; clients/python/lorax/types.py.
 
 import { z } from 'zod';
-import { enginePaths } from '../../engine/protocol.ts';
+import { enginePaths, readAdapters } from '../../engine/protocol.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import type { Translation } from '../forward.ts';
+import { acceptAdapters } from '../groups/composition.ts';
 import type { Asked } from '../openai.ts';
 
 export type LoraxRequest = {
@@ -36,11 +37,25 @@ const refused: Record<string, string> = {
   decoder_input_details: 'expected false: inputs have no logprobs',
   return_k_alternatives: 'expected none: use logprobs of /v1/completions',
   frequency_penalty: 'expected none: use /v1/completions',
-  merged_adapters: 'expected none: compositions are not supported; use adapter_id',
+};
+
+/** Those that are prepared as an adapter of their own are not made here. */
+const strategies = ['linear', 'ties', 'dare_linear', 'dare_ties'] as const;
+
+/** Of every body: who is to answer. */
+export const adapterParameters = {
+  adapter_id: z.string().nullish(),
+  merged_adapters: z
+    .object({
+      ids: z.array(z.string()),
+      weights: z.array(z.number()).nullish(),
+      merge_strategy: z.enum(strategies).nullish(),
+    })
+    .nullish(),
 };
 
 const parameters = z.looseObject({
-  adapter_id: z.string().nullish(),
+  ...adapterParameters,
   do_sample: z.boolean().nullish(),
   max_new_tokens: z.int().min(1).nullish(),
   ignore_eos_token: z.boolean().nullish(),
@@ -86,10 +101,10 @@ export function parseLorax(
     (given.do_sample === true || [given.temperature, given.top_k, given.top_p].some((set) => set != null));
   if (bestOf > 1 && !isSampling) throw invalid('best_of', `expected 1 without sampling, got ${bestOf}`);
   const seed = isSampling ? (given.seed ?? newSeed()) : null;
-  const model = loraxModel(given.adapter_id, baseModels);
+  const who = whoIsAsked(given, baseModels);
   const format = given.response_format;
   const body = {
-    model,
+    ...who,
     prompt: inputs,
     stream: isStream,
     ...(isStream && { stream_options: { include_usage: true } }),
@@ -119,7 +134,13 @@ export function parseLorax(
   };
   return {
     path: enginePaths.completions,
-    asked: { model, user: null, isStream, maxTokens: body.max_tokens, numChoices: bestOf },
+    asked: {
+      ...who,
+      user: null,
+      isStream,
+      maxTokens: body.max_tokens,
+      numChoices: bestOf,
+    },
     body: Buffer.from(JSON.stringify(body)),
     translation: new LoraxTranslation(shape),
   };
@@ -141,9 +162,38 @@ export function refuseGiven(parameters: Record<string, unknown>): void {
   }
 }
 
-/** Who is asked: the adapter, or without one the base model that there is. */
-export function loraxModel(adapterId: string | null | undefined, baseModels: readonly string[]): string {
-  return adapterId || onlyBase(baseModels);
+type AdapterParameters = z.infer<z.ZodObject<typeof adapterParameters>>;
+
+/** The adapter, or several, or without any the base model that there is. */
+export function whoIsAsked(
+  given: AdapterParameters,
+  baseModels: readonly string[],
+): Pick<Asked, 'model' | 'adapters'> {
+  const adapters = mergedAdapters(given);
+  if (adapters === null) return { model: given.adapter_id || onlyBase(baseModels) };
+  return { model: adapters.map(({ name }) => name).join('+'), adapters };
+}
+
+/**
+ * A weighted sum of deltas, weights of 1 where none are given. LoRAX sums the As and the Bs apart, which is no sum of deltas, and
+ * refuses adapters of different ranks; the sum itself needs neither.
+ */
+function mergedAdapters({ adapter_id, merged_adapters: merged }: AdapterParameters) {
+  if (!merged) return null;
+  const { ids, weights, merge_strategy: strategy } = merged;
+  if (adapter_id) throw invalid('merged_adapters', 'expected none beside adapter_id');
+  if (strategy && strategy !== 'linear') {
+    const expected = `expected "linear", got "${strategy}", which is not supported`;
+    throw invalid('merged_adapters.merge_strategy', expected);
+  }
+  if (weights?.length && weights.length !== ids.length)
+    throw invalid(
+      'merged_adapters.weights',
+      `expected one for each of ${ids.length} ids, got ${weights.length}`,
+    );
+  return acceptAdapters(
+    readAdapters(ids.map((name, i) => ({ name, weight: weights?.length ? weights[i] : 1 }))),
+  );
 }
 
 function onlyBase(baseModels: readonly string[]): string {

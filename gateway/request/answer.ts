@@ -19,6 +19,7 @@ import { errorEvent } from '../sse.ts';
 import { endRequestSpan, startRequestSpan } from '../tracing.ts';
 import { type Arrival, type Facts, noteError } from './arrival.ts';
 import { endSignal } from './end-signal.ts';
+import { findComposition } from './find-composition.ts';
 import { type FindParts, findTarget } from './find-target.ts';
 
 export type AnswerParts = FindParts & {
@@ -75,9 +76,11 @@ function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
 async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise<void> {
   const { req, res, facts } = arrival;
   const { path, body, translation } = call;
-  const { model, user, isStream } = call.asked;
+  const { model, adapters, user, isStream } = call.asked;
   const asker = { tenant: facts.tenant ?? null, user, header: (name: string) => headerOf(req, name) };
-  const target = await findTarget(model, facts, parts, asker);
+  const target = adapters
+    ? await findComposition(adapters, facts, parts)
+    : await findTarget(model, facts, parts, asker);
 
   const headers: Record<string, string> = { 'x-request-id': facts.requestId };
   for (const name of headersPassedOn) {
@@ -89,7 +92,7 @@ async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise
   const span = startRequestSpan(path, model, headers);
   res.once('close', () => endRequestSpan(span, res.statusCode, facts));
 
-  followRoute(arrival, model, target, { path, headers, body }, parts);
+  if (!adapters) followRoute(arrival, model, target, { path, headers, body }, parts);
   const ask = askFor(arrival, call, target, parts);
   const signal = endSignal(res, parts.cutOff);
   const session = sessionOf(req, facts);

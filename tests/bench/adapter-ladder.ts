@@ -14,6 +14,7 @@ import { link, mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
+import { alone } from '../../engine/adapters/composition.ts';
 import type { Tier } from '../../engine/protocol.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { cpuInfo } from '../../native/index.ts';
@@ -109,7 +110,7 @@ async function measure(pick: () => number): Promise<Row> {
               { length: promptTokens },
               (_, i) => ((turn + 1) * (i + seed) + 7) % 4000,
             ),
-            adapter,
+            adapters: alone(adapter),
             params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens: outputTokens },
             onOutput({ finishReason, error }) {
               if (error) row.numErrors++;

@@ -12,6 +12,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { readAdapterFile } from '../../engine/adapters/adapter-file.ts';
 import type { Adapter } from '../../engine/adapters/adapter-tiers.ts';
+import { alone } from '../../engine/adapters/composition.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { cpuInfo } from '../../native/index.ts';
 import { open, prepare, smollm2Path } from '../fixtures/models.ts';
@@ -55,7 +56,7 @@ function run(
   engine.add([
     {
       promptTokens: Array.from({ length: 16 }, (_, i) => (i * seed + 11) % 4000),
-      adapter,
+      adapters: alone(adapter),
       params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens },
       onOutput({ finishReason, error }) {
         if (error) end.reject(error);
@@ -98,7 +99,7 @@ const copyMs: number[] = [];
 const ttftMs: number[] = [];
 for (let i = 0; i < numSwaps; i++) {
   const adapter = adapters[i % adapters.length]!;
-  tiers.residency.evictWaiting(null);
+  tiers.residency.evictWaiting();
   const { first, end } = run(adapter, i, 2);
   ttftMs.push(await first);
   await end;
@@ -120,8 +121,10 @@ async function decodeRate(withSwaps: boolean): Promise<number> {
   const swaps = (async () => {
     for (let i = 0; withSwaps && !isOver && i < numSwaps / numRounds; i++) {
       const adapter = adapters[i % adapters.length]!;
-      if (adapter.device) tiers.residency.evictWaiting(null);
-      await tiers.residency.whileMoving(adapter, () => tiers.residency.raise(adapter, 'name'));
+      if (adapter.device) tiers.residency.evictWaiting();
+      await tiers.residency.whileMoving(adapter, () =>
+        tiers.residency.raise(adapter, 'name', { leave: (wait) => wait() }),
+      );
     }
   })();
   await Promise.all(voices);

@@ -147,7 +147,7 @@ async function run(variant: Variant): Promise<Run> {
     const [handle] = engine.add([
       {
         promptTokens: tokens,
-        adapter: null,
+        adapters: [],
         params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens: outputTokens },
         onOutput({ finishReason, error }) {
           firstMs ??= performance.now();

@@ -83,7 +83,7 @@ async function run(batch: number, used: Grammar | null): Promise<{ stepMs: numbe
     engine.add([
       {
         promptTokens: prompt,
-        adapter: null,
+        adapters: [],
         grammar: used,
         params: { ...defaultSampling(), seed: BigInt(seed), ignoreEos: true, maxTokens: numSteps },
         onOutput({ finishReason, error }) {

@@ -58,7 +58,7 @@ function run({ engine }: Started): Promise<Run> {
     const [handle] = engine.add([
       {
         promptTokens,
-        adapter: null,
+        adapters: [],
         params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens: numOutput },
         onOutput({ finishReason, error }) {
           if (error) return reject(error);

@@ -78,7 +78,7 @@ async function burst({ engine }: WiredEngine, round: number): Promise<Burst> {
     const [handle] = engine.add([
       {
         promptTokens: [...system, ...draw(random, questionTokens)],
-        adapter: null,
+        adapters: [],
         params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens: outputTokens },
         onOutput({ finishReason, error }) {
           if (isFirst) ttfts.push(performance.now() - beginMs);

@@ -76,7 +76,7 @@ function generate(engine: Engine, seed: number, maxTokens: number): Promise<void
   engine.add([
     {
       promptTokens: prompt,
-      adapter: null,
+      adapters: [],
       params: { ...defaultSampling(), seed: BigInt(seed), ignoreEos: true, maxTokens },
       onOutput(output) {
         events.delta(0, output);

@@ -111,7 +111,7 @@ describe('a long sequence', () => {
 
   test('without a maximum has what the arenas have room for', async () => {
     const parts = small({ runtime: { numHostPages: 20 } });
-    const most = parts.engine.maxTokensOfOne(null);
+    const most = parts.engine.maxTokensOfOne([]);
     const { tokens, last } = await start(parts, { promptTokens: prompt(300), params: { maxTokens: null } })
       .done;
     expect(last.finishReason).toBe('length');
@@ -122,7 +122,7 @@ describe('a long sequence', () => {
 
   test('is refused beyond both arenas, and where another one keeps the host arena', async () => {
     const parts = small({ runtime: { numHostPages: 20 } });
-    const most = parts.engine.maxTokensOfOne(null);
+    const most = parts.engine.maxTokensOfOne([]);
     expect(most).toBeGreaterThan(20 * 16);
     expect(() => start(parts, { promptTokens: prompt(most), params: { maxTokens: 1 } })).toThrow(
       expect.objectContaining({ code: 'arena_full', message: expect.stringMatching(/--host-memory/) }),

@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { pino } from 'pino';
 import { describe, expect, onTestFinished, test, vi } from 'vitest';
 import { digestOfFolder } from '../../engine/adapters/adapter-file.ts';
+import { alone as only } from '../../engine/adapters/composition.ts';
 import { headerBytes } from '../../engine/ladder/block-file.ts';
 import { KvDisk } from '../../engine/ladder/kv-disk.ts';
 import { enginePaths } from '../../engine/protocol.ts';
@@ -80,7 +81,7 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   for (let i = 0; i < 3; i++) {
     const pages = arena.numFree + blocks.numReclaimablePages;
     await generate(parts, { promptTokens: prompt(7 + i), adapter, maxTokens: 4 });
-    tiers.residency.evictWaiting(null);
+    tiers.residency.evictWaiting();
     expect(arena.numFree + blocks.numReclaimablePages).toBeGreaterThanOrEqual(pages);
     await generate(parts, { promptTokens: prompt(11 + i), maxTokens: 30 });
   }
@@ -106,7 +107,7 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   const [handle] = engine.add([
     {
       promptTokens: prompt(23),
-      adapter,
+      adapters: only(adapter),
       params: { ...defaultSampling(), temperature: 0, ignoreEos: true, maxTokens: 900 },
       onOutput({ finishReason, error }) {
         if (finishReason) ended.resolve(error);

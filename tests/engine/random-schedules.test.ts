@@ -1,14 +1,12 @@
 /**
  * Random loads on the fake runtime: small arenas that force preemption, small token budgets, cancellations, ends of every
- * kind, adapters that come and go; most with steps planned ahead, some without. Each sequence must give the tokens that
+ * kind, adapters that come and go, alone and in compositions; most with steps planned ahead, some without. Each sequence must give the tokens that
  * it gives alone, and at the end nothing may be held.
  */
 import { expect, test, vi } from 'vitest';
-import type { Adapter } from '../../engine/adapters/adapter-tiers.ts';
+import { type Composition, compose } from '../../engine/adapters/composition.ts';
 import { EngineError } from '../../engine/errors.ts';
-import { lowestPriority, type Standing } from '../../engine/protocol.ts';
 import { defaultSampling, type SamplingParams } from '../../engine/sampling.ts';
-import type { Sequence } from '../../engine/sequence.ts';
 import type { FinishReason } from '../../engine/stop.ts';
 import { start, startEngine } from '../fixtures/fake-engine-parts.ts';
 import { fakeEos } from '../fixtures/fake-text.ts';
@@ -47,8 +45,8 @@ interface Counts {
   numFetched: number;
   /** Steps that read the host arena. */
   numStreaming: number;
-  /** Of places, to sequences of a higher priority. */
-  numYields: number;
+  /** Sequences of several adapters. */
+  numComposed: number;
 }
 
 /** Every fourth has sequences that the device arena has no room for. */
@@ -74,8 +72,9 @@ async function runSchedule(seed: number): Promise<Counts> {
   // The fake's steps take no time: whether a copy is cheaper is drawn instead.
   vi.spyOn(parts.costs, 'prefillSeconds').mockReturnValue(randomAlike.pick([1, 1, 1e-12]));
   const beginnings = [0, 1].map(() => Int32Array.from({ length: 60 }, () => randomAlike.below(256)));
-  const runs: Promise<number>[] = [];
+  const runs: Promise<void>[] = [];
   const loads: Promise<unknown>[] = [];
+  let numComposed = 0;
   // Names are loaded in place, with other content, while sequences use the old one.
   const names = ['a', 'b', 'c'];
 
@@ -91,7 +90,10 @@ async function runSchedule(seed: number): Promise<Counts> {
     } else {
       const params = randomParams(random);
       params.biasValues = params.biasIds.map(() => 2);
-      const adapter: Adapter | null = random.below(3) === 0 ? null : (tiers.get(random.pick(names)) ?? null);
+      const chosen = random.below(3) === 0 ? [] : [random.pick(names)];
+      if (chosen.length > 0 && randomAlike.below(3) === 0) chosen.push(randomAlike.pick(names));
+      const adapters = composed(parts, chosen, randomAlike);
+      if (adapters.length > 1) numComposed++;
       const length = isLong && randomAlike.below(3) === 0 ? randomAlike.from(100, 360) : random.from(1, 60);
       const promptTokens = Int32Array.from({ length }, () => random.below(256));
       if (randomAlike.below(2) === 0) {
@@ -99,14 +101,14 @@ async function runSchedule(seed: number): Promise<Counts> {
         promptTokens.set(randomAlike.pick(beginnings).subarray(0, numAlike));
       }
       const cancelAfter = random.below(4) === 0 ? random.below(6) : Number.POSITIVE_INFINITY;
-      runs.push(runOne(parts, promptTokens, params, adapter, randomStanding(randomAlike), cancelAfter));
+      runs.push(runOne(parts, promptTokens, params, adapters, cancelAfter));
     }
     for (let i = random.below(8); i > 0; i--) await new Promise((resolve) => setImmediate(resolve));
     arena.check();
     if (turn === 5) void blocks.purge(`sha256:${Buffer.from('/adapters/0-r1').toString('hex')}`);
   }
   await Promise.all(loads);
-  const yields = await Promise.all(runs);
+  await Promise.all(runs);
   for (const name of names) if (tiers.get(name)) tiers.unload(name);
   await vi.waitFor(() => expect(engine.numRunning).toBe(0), { interval: 1 });
   await Promise.all([engine.close(), tiers.close()]);
@@ -123,42 +125,47 @@ async function runSchedule(seed: number): Promise<Counts> {
     numHits: await total('vllm:prefix_cache_hits_total'),
     numFetched: numToDevice,
     numStreaming: parts.runtime.steps.filter(({ numHostBlocks }) => numHostBlocks > 0).length,
-    numYields: yields.reduce((sum, count) => sum + count, 0),
+    numComposed,
   };
 }
 
-function randomStanding(random: SeededRandom): Standing {
-  const priority = random.pick([lowestPriority, lowestPriority, 0, 0, 3]);
-  return { tenant: random.pick(['', 'a', 'b']), weight: random.pick([1, 2, 0.5]), priority };
+/** Those of the names that point at an adapter; of one, that adapter as it is. */
+function composed(
+  { tiers }: ReturnType<typeof startEngine>,
+  names: readonly string[],
+  random: SeededRandom,
+): Composition {
+  const weight = () => (names.length === 1 ? 1 : random.pick([1, 0.5, -2]));
+  return compose(
+    names.flatMap((name) => {
+      const adapter = tiers.get(name);
+      return adapter ? [{ adapter, weight: weight() }] : [];
+    }),
+  );
 }
 
 async function runOne(
   parts: ReturnType<typeof startEngine>,
   promptTokens: Int32Array,
   params: SamplingParams,
-  adapter: Adapter | null,
-  standing: Standing,
+  adapters: Composition,
   cancelAfter: number,
-): Promise<number> {
+): Promise<void> {
   let outcome: Awaited<ReturnType<typeof start>['done']>;
-  let sequence: Sequence;
   try {
     let numOutputs = 0;
     const { handle, done } = start(parts, {
       promptTokens,
       params,
-      adapter,
-      standing,
+      adapters,
       onOutput: () => {
         if (numOutputs++ >= cancelAfter) handle.cancel();
       },
     });
-    sequence = handle.sequence;
     if (cancelAfter === 0) handle.cancel();
     outcome = await done;
   } catch (error) {
-    expectRefusal(error);
-    return 0;
+    return expectRefusal(error);
   }
   const { tokens, last } = outcome;
   // The host arena may have no room for a long one when its turn comes.
@@ -168,9 +175,9 @@ async function runOne(
     const isAtArenaLimit = last.finishReason === 'length' && params.maxTokens === null;
     if (!isAtArenaLimit) expect(endAfter(tokens, tokens.length, params)).toBe(last.finishReason);
   }
-  const alone = await generateAlone(promptTokens, params, adapter?.file.path ?? null, tokens.length);
+  const voice = adapters.map(({ adapter, weight }) => ({ path: adapter.file.path, weight }));
+  const alone = await generateAlone(promptTokens, params, voice, tokens.length);
   expect(tokens).toEqual(alone);
-  return sequence.numYields;
 }
 
 /** Why a sequence ends after `count` of its output tokens; null: it does not. */
@@ -195,7 +202,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
     let numHits = 0;
     let numFetched = 0;
     let numStreaming = 0;
-    let numYields = 0;
+    let numComposed = 0;
     for (let i = 0; i < numSchedules / numGroups; i++) {
       const seed = group * numSchedules + i;
       try {
@@ -204,7 +211,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
         numHits += counts.numHits;
         numFetched += counts.numFetched;
         numStreaming += counts.numStreaming;
-        numYields += counts.numYields;
+        numComposed += counts.numComposed;
       } catch (cause) {
         throw new Error(`schedule with seed ${seed} failed: ${(cause as Error).message}`, { cause });
       }
@@ -214,7 +221,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
     expect(numHits).toBeGreaterThan(0);
     expect(numFetched).toBeGreaterThan(0);
     expect(numStreaming).toBeGreaterThan(0);
-    expect(numYields).toBeGreaterThan(0);
+    expect(numComposed).toBeGreaterThan(0);
   },
   numSchedules * 30,
 );

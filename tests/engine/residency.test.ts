@@ -127,7 +127,7 @@ describe('a load in place with a pin', () => {
 describe('a sequence whose adapter is not on the device', () => {
   test('waits alone: those that run and those behind it go on', async () => {
     const parts = await withAdapters(['a', 'b'], 3, { runtime: { numPages: 12, numHostPages: 6 } });
-    parts.tiers.residency.evictWaiting(adapterOf(parts, 'b'));
+    parts.tiers.residency.evictWaiting([adapterOf(parts, 'b')]);
     const { promise: copyGate, resolve: open } = Promise.withResolvers<void>();
     parts.runtime.copyGate = copyGate;
     const first = ask(parts, 'a');
@@ -141,7 +141,7 @@ describe('a sequence whose adapter is not on the device', () => {
   test('is one of a herd: one copy, or one read, for all of them', async () => {
     for (const numHostPages of [0, 6]) {
       const parts = await withAdapters(['a'], 3, { runtime: { numPages: 12, numHostPages } });
-      parts.tiers.residency.evictWaiting(null);
+      parts.tiers.residency.evictWaiting();
       const load = vi.spyOn(parts.runtime, 'loadAdapter');
       const copy = vi.spyOn(parts.runtime, 'copyPages');
       const runs = await Promise.all(Array.from({ length: 20 }, () => ask(parts, 'a').done));
@@ -152,7 +152,7 @@ describe('a sequence whose adapter is not on the device', () => {
 
   test('gets the reason when it cannot be brought up, and later ones may try again', async () => {
     const parts = await withAdapters(['a', 'b'], 3, { runtime: { numPages: 12 } });
-    parts.tiers.residency.evictWaiting(adapterOf(parts, 'b'));
+    parts.tiers.residency.evictWaiting([adapterOf(parts, 'b')]);
     const other = await running(parts, 'b');
     parts.runtime.failNextLoad = new Error('input/output error');
     const runs = [ask(parts, 'a'), ask(parts, 'a')];
@@ -169,7 +169,7 @@ describe('a sequence whose adapter is not on the device', () => {
     let isChanged = false;
     const readFile = async (path: string) => readFakeAdapter(isChanged ? '/other-r3' : path);
     const parts = await withAdapters(['a'], 3, { runtime: { numPages: 12 }, tiers: { readFile } });
-    parts.tiers.residency.evictWaiting(null);
+    parts.tiers.residency.evictWaiting();
     isChanged = true;
     const { last } = await ask(parts, 'a').done;
     expect(last.error).toMatchObject({ code: 'adapter_digest_mismatch' });
@@ -181,7 +181,7 @@ describe('a sequence whose adapter is not on the device', () => {
       runtime: { numPages: 10 },
       tiers: { queueWaitMs: 5 },
     });
-    parts.tiers.residency.evictWaiting(adapterOf(parts, 'b'));
+    parts.tiers.residency.evictWaiting([adapterOf(parts, 'b')]);
     await running(parts, 'b');
     parts.runtime.gate = new Promise(() => {});
     const { last } = await ask(parts, 'a').done;
@@ -191,7 +191,7 @@ describe('a sequence whose adapter is not on the device', () => {
 
   test('lets the wait for pages end when it is cancelled', async () => {
     const parts = await withAdapters(['a', 'b'], 3, { runtime: { numPages: 10 } });
-    parts.tiers.residency.evictWaiting(adapterOf(parts, 'b'));
+    parts.tiers.residency.evictWaiting([adapterOf(parts, 'b')]);
     const { promise: gate, resolve: open } = Promise.withResolvers<void>();
     const other = await running(parts, 'b');
     parts.runtime.gate = gate;
@@ -276,7 +276,7 @@ describe('an adapter that goes', () => {
 
   test('ends with the sequences that waited for it, when it is replaced while it is on its way', async () => {
     const parts = await withAdapters(['a'], 3, { runtime: { numPages: 20, numHostPages: 6 } });
-    parts.tiers.residency.evictWaiting(null);
+    parts.tiers.residency.evictWaiting();
     const { promise: copyGate, resolve: open } = Promise.withResolvers<void>();
     parts.runtime.copyGate = copyGate;
     const old = ask(parts, 'a');
@@ -308,7 +308,7 @@ describe('an adapter that goes', () => {
 
 test('closing refuses what waits for pages and waits for what is copied', async () => {
   const parts = await withAdapters(['a', 'b'], 3, { runtime: { numPages: 10, numHostPages: 6 } });
-  parts.tiers.residency.evictWaiting(null);
+  parts.tiers.residency.evictWaiting();
   const { promise: copyGate, resolve: open } = Promise.withResolvers<void>();
   parts.runtime.copyGate = copyGate;
   const run = ask(parts, 'a');

@@ -6,13 +6,12 @@ import { describe, expect, test, vi } from 'vitest';
 import { EngineError } from '../../engine/errors.ts';
 import {
   type AdapterList,
+  adaptersHeader,
   enginePaths,
-  formatStanding,
+  formatAdapters,
   modelHeader,
-  type Standing,
   senderHeader,
   usageHeader,
-  weightHeader,
 } from '../../engine/protocol.ts';
 import { readFakeAdapter } from '../fixtures/fake-engine-parts.ts';
 import { eventsOf, type Served, serveFake } from '../fixtures/serve-fake.ts';
@@ -535,6 +534,90 @@ describe('adapters over HTTP', () => {
   });
 });
 
+describe('a composition', () => {
+  const sum = [
+    { name: 'a', weight: 0.5 },
+    { name: 'b', weight: -1 },
+  ];
+  const withBoth = async () => {
+    const served = await serveFake();
+    for (const name of ['a', 'b']) await served.tiers.load(name, `/${name}-r1`, false);
+    const ask = async (body: object, headers = {}) => {
+      const reply = await served.post(enginePaths.completions, { ...completion, ...body }, { headers });
+      const { choices, model, ...error } = (await reply.json()) as {
+        choices?: { text: string }[];
+        model: string;
+      };
+      return { status: reply.status, text: choices?.[0]?.text, model, error };
+    };
+    return { ...served, ask };
+  };
+
+  test('answers by body and by header alike, in any order, in place of the model', async () => {
+    const { ask } = await withBoth();
+    const byBody = await ask({ adapters: sum });
+    expect(byBody).toMatchObject({ status: 200, model: 'base' });
+    const others = [
+      await ask({ adapters: [...sum].reverse() }),
+      await ask({ model: 'base' }, { [adaptersHeader]: formatAdapters(sum) }),
+      await ask({ model: 'base', adapters: sum.slice(1) }, { [adaptersHeader]: formatAdapters(sum) }),
+      await ask({}, { [adaptersHeader]: formatAdapters(sum), [modelHeader]: 'b' }),
+    ];
+    expect(others.map(({ text }) => text)).toEqual(others.map(() => byBody.text));
+    const single = await Promise.all(['base', 'a', 'b'].map((model) => ask({ model })));
+    expect(new Set([byBody.text, ...single.map(({ text }) => text)]).size).toBe(4);
+  });
+
+  test('of one adapter with weight 1 is that adapter', async () => {
+    const { ask } = await withBoth();
+    expect((await ask({ adapters: [{ name: 'a', weight: 1 }] })).text).toBe((await ask({ model: 'a' })).text);
+  });
+
+  test('answers chats and streams, and embeds', async () => {
+    const served = await withBoth();
+    const headers = { [adaptersHeader]: formatAdapters(sum) };
+    const chats = [
+      { ...chat, model: 'base', adapters: sum },
+      { ...chat, model: 'base', stream: true },
+    ];
+    for (const body of chats)
+      expect((await served.post(enginePaths.chat, body, { headers })).status).toBe(200);
+    const vector = async (body: object) => {
+      const reply = await served.post(enginePaths.embeddings, { model: 'base', input: 'hello', ...body });
+      return JSON.stringify(((await reply.json()) as { data: unknown }).data);
+    };
+    expect(await vector({ adapters: sum })).not.toBe(await vector({}));
+  });
+
+  test('with an adapter that is not there is 404, and says which', async () => {
+    const { ask } = await withBoth();
+    for (const name of ['c', 'base']) {
+      const { status, error } = await ask({ adapters: [...sum, { name, weight: 1 }] });
+      expect([status, error]).toMatchObject([
+        404,
+        { param: 'adapters', message: expect.stringContaining(name) },
+      ]);
+    }
+  });
+
+  test.each([
+    [{ adapters: [] }, {}, 'adapters: expected a list of 1 to 8'],
+    [
+      { adapters: [{ name: 'a', weight: 0 }] },
+      {},
+      'adapters[0].weight: expected a number between -10 and 10, not 0',
+    ],
+    [{ adapters: 'a' }, {}, 'adapters: expected a list'],
+    [{}, { [adaptersHeader]: 'a=1,a=2' }, 'x-motet-adapters[1].name: expected each adapter once'],
+    [{}, { [adaptersHeader]: '' }, 'x-motet-adapters[0]: expected name=weight'],
+    [{ adapters: sum }, { [modelHeader]: 'a' }, 'adapters: expected none beside x-motet-model'],
+  ])('%j with headers %j is refused', async (body, headers, message) => {
+    const { ask } = await withBoth();
+    const { status, error } = await ask(body, headers);
+    expect([status, error]).toMatchObject([400, { message: expect.stringContaining(message) }]);
+  });
+});
+
 describe('x-motet-model', () => {
   const paths = [
     ['chat', enginePaths.chat, chat],
@@ -603,41 +686,6 @@ describe('x-motet-model', () => {
       400,
       expect.objectContaining({ code: 'invalid_value', param: modelHeader }),
     ]);
-  });
-});
-
-describe('whose a request is', () => {
-  test('decides who is next, by the headers that the gateway sets', async () => {
-    const served = await serveFake({ limits: { maxSequences: 1 } });
-    const release = holdSteps(served);
-    const ended: string[] = [];
-    const replies: Promise<unknown>[] = [];
-    const ask = async (name: string, standing: Standing, path: string, body: object) => {
-      const numWaiting = served.engine.numWaiting + served.engine.numRunning;
-      const reply = served.post(path, body, { headers: formatStanding(standing) });
-      await vi.waitFor(() =>
-        expect(served.engine.numWaiting + served.engine.numRunning).toBe(numWaiting + 1),
-      );
-      replies.push(reply.then(({ status }) => ended.push(`${name} ${status}`)));
-    };
-    const of = (tenant: string, priority = 0) => ({ tenant, weight: 1, priority });
-    await ask('first', of('a'), enginePaths.completions, completion);
-    await ask('low', of('a', -1), enginePaths.completions, completion);
-    await ask('second', of('a'), enginePaths.chat, chat);
-    await ask('vector', of('b'), enginePaths.embeddings, { model: 'base', input: 'text' });
-    release();
-    await Promise.all(replies);
-    expect(ended).toEqual(['first 200', 'vector 200', 'second 200', 'low 200']);
-  });
-
-  test('is refused by the name of the header that is wrong', async () => {
-    const served = await serveFake();
-    const response = await served.post(enginePaths.completions, completion, {
-      headers: { [weightHeader]: '-1' },
-    });
-    const { error } = (await response.json()) as { error: { param: string; message: string } };
-    expect([response.status, error.param]).toEqual([400, weightHeader]);
-    expect(error.message).toBe('x-motet-weight: expected a number above 0 and up to 1000, got -1');
   });
 });
 

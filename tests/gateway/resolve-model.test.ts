@@ -39,12 +39,14 @@ test('a name that a live engine no longer lists is unknown', () => {
   expect(resolveModel(x, [endpoint(['y'])], nowMs).kind).toBe('unknown');
 });
 
-test('a group is served by the engines that have each of its members', () => {
+test('a group is served by the engines that have each of its members and can compose them', () => {
   const members = ['x', 'y'].map((name) => ({ name, weight: 1 }));
   const group = { name: 'group', baseModel: null, members };
-  const [a, b, c] = [endpoint(['x', 'y']), endpoint(['x', 'group']), endpoint(['y'])];
-  expect(resolveModel(group, [a, b, c], nowMs)).toEqual({ kind: 'served', endpoints: [a] });
-  expect(resolveModel(group, [b, c], nowMs).kind).toBe('unknown');
+  const adapterList = { data: [] } as never;
+  const [a, b, c] = ['x y', 'x group', 'y'].map((names) => endpoint(names.split(' '), { adapterList }));
+  const vllm = endpoint(['x', 'y']);
+  expect(resolveModel(group, [a!, b!, c!, vllm], nowMs)).toEqual({ kind: 'served', endpoints: [a] });
+  expect(resolveModel(group, [b!, c!, vllm], nowMs).kind).toBe('unknown');
 });
 
 test('an engine that is away is forgotten after a bounded time', () => {

@@ -7,10 +7,22 @@ import { checkConformance, configurationSchemas, suiteSchemas } from '../fixture
 
 const folder = join(import.meta.dirname, '../goldens/tiny/llama3');
 
+/** Between a whole number that is not meant and the next one. */
+const bounds = [
+  { exclusiveMinimum: 2, maximum: 2.5 },
+  { exclusiveMinimum: 0, exclusiveMaximum: 0.75 },
+  { minimum: -0.5, exclusiveMaximum: 0 },
+  { minimum: 1, maximum: 2.5, not: { enum: [1, 2] } },
+].map((bound, i) => ({
+  name: `bound ${i}`,
+  draft: '2020-12' as const,
+  schema: { type: 'number', ...bound },
+}));
+
 test('every completion that ends by itself is an instance of its schema', { timeout: 120_000 }, async () => {
   const { numCompiled, refused, unjudged, completions, numPreemptions } = await checkConformance({
     modelPath: folder,
-    schemas: [...suiteSchemas(), ...configurationSchemas(12)],
+    schemas: [...suiteSchemas(), ...configurationSchemas(12), ...bounds],
     temperatures: [0, 1, 2],
     adapters: { tiny: join(folder, 'adapter') },
     maxTokens: 96,

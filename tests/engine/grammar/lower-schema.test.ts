@@ -145,6 +145,26 @@ test('every schema of the public suite has the same instances after as before', 
   expect(numRefused).toBeLessThan(10);
 });
 
+test.each([
+  [
+    { exclusiveMinimum: 2, maximum: 2.5 },
+    { minimum: 2.0000000000000004, maximum: 2.5 },
+  ],
+  [{ exclusiveMinimum: 2, minimum: 3 }, { minimum: 3 }],
+  [{ exclusiveMinimum: 0 }, { minimum: 1e-18 }],
+  [
+    { exclusiveMaximum: -2, minimum: -2.5 },
+    { maximum: -2.0000000000000004, minimum: -2.5 },
+  ],
+  [{ exclusiveMaximum: 2 }, { exclusiveMaximum: 2 }],
+  [
+    { type: 'integer', exclusiveMinimum: 2 },
+    { type: 'integer', exclusiveMinimum: 2 },
+  ],
+])('a bound that is not to be reached becomes the next one that may be: %j', (schema, expected) => {
+  expect(lowerSchema(schema)).toEqual(expected);
+});
+
 test('data that looks like a schema is left alone', () => {
   const schema = {
     enum: [{ not: {} }],

@@ -65,6 +65,10 @@ test.each([
   ['invalid_body', { ...good, body: 'text' }],
   ['missing_model', { ...good, body: {} }],
   ['stream_not_supported', { ...good, body: { ...good.body, stream: true } }],
+  [
+    'adapters_not_supported',
+    { ...good, body: { ...good.body, adapters: [{ name: 'a secret', weight: 1 }] } },
+  ],
 ])('%s (%#)', (code, value) => {
   expect(parse(value)).toHaveProperty('code', code);
   expect(JSON.stringify(parse(value))).not.toContain('a secret');

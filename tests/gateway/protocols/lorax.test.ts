@@ -241,7 +241,15 @@ describe('parameters', () => {
     ['watermark', { watermark: true }],
     ['decoder_input_details', { decoder_input_details: true }],
     ['return_k_alternatives', { return_k_alternatives: 2 }],
-    ['merged_adapters', { merged_adapters: { ids: ['a'], weights: [1] } }],
+    ['merged_adapters', { merged_adapters: { ids: ['a'], weights: [1] }, adapter_id: 'b' }],
+    [
+      'merged_adapters.merge_strategy',
+      { merged_adapters: { ids: ['a'], weights: [1], merge_strategy: 'ties' } },
+    ],
+    ['merged_adapters.weights', { merged_adapters: { ids: ['a', 'b'], weights: [1] } }],
+    ['adapters[1].weight', { merged_adapters: { ids: ['a', 'b'], weights: [1, 0] } }],
+    ['adapters[1].name', { merged_adapters: { ids: ['a', 'a'] } }],
+    ['adapters', { merged_adapters: { ids: [] } }],
     ['best_of', { best_of: 2 }],
     ['max_new_tokens', { max_new_tokens: 0 }],
     ['temperature', { temperature: 'hot' }],
@@ -253,6 +261,21 @@ describe('parameters', () => {
     expect(error).toContain(`${field}: `);
     expect(error).not.toContain('hf_secret');
     expect(engine.received).toHaveLength(0);
+  });
+
+  test('of merged adapters are a composition, with weights of 1 where none are given', () => {
+    const asked = (merged_adapters: object) =>
+      parseLorax({ inputs, parameters: { merged_adapters } }, ['base'], false, () => 1).asked;
+    expect(
+      asked({ ids: ['a', 'b'], weights: [0.5, -2], merge_strategy: 'linear', density: 0 }),
+    ).toMatchObject({
+      model: 'a+b',
+      adapters: [
+        { name: 'a', weight: 0.5 },
+        { name: 'b', weight: -2 },
+      ],
+    });
+    expect(asked({ ids: ['a', 'b'], weights: [] }).adapters?.map(({ weight }) => weight)).toEqual([1, 1]);
   });
 
   test('that clients send as null or false change nothing', () => {

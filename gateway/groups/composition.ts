@@ -1,0 +1,56 @@
+// Who answers a request that names several adapters itself, each with a weight: all of them at once, as of a group. The caller
+// needs the right to each.
+
+import type { Problem, WeightedName } from '../../engine/protocol.ts';
+import type { WeightedTarget } from '../choose-target.ts';
+import { GatewayError } from '../errors.ts';
+import type { Target } from '../resolve-model.ts';
+
+export type WeightedMember = { target: Target; weight: number };
+
+/** Names of compositions that become labels of metrics; further ones share one. */
+const maxNames = 256;
+const sharedName = 'composition';
+const names = new Set<string>();
+
+/**
+ * @param members  at least one
+ * @throws invalid_value when no engine can have them all, or one is no single adapter
+ */
+export function compositionTarget(members: readonly WeightedMember[]): WeightedTarget {
+  const [first, ...others] = [...members].sort((a, b) => (a.target.name < b.target.name ? -1 : 1));
+  const { baseModel } = first!.target;
+  const stranger = others.find(({ target }) => target.baseModel !== baseModel);
+  if (stranger !== undefined) {
+    const pair = `${first!.target.name} and ${stranger.target.name} have two`;
+    throw refusal(`expected adapters of one base model, but ${pair}`);
+  }
+  const all = [first!, ...others];
+  const asks = new Map(
+    all.flatMap(({ target }) => (target.asks ?? []).map((ask) => [`${ask.kind}/${ask.name}`, ask])),
+  );
+  return {
+    name: nameOf(all.map(({ target }) => target.name).join('+')),
+    baseModel,
+    weight: 1,
+    members: all.map(({ target, weight }) => ({ name: target.name, weight })),
+    ...(all.some(({ target }) => target.isHopeless) && { isHopeless: true }),
+    ...(asks.size > 0 && { asks: [...asks.values()] }),
+  };
+}
+
+function nameOf(name: string): string {
+  if (names.size < maxNames) names.add(name);
+  return names.has(name) ? name : sharedName;
+}
+
+/** @param adapters  as engine/protocol.ts read them */
+export function acceptAdapters(adapters: WeightedName[] | Problem): WeightedName[] {
+  if (Array.isArray(adapters)) return adapters;
+  const { at, expected, got } = adapters;
+  throw refusal(`expected ${expected}, got ${got}`, at);
+}
+
+export function refusal(message: string, at = ''): GatewayError {
+  return new GatewayError('invalid_value', `adapters${at}: ${message}`, { param: 'adapters' });
+}
