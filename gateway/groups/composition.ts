@@ -26,15 +26,24 @@ export function compositionTarget(members: readonly WeightedMember[]): WeightedT
     throw refusal(`expected adapters of one base model, but ${pair}`);
   }
   const all = [first!, ...others];
+  return together(nameOf(all.map(({ target }) => target.name).join('+')), baseModel, all);
+}
+
+/** One target of all of them: it needs what each of them needs. */
+export function together(
+  name: string,
+  baseModel: string | null,
+  members: readonly WeightedMember[],
+): WeightedTarget {
   const asks = new Map(
-    all.flatMap(({ target }) => (target.asks ?? []).map((ask) => [`${ask.kind}/${ask.name}`, ask])),
+    members.flatMap(({ target }) => (target.asks ?? []).map((ask) => [`${ask.kind}/${ask.name}`, ask])),
   );
   return {
-    name: nameOf(all.map(({ target }) => target.name).join('+')),
+    name,
     baseModel,
     weight: 1,
-    members: all.map(({ target, weight }) => ({ name: target.name, weight })),
-    ...(all.some(({ target }) => target.isHopeless) && { isHopeless: true }),
+    members: members.map(({ target, weight }) => ({ name: target.name, weight })),
+    ...(members.some(({ target }) => target.isHopeless) && { isHopeless: true }),
     ...(asks.size > 0 && { asks: [...asks.values()] }),
   };
 }

@@ -9,6 +9,7 @@ import { adaptersHeader, formatAdapters, modelHeader } from '../../engine/protoc
 import type { WeightedTarget } from '../choose-target.ts';
 import { GatewayError } from '../errors.ts';
 import type { Target } from '../resolve-model.ts';
+import { together } from './composition.ts';
 
 /** An adapter that the group selects. */
 export type Member = { labels: Readonly<Record<string, string>>; target: Target };
@@ -57,17 +58,11 @@ export function groupTarget(name: string, group: GroupRules, members: readonly M
     throw new GatewayError('group_too_large', message, { param: 'model' });
   }
   const weight = weights === 'equal' ? 1 / members.length : 1;
-  const asks = new Map(
-    members.flatMap(({ target }) => (target.asks ?? []).map((ask) => [`${ask.kind}/${ask.name}`, ask])),
-  );
-  return {
+  return together(
     name,
     baseModel,
-    weight: 1,
-    members: members.map(({ target }) => ({ name: target.name, weight })),
-    ...(members.some(({ target }) => target.isHopeless) && { isHopeless: true }),
-    ...(asks.size > 0 && { asks: [...asks.values()] }),
-  };
+    members.map(({ target }) => ({ target, weight })),
+  );
 }
 
 /** The headers that tell an engine who is to answer, where the name in the body does not. */
