@@ -137,6 +137,21 @@ export const settings = {
     .max(1)
     .default(0.2)
     .describe('requests that may be asked again of another engine, over all'),
+  'hedge-after-ms': z.coerce
+    .number()
+    .int()
+    .min(0)
+    .max(86_400_000)
+    .default(0)
+    .describe(
+      'a stream whose engine has sent nothing for so long is asked of a second one that has room, and who begins first is heard; 0 for none of that',
+    ),
+  'max-hedge-share': z.coerce
+    .number()
+    .min(0)
+    .max(1)
+    .default(0.05)
+    .describe('streams that may be asked of a second engine, over all'),
   'drain-timeout-ms': milliseconds(30_000).describe('longest wait for requests in flight at shutdown'),
   console: z
     .stringbool()
@@ -296,6 +311,8 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
       afterFailures: values['eject-after-failures'],
       ejectMs: values['eject-ms'],
       maxRetryShare: values['max-retry-share'],
+      hedgeAfterMs: values['hedge-after-ms'],
+      maxHedgeShare: values['max-hedge-share'],
     },
     drainTimeoutMs: values['drain-timeout-ms'],
     hasConsole: values.console,

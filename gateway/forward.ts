@@ -17,8 +17,9 @@ import type { LengthPredictor } from './queue/length-predictor.ts';
 import { noTokens } from './quota/quota.ts';
 import { StreamUsage, type Usage, usageOfAnswer } from './quota/usage.ts';
 import { mayAppear, type Target } from './resolve-model.ts';
+import { type HedgeResult, winnerOf } from './routing/hedge.ts';
 import type { PickReason } from './routing/pick-endpoint.ts';
-import { type Router, routeAsk } from './routing/router.ts';
+import { type RouteAsk, type Router, routeAsk } from './routing/router.ts';
 import { errorEvent, WholeEvents } from './sse.ts';
 
 export type ForwardLimits = { firstByteTimeoutMs: number; idleTimeoutMs: number };
@@ -46,6 +47,8 @@ export type ForwardRequest = {
   /** The caller's word that requests belong together, made its own by the tenant's name. */
   session?: string | null;
   ask: Ask;
+  /** Its answer is a stream, so that its first byte says how its engine fares. */
+  isStream?: boolean;
   /** Aborted with a GatewayError: the client hung up, or the gateway's time to drain is over. */
   signal: AbortSignal;
   /** Absent: the answer goes through untouched. */
@@ -67,6 +70,8 @@ export type Outcome = {
   /** Why this engine, and how much of the prompt its KV was expected to have. */
   picked?: { reason: PickReason; knownTokens: number };
   attempts: number;
+  /** Whether a second engine was asked because the first was slow to begin, and began first. */
+  hedge?: HedgeResult;
   /** When the engine was asked. */
   askedMs?: number;
   responseBytes: number;
@@ -158,7 +163,7 @@ async function tryEngines(
   outcome: Outcome,
   deliver: (answer: Answer, attempt: Attempt) => Promise<GatewayError | null>,
 ): Promise<GatewayError | null> {
-  const { admission, router, limits } = parts;
+  const { admission, router } = parts;
   const { name, members } = req.target;
   const route = routeAsk(members === undefined ? name : formatAdapters(members), req.body, {
     ...req,
@@ -166,6 +171,7 @@ async function tryEngines(
     members: members?.map((member) => member.name),
   });
   router.noteRequest();
+  const hedgeAfterMs = req.isStream === true ? router.hedgeAfterMs() : 0;
   const tried = new Set<Endpoint>();
   const report = (failure: GatewayError | null) => {
     if (failure !== null && engineFailures.has(failure.code)) {
@@ -175,16 +181,14 @@ async function tryEngines(
   };
   for (;;) {
     const slot = await admission.enter(req.ask, route, req.target, tried, req.signal);
-    const { endpoint, pick } = slot;
-    tried.add(endpoint);
-    outcome.engine = endpoint.name;
-    outcome.picked = { reason: pick.reason, knownTokens: pick.knownTokens };
+    tried.add(slot.endpoint);
     outcome.attempts += 1;
-    const askedMs = performance.now();
-    outcome.askedMs = askedMs;
-    const attempt = new Attempt(req.signal, [endpoint.gone, endpoint.silent], limits);
+    let trial = begin(parts, slot, req);
+    noteTrial(trial, outcome);
     try {
-      const answer = await ask(parts, slot, req, attempt);
+      if (hedgeAfterMs > 0) trial = await hedged(parts, req, route, trial, hedgeAfterMs, tried, outcome);
+      const answer = await trial.answer;
+      const { pick } = trial.slot;
       router.noteFirstByte(pick);
       if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.target, tried)) continue;
       // The engine was on its way out, or has let go of the model: it is waited for elsewhere.
@@ -192,28 +196,92 @@ async function tryEngines(
         continue;
       assertPassable(answer, req.target);
       noteUsage(answer, outcome);
-      const cut = report(await deliver(answer, attempt));
+      const cut = report(await deliver(answer, trial.attempt));
       const isEngines = cut !== null && engineFailures.has(cut.code);
-      router.noteAnswer(endpoint, isEngines || statusesOfFailing.has(answer.status), Date.now());
+      router.noteAnswer(pick.endpoint, isEngines || statusesOfFailing.has(answer.status), Date.now());
       const usage = outcome.usage?.();
       if (usage !== undefined && cut === null) noteLength(parts, req.ask, usage);
-      if (usage?.isEstimate === false) router.noteUsage(pick, usage, (performance.now() - askedMs) / 1000);
+      if (usage?.isEstimate === false)
+        router.noteUsage(pick, usage, (performance.now() - trial.askedMs) / 1000);
       return cut;
     } catch (error) {
       const failure = asEngineError(error);
       report(failure);
-      if (engineFailures.has(failure.code)) router.noteAnswer(endpoint, true, Date.now());
+      if (engineFailures.has(failure.code)) router.noteAnswer(trial.slot.endpoint, true, Date.now());
       if (!mayAskAnother(failure)) throw failure;
       const mayWait = mayAppear(req.target) && tried.size < maxEnginesTried;
       if (!mayWait && !admission.hasOther(req.target, tried)) throw failure;
       // One that could not be reached has done nothing: to ask another is no work twice.
       if (failure.code === 'engine_failed' && !router.takeRetry(Date.now())) throw failure;
     } finally {
-      attempt.end();
+      trial.attempt.end();
       // What was left for another engine's answer costs nothing. Of a whole answer that nobody waited for the cost is not known.
-      slot.release(outcome.usage?.() ?? (req.signal.aborted ? null : noTokens));
+      trial.slot.release(outcome.usage?.() ?? (req.signal.aborted ? null : noTokens));
     }
   }
+}
+
+/** One engine that is asked. */
+type Trial = { slot: Slot; attempt: Attempt; askedMs: number; answer: Promise<Answer> };
+
+function begin(parts: Forward, slot: Slot, req: ForwardRequest): Trial {
+  const { gone, silent } = slot.endpoint;
+  const attempt = new Attempt(req.signal, [gone, silent], parts.limits);
+  return { slot, attempt, askedMs: performance.now(), answer: ask(parts, slot, req, attempt) };
+}
+
+function noteTrial({ slot: { endpoint, pick }, askedMs }: Trial, outcome: Outcome): void {
+  outcome.engine = endpoint.name;
+  outcome.picked = { reason: pick.reason, knownTokens: pick.knownTokens };
+  outcome.askedMs = askedMs;
+}
+
+/** The trial that counts: the first, or, where its engine is slow to begin a stream, that of a second. The other one is over then. */
+async function hedged(
+  parts: Forward,
+  req: ForwardRequest,
+  route: RouteAsk,
+  first: Trial,
+  afterMs: number,
+  tried: Set<Endpoint>,
+  outcome: Outcome,
+): Promise<Trial> {
+  const { admission, router } = parts;
+  const second: Trial[] = [];
+  const beginSecond = () => {
+    const slot = router.takeHedge()
+      ? admission.trySpare(route, req.target, (endpoint) => !tried.has(endpoint))
+      : 'too_many';
+    if (slot === null || slot === 'too_many') {
+      router.noteHedge(slot ?? 'no_room');
+      return null;
+    }
+    tried.add(slot.endpoint);
+    outcome.attempts += 1;
+    second.push(begin(parts, slot, req));
+    return second[0]!;
+  };
+  const isGood = ({ status }: Answer) => !statusesToAskAnother.has(status);
+  const winner = await winnerOf(first, beginSecond, afterMs, isGood);
+  if (second.length === 0) return first;
+  outcome.hedge = winner === first ? 'lost' : 'won';
+  router.noteHedge(outcome.hedge);
+  letGo(parts, winner === first ? second[0]! : first);
+  noteTrial(winner, outcome);
+  return winner;
+}
+
+/** Its engine stops. That it was slower is no failure; that it failed before is. */
+function letGo(parts: Forward, { slot, attempt, answer }: Trial): void {
+  attempt.end();
+  // Its place in the fair order stays as it was guessed: what the other trial cost is that of the same answer.
+  slot.release(null);
+  answer.catch((error: unknown) => {
+    const { code } = asEngineError(error);
+    if (!engineFailures.has(code)) return;
+    parts.onEngineError(slot.endpoint.name, code);
+    parts.router.noteAnswer(slot.endpoint, true, Date.now());
+  });
 }
 
 function noteLength({ lengths, onLength }: Forward, ask: Ask, { completionTokens }: Usage): void {

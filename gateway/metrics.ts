@@ -10,6 +10,7 @@ import type { BatchRunner } from './batches/runner.ts';
 import type { Directory } from './directory.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { engineFailures } from './forward.ts';
+import { hedgeResults } from './routing/hedge.ts';
 import { pickReasons } from './routing/pick-endpoint.ts';
 import { othersOf, type Router } from './routing/router.ts';
 
@@ -141,13 +142,20 @@ export function createMetrics() {
       labelNames: ['allowed'],
       registers,
     }),
+    hedges: new Counter({
+      name: 'motet_gateway_hedges_total',
+      help: 'Streams whose engine sent nothing for --hedge-after-ms. won: a second engine was asked and began first; lost: it did not; too_many: none was asked, since too many streams had one; no_room: none had room to spare.',
+      labelNames: ['result'],
+      registers,
+    }),
   };
 }
 
 /** Counts what routing does. */
 export function watchRouting(metrics: Metrics, router: Router, endpoints: Endpoints): void {
-  const { picks, expectedTokens, ejections, retries } = metrics;
+  const { picks, expectedTokens, ejections, retries, hedges } = metrics;
   for (const reason of pickReasons) picks.inc({ reason }, 0);
+  for (const result of hedgeResults) hedges.inc({ result }, 0);
   for (const is of ['true', 'false']) {
     expectedTokens.inc({ found: is }, 0);
     retries.inc({ allowed: is }, 0);
@@ -159,6 +167,7 @@ export function watchRouting(metrics: Metrics, router: Router, endpoints: Endpoi
   });
   router.on('ejected', ({ name: engine }) => ejections.inc({ engine }));
   router.on('retried', (isAllowed) => retries.inc({ allowed: String(isAllowed) }));
+  router.on('hedged', (result) => hedges.inc({ result }));
   endpoints.on('removed', ({ name: engine }) => ejections.remove({ engine }));
 }
 

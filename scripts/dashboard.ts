@@ -203,10 +203,11 @@ const queues: Panel[] = [
   graph(
     'Asked again, left alone',
     'ops',
-    'Requests whose engine broke off before the first byte and that another was asked for, or not because too many were; engines left alone because they failed.',
+    'Requests whose engine broke off before the first byte and that another was asked for, or not because too many were; streams that a second engine was asked for; engines left alone because they failed.',
     [
       [perSecond('motet_gateway_retries_total', `${here}, allowed="true"`), 'asked again'],
       [perSecond('motet_gateway_retries_total', `${here}, allowed="false"`), 'not asked again'],
+      [perSecond('motet_gateway_hedges_total', `${here}, result=~"won|lost"`), 'asked of a second'],
       [orZero(perSecond('motet_gateway_engine_ejections_total', here), requestsPerSecond), 'left alone'],
     ],
   ),

@@ -96,7 +96,17 @@ async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise
   const ask = askFor(arrival, call, target, parts);
   const signal = endSignal(res, parts.cutOff);
   const session = sessionOf(req, facts);
-  const asked = { path, target, headers, body, session, ask, signal, ...(translation && { translation }) };
+  const asked = {
+    path,
+    target,
+    headers,
+    body,
+    session,
+    ask,
+    isStream,
+    signal,
+    ...(translation && { translation }),
+  };
   const isWaiting = () => facts.engine === undefined;
   const endHold = isStream
     ? holdStream(res, { [modelHeader]: target.name }, isWaiting, parts.hold)

@@ -6,9 +6,10 @@ import { EventEmitter } from 'node:events';
 import type { AdapterStatus, PendingWork, TokenUsage } from '../../engine/protocol.ts';
 import type { Endpoint } from '../endpoints.ts';
 import { afterAnswer, type EjectionRule, type Health, healthy } from './health.ts';
+import type { HedgeResult } from './hedge.ts';
 import { type Candidate, type PickReason, type PickSettings, pickEndpoint } from './pick-endpoint.ts';
 import { homeOf, type Prefix, PrefixMap, prefixOf } from './prefix.ts';
-import { RetryBudget } from './retry-budget.ts';
+import { CopyBudget, RetryBudget } from './retry-budget.ts';
 
 export type RouterSettings = Omit<PickSettings, 'maxInFlight'> &
   EjectionRule & {
@@ -16,6 +17,10 @@ export type RouterSettings = Omit<PickSettings, 'maxInFlight'> &
     slowStartMs: number;
     /** Retries, over requests. */
     maxRetryShare: number;
+    /** A stream that has not begun for so long is asked of a second engine too; 0: none is. */
+    hedgeAfterMs: number;
+    /** Of such copies, over streams. */
+    maxHedgeShare: number;
   };
 
 /** What routing wants to know of a request. */
@@ -104,18 +109,21 @@ const trustPace = 0.05;
 const speedPace = 0.1;
 
 /**
- * Emits what happens: `picked`; `ejected`; `retried` with whether the budget allowed it; `predicted` with the tokens that were
+ * Emits what happens: `picked`; `ejected`; `retried` with whether the budget allowed it; `hedged` with what came
+ * of it; `predicted` with the tokens that were
  * expected to be cached and those of them that were.
  */
 export class Router extends EventEmitter<{
   picked: [Pick];
   ejected: [Endpoint];
   retried: [boolean];
+  hedged: [HedgeResult];
   predicted: [{ expectedTokens: number; cachedTokens: number }];
 }> {
   readonly #settings: RouterSettings;
   readonly #prefixes = new PrefixMap(maxPrefixes);
   readonly #budget: RetryBudget;
+  readonly #copies: CopyBudget;
   readonly #memories = new WeakMap<Endpoint, Memory>();
   #numPicks = 0;
   /** Tokens per second of a busy engine. */
@@ -125,6 +133,7 @@ export class Router extends EventEmitter<{
     super();
     this.#settings = settings;
     this.#budget = new RetryBudget(settings.maxRetryShare);
+    this.#copies = new CopyBudget(settings.maxHedgeShare);
   }
 
   /**
@@ -186,6 +195,21 @@ export class Router extends EventEmitter<{
     const isAllowed = this.#budget.take(nowMs);
     this.emit('retried', isAllowed);
     return isAllowed;
+  }
+
+  /** A stream came. How long its first engine is waited for alone; 0: for as long as it takes. */
+  hedgeAfterMs(): number {
+    this.#copies.noteRequest();
+    return this.#settings.hedgeAfterMs;
+  }
+
+  /** Whether one more stream may be asked of a second engine; it counts as asked then. */
+  takeHedge(): boolean {
+    return this.#copies.take();
+  }
+
+  noteHedge(result: HedgeResult): void {
+    this.emit('hedged', result);
   }
 
   /** The engine answered, or failed to. */

@@ -5,6 +5,7 @@
  *
  *   node tests/bench/chaos.ts                    5 minutes
  *   node tests/bench/chaos.ts --seconds 30 --seed 7 --clients 32
+ *   node tests/bench/chaos.ts --hedge-after-ms 500        streams that are slow to begin are asked of a second engine
  *
  * Fails when a request ends without all of its answer and without an error that says why, when an answer is wrong or there
  * twice, when the gateway counted other tokens or requests than the clients, when a limit that has room refuses, or when a place of a
@@ -19,6 +20,7 @@ const { values: options } = parseArgs({
     seconds: { type: 'string', default: '300' },
     seed: { type: 'string', default: '1' },
     clients: { type: 'string', default: '24' },
+    'hedge-after-ms': { type: 'string', default: '0' },
   },
 });
 function countOf(name: keyof typeof options): number {
@@ -35,7 +37,14 @@ const report = await runChaos({
   // Longer than a look may take and an engine may be silent: some are taken for dead.
   maxStopMs: 12_000,
   hangMs: 9_000,
-  gatewayArgs: ['--silent-after-ms', '5000', '--idle-timeout-ms', '20000'],
+  gatewayArgs: [
+    '--silent-after-ms',
+    '5000',
+    '--idle-timeout-ms',
+    '20000',
+    '--hedge-after-ms',
+    options['hedge-after-ms'],
+  ],
 });
 const { done, refused, wrong, latenciesMs, ...counts } = report;
 const numRefused = Object.values(refused).reduce((a, b) => a + b, 0);
@@ -46,7 +55,7 @@ console.log(
   `Redis killed ${done.redisKilled} times, frozen ${done.redisFrozen}; ${counts.numAlone} requests without it, ${counts.numPlacesLeft} places not given back`,
 );
 console.log(
-  `${counts.numSent} requests: ${counts.numAnswered} answered, ${numRefused} told why not, ${wrong.length} wrong; ${counts.numRetried} asked of another engine`,
+  `${counts.numSent} requests: ${counts.numAnswered} answered, ${numRefused} told why not, ${wrong.length} wrong; ${counts.numRetried} asked of another engine, ${counts.numHedged} of a second one`,
 );
 console.log(`why not: ${JSON.stringify(refused)}`);
 console.log(

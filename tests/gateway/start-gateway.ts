@@ -84,6 +84,8 @@ export const routing: RouterSettings = {
   afterFailures: 5,
   ejectMs: 5_000,
   maxRetryShare: 0.2,
+  hedgeAfterMs: 0,
+  maxHedgeShare: 0.05,
 };
 
 const defaults: Config = {
