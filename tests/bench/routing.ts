@@ -16,8 +16,8 @@ import { Agent } from 'undici';
 import { type PacedEngine, startPacedEngine } from '../fixtures/paced-engine.ts';
 import { startGatewayOver } from '../fixtures/processes.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
+import { askTurn, type Turn, textOf } from '../fixtures/streamed-turn.ts';
 import { percentile, ratios, showSpread, spread } from './peers/spread.ts';
-import { askTurn, type Turn, textOf } from './turn.ts';
 
 const { values: options } = parseArgs({
   options: { rounds: { type: 'string', default: '3' }, seed: { type: 'string', default: '1' } },

@@ -15,8 +15,8 @@ import { type AdapterList, enginePaths } from '../../engine/protocol.ts';
 import { startPacedEngine } from '../fixtures/paced-engine.ts';
 import { getJson, startGatewayOver } from '../fixtures/processes.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
+import { askTurn, textOf } from '../fixtures/streamed-turn.ts';
 import { percentile, ratios, showSpread, spread } from './peers/spread.ts';
-import { askTurn, textOf } from './turn.ts';
 
 const { values: options } = parseArgs({
   options: {
