@@ -8,8 +8,8 @@ export interface DecodeWork {
   batch: number;
   contextTokens: number;
   steps: number;
-  /** The adapter of a row in a step; null, and none at all: the base. */
-  handle?: (row: number, step: number) => number | null;
+  /** The adapter of a row in a step, or those that it is composed of, with weights; null, and none at all: the base. */
+  handle?: (row: number, step: number) => number | readonly [handle: number, weight: number][] | null;
 }
 
 export interface MotetSteps {
@@ -119,7 +119,10 @@ export async function openMotet(path: string, room: MotetRoom, options: OpenOpti
   };
 }
 
-const adaptersOf = (handle: number | null): [number, number][] => (handle === null ? [] : [[handle, 1]]);
+function adaptersOf(handle: number | readonly [number, number][] | null): [number, number][] {
+  if (handle === null) return [];
+  return typeof handle === 'number' ? [[handle, 1]] : [...handle];
+}
 
 /** Distinct per sequence, the same in every run, none of them special. */
 export function promptTokens(length: number, sequence: number, vocabSize: number): number[] {
