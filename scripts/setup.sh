@@ -70,6 +70,9 @@ main() {
 
 install_system_packages() {
   local missing=()
+  command -v npm >/dev/null || missing+=(nodejs npm)
+  # For Cargo, pip and Go, which fetch over https.
+  [[ -e /etc/ssl/certs/ca-certificates.crt || ! -e /etc/debian_version ]] || missing+=(ca-certificates)
   command -v cmake >/dev/null || missing+=(cmake)
   command -v ninja >/dev/null || missing+=(ninja-build)
   command -v g++ >/dev/null || missing+=(g++)
@@ -98,6 +101,10 @@ install_system_packages() {
     chmod +x /usr/sbin/policy-rc.d
   fi
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+  if ! has_cargo; then
+    echo "expected Cargo 1.87 or newer, got $(cargo --version); it is in Debian's security archive, or see https://rustup.rs"
+    return 1
+  fi
 }
 
 # The library that constrains outputs is a Rust crate (native/grammar), which wants a Rust of 2025.
