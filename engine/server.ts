@@ -168,7 +168,7 @@ export function createServer(options: ServerOptions): Server {
     throw new EngineError('path_not_found', `there is no ${request.method} ${request.path}`);
   });
   app.use((thrown: unknown, request: Request, response: Response, _next: NextFunction) => {
-    sendError(toEngineError(thrown), request, response, options.log);
+    sendError(inFieldsOf(request.path, toEngineError(thrown)), request, response, options.log);
   });
 
   return createHttpServer({ keepAliveTimeout: 65_000 }, app);
@@ -489,6 +489,20 @@ function tokenize(options: ServerOptions, { body, headers }: Request) {
     tokens: Array.from(tokens),
     token_strs: null,
   };
+}
+
+/** What the fields that become a prompt are called, where that is not `prompt`. */
+const promptFields: Partial<Record<string, string>> = {
+  [enginePaths.chat]: 'messages',
+  [enginePaths.embeddings]: 'input',
+};
+
+/** The error as it names the fields of this path: what judges a prompt does not know what it came from. */
+function inFieldsOf(path: string, error: EngineError): EngineError {
+  const { code, message, retryAfterSeconds, cause } = error;
+  const param = promptFields[path];
+  if (error.param !== 'prompt' || param === undefined) return error;
+  return new EngineError(code, message, { param, retryAfterSeconds, cause });
 }
 
 function sendError(error: EngineError, request: Request, response: Response, log: Logger): void {

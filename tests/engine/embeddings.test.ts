@@ -107,7 +107,7 @@ describe('embeddings', () => {
     ['more dimensions than there are', { input: 'a', dimensions: fakeHiddenSize + 1 }, 'dimensions'],
     ['another encoding', { input: 'a', encoding_format: 'int8' }, 'encoding_format'],
     ['an unknown model', { input: 'a', model: 'nobody' }, 'model'],
-    ['a text longer than the context', { input: 'a'.repeat(600) }, 'prompt'],
+    ['a text longer than the context', { input: 'a'.repeat(600) }, 'input'],
   ])('are refused by name for %s', async (_, body, param) => {
     const served = await serveFake();
     const response = await served.post(enginePaths.embeddings, body);
