@@ -139,7 +139,11 @@ describe('OpenAI for Python', () => {
     const { key, model, long, field } = flow('errors');
     expect(key).toMatchObject({ type: 'AuthenticationError', code: 'invalid_api_key' });
     expect(model).toMatchObject({ type: 'NotFoundError', code: 'model_not_found', param: 'model' });
-    expect(long).toMatchObject({ type: 'BadRequestError', code: 'context_length_exceeded', param: 'prompt' });
+    expect(long).toMatchObject({
+      type: 'BadRequestError',
+      code: 'context_length_exceeded',
+      param: 'messages',
+    });
     expect(field).toMatchObject({ type: 'BadRequestError', param: 'temperature' });
   });
 
@@ -205,6 +209,19 @@ describe('LoRAX for Python', () => {
     expect(again).toBe(first);
     expect(stopped).toBe('stop_sequence');
     expect(best).toBeGreaterThan(0);
+  });
+
+  test('composes adapters, as weights say', async () => {
+    const { one, two } = flow('merged');
+    const members = [
+      { name: 'dates', weight: 0.5 },
+      { name: 'sql', weight: 0.5 },
+    ];
+    const { choices } = await clientOf().completions.create({
+      ...{ model: 'base', prompt, max_tokens: 8, temperature: 0 },
+      ...({ adapters: members } as object),
+    });
+    expect([one, two]).toEqual([answer, choices[0]!.text]);
   });
 
   test('gets JSON by a schema', () => {

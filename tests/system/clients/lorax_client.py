@@ -3,6 +3,7 @@ import json
 
 from flows import failure_of, flow, main
 from lorax import AsyncClient, Client
+from lorax.types import MergedAdapters
 
 schema = {
     "type": "object",
@@ -58,6 +59,21 @@ def sampling(given):
         "again": again.generated_text,
         "stopped": stopped.details.finish_reason.value,
         "best": best.details.generated_tokens,
+    }
+
+
+def merged_of(given, weights, max_new_tokens):
+    merged = MergedAdapters(ids=list(weights), weights=list(weights.values()), merge_strategy="linear", density=1)
+    prompt = given["item"]["prompt"]
+    answer = client_of(given).generate(prompt, merged_adapters=merged, max_new_tokens=max_new_tokens)
+    return answer.generated_text
+
+
+@flow
+def merged(given):
+    return {
+        "one": merged_of(given, {"dates": 1.0}, 16),
+        "two": merged_of(given, {"dates": 0.5, "sql": 0.5}, 8),
     }
 
 
