@@ -4,7 +4,7 @@
  * token, or `mean` over all tokens. For a mean every row is computed here: the prefix cache keeps KV and no hidden states.
  */
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import type { SequenceHandle } from './engine.ts';
+import type { SequenceHandle, SequenceRequest } from './engine.ts';
 import type { EngineError } from './errors.ts';
 import { adaptersOf, checkTokens, encode, type Served, type ServedModel } from './generate.ts';
 import type { EmbeddingsRequest } from './openai.ts';
@@ -24,7 +24,7 @@ export interface Embeddings {
 const maxAtOnce = 32;
 
 /**
- * @param sender  which gateway asks; null: nobody says
+ * @param origin  which gateway asks, and for whom
  * @param signal  aborted: nobody waits for the vectors any more
  * @throws EngineError of the first input that fails; the others are ended
  */
@@ -33,7 +33,7 @@ export async function embed(
   pooling: Pooling,
   { inputs, dimensions }: EmbeddingsRequest,
   served: Served,
-  sender: string | null,
+  origin: Pick<SequenceRequest, 'sender' | 'standing'>,
   signal: AbortSignal,
 ): Promise<Embeddings> {
   adaptersOf(model, served);
@@ -51,7 +51,7 @@ export async function embed(
   const embedRest = async () => {
     while (next < prompts.length && !signal.aborted) {
       const index = next++;
-      const { handle, done } = begin(model, pooling, prompts[index]!, served, sender);
+      const { handle, done } = begin(model, pooling, prompts[index]!, served, origin);
       open.add(handle);
       vectors[index] = normalise(await done, dimensions);
       open.delete(handle);
@@ -81,7 +81,7 @@ function begin(
   pooling: Pooling,
   promptTokens: ArrayLike<number>,
   served: Served,
-  sender: string | null,
+  origin: Pick<SequenceRequest, 'sender' | 'standing'>,
 ): { handle: SequenceHandle; done: Promise<Float64Array> } {
   const { promise: done, resolve, reject } = Promise.withResolvers<Float64Array>();
   const pool = new Pool();
@@ -97,7 +97,7 @@ function begin(
       resolve(new Float64Array(1)); // nobody waits for it
     else if (finishReason) resolve(pool.mean());
   };
-  const [handle] = model.engine.add([{ promptTokens, params, adapters, sender, hidden, onOutput }]);
+  const [handle] = model.engine.add([{ promptTokens, params, adapters, ...origin, hidden, onOutput }]);
   return { handle: handle!, done };
 }
 

@@ -33,11 +33,12 @@ import type { MeasuredCosts } from './ladder/costs.ts';
 import { LongContexts, type LongLimits, LongState, longShape, maxLongTokens } from './ladder/long-context.ts';
 import { type Reclaimable, reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
-import type { EngineLoad } from './protocol.ts';
+import type { EngineLoad, Standing } from './protocol.ts';
 import type { SamplingParams } from './sampling.ts';
 import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';
 import { blocksFor, Sequence } from './sequence.ts';
 import { type FinishReason, StopStrings, stopAtToken } from './stop.ts';
+import { outputWeight, Turns } from './turns.ts';
 
 /** Ids to text, piece by piece; a piece never ends inside a character. */
 export interface Detokenizer {
@@ -103,6 +104,8 @@ export interface SequenceRequest {
   adapters: Composition;
   /** Which gateway sent it; null, or absent: nobody said. */
   sender?: string | null;
+  /** Whose it is; absent: nobody's, with no claim before others. */
+  standing?: Standing;
   /** What its output follows; null, or absent: nothing. */
   grammar?: Grammar | null;
   /**
@@ -164,7 +167,9 @@ export class Engine {
   readonly #options: EngineOptions;
   readonly #layout: BatchLayout;
   readonly #live = new Map<Sequence, Live>();
+  /** In the order they came. */
   readonly #waiting: Sequence[] = [];
+  readonly #turns = new Turns();
   /** Those of them whose blocks are being read from the disk. */
   readonly #reading = new Set<Sequence>();
   readonly #running: Sequence[] = [];
@@ -369,6 +374,7 @@ export class Engine {
         params: request.params,
         adapterKey: voiceOf(request.adapters),
         ...(request.hidden && { hiddenRows: request.hidden.rows }),
+        ...(request.standing && { standing: request.standing }),
       });
       if (totals[index]!.isLong)
         sequence.long = new LongState(longShape(sequence.maxTotalTokens, this.#longLimits(request.adapters)));
@@ -392,6 +398,7 @@ export class Engine {
       };
       this.#live.set(sequence, live);
       this.#waiting.push(sequence);
+      this.#turns.wait(sequence);
       this.#readAhead(sequence);
       return {
         sequence,
@@ -484,6 +491,11 @@ export class Engine {
       const beginMs = now();
       this.#reap();
       const plan = this.#plan();
+      if (plan.yielded.length > 0) {
+        if (this.#steps.length > 0) return plan;
+        for (const sequence of plan.yielded) this.#preempt(sequence);
+        continue;
+      }
       if (plan.chunks.length === 0 && plan.admitted.length === 0) return plan;
       const isHeld = this.#steps.length > 0 || plan.preempted.some((sequence) => sequence.isInFlight);
       if (plan.preempted.length > 0 && isHeld) return plan;
@@ -502,7 +514,7 @@ export class Engine {
     if (plan === null || blocks.isFetching || this.#long.isCopying) return;
     const tiers = this.#tiers!;
     if (plan.preempted.length > 0 || this.#waiting.length > 0) {
-      const [first] = this.#startable();
+      const [first] = this.#turns.order(this.#startable(), 1);
       if (first?.long && plan.preempted.length === 0 && !this.#hasHostPagesFor(first.long)) {
         if (!tiers.residency.isCopying) this.#waitForHost(first);
         return;
@@ -649,7 +661,9 @@ export class Engine {
         metrics.interTokenLatency.observe((nowMs - live.lastTokenMs) / 1000);
       }
       live.lastTokenMs = nowMs;
-      if (sequence.hiddenRows === 'none') numDrawn++;
+      if (sequence.hiddenRows !== 'none') continue;
+      numDrawn++;
+      this.#turns.charge(sequence, outputWeight);
     }
     metrics.generationTokens.inc(numDrawn);
     const gapSeconds = this.#lastEndedMs === null ? null : (beganMs - this.#lastEndedMs) / 1000;
@@ -697,7 +711,7 @@ export class Engine {
     for (let i = 0; i < this.#holders.length; i++) numFreePages += this.#holders[i]!.numReclaimablePages;
     const isLongWaiting = this.#waiting.some((sequence) => sequence.long);
     return schedule({
-      waiting: this.#startable(),
+      waiting: this.#turns.order(this.#startable(), limits.maxSequences - this.#numKeepingSeats()),
       running: this.#running,
       numFreePages,
       numFreeHostPages: isLongWaiting ? this.#numFreeHostPages() : 0,
@@ -714,6 +728,16 @@ export class Engine {
     this.#tiers!.showQueue(
       this.#waiting.map((sequence) => this.#adaptersOf(sequence).map(({ adapter }) => adapter)),
     );
+  }
+
+  /** Running sequences that have more to do and do not give way. */
+  #numKeepingSeats(): number {
+    let count = 0;
+    for (let i = 0; i < this.#running.length; i++) {
+      const { isFinished, isFull, givesWay } = this.#running[i]!;
+      if (!isFinished && !isFull && !givesWay) count++;
+    }
+    return count;
   }
 
   #startable(): readonly Sequence[] {
@@ -750,18 +774,11 @@ export class Engine {
 
   /** @returns the blocks that are kept since */
   #carryOut(plan: SchedulePlan): MadeBlock[] {
-    const { arena, blocks, metrics } = this.#options;
-    for (const sequence of plan.preempted) {
-      this.#giveBackBlocks(sequence);
-      this.#letGoOfAdapters(this.#live.get(sequence)!);
-      sequence.status = 'waiting';
-      sequence.wasPreempted = true;
-      this.#running.splice(this.#running.indexOf(sequence), 1);
-      this.#waitAgain(sequence);
-      metrics.preemptions.inc();
-    }
-    for (const sequence of plan.passedOver) sequence.numPassedOver++;
+    const { arena, blocks } = this.#options;
+    for (const sequence of plan.preempted) this.#preempt(sequence);
+    for (const sequence of plan.passedOver) sequence.numStepsPassedOver++;
     for (const { sequence } of plan.admitted) {
+      this.#turns.begin(sequence, this.#waiting);
       this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
       this.#running.push(sequence);
       sequence.status = 'running';
@@ -793,10 +810,19 @@ export class Engine {
     return made;
   }
 
-  /** Before those that came after it, and behind those that came before it and still wait for their adapters. */
-  #waitAgain(sequence: Sequence): void {
+  /** It waits again: before those that came after it, and behind those that came before it and still wait for their adapters. No step has it. */
+  #preempt(sequence: Sequence): void {
+    this.#giveBackBlocks(sequence);
+    this.#letGoOfAdapters(this.#live.get(sequence)!);
+    sequence.status = 'waiting';
+    // One that gives way does so here too: it goes on in its turn.
+    if (sequence.givesWay) sequence.numYields++;
+    else sequence.wasPreempted = true;
+    this.#running.splice(this.#running.indexOf(sequence), 1);
     const after = this.#waiting.findIndex(({ id }) => id > sequence.id);
     this.#waiting.splice(after < 0 ? this.#waiting.length : after, 0, sequence);
+    this.#turns.wait(sequence);
+    this.#options.metrics.preemptions.inc();
   }
 
   #beginLong(sequence: Sequence, { shape }: LongState): void {
@@ -818,8 +844,9 @@ export class Engine {
     const { sequence } = live;
     live.scheduledMs = now();
     if (live.request.grammar) sequence.matcher = runtime.openMatcher(live.request.grammar);
+    if (blocks.isCaching) sequence.numCachedTokens = cached.device + cached.host + cached.disk;
+    this.#turns.charge(sequence, sequence.numPromptTokens - sequence.numCachedTokens);
     if (!blocks.isCaching) return;
-    sequence.numCachedTokens = cached.device + cached.host + cached.disk;
     const { adapters } = live.request;
     const voices = adapters.length === 0 ? [baseVoice] : adapters.map(({ adapter }) => adapter.digest);
     for (const voice of voices) blocks.count(voice, sequence.numPromptTokens, sequence.numCachedTokens);
@@ -911,7 +938,7 @@ export class Engine {
     sequence.finishReason = finishReason;
     if (wasWaiting) {
       this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
-      this.#dispose(sequence);
+      this.#dispose(sequence, true);
     }
     this.#observeEnd(live, finishReason);
     output.finishReason = finishReason;
@@ -939,11 +966,12 @@ export class Engine {
     }
   }
 
-  /** Blocks and adapter go back. Once per sequence, and never while a step has it. */
-  #dispose(sequence: Sequence): void {
+  /** Blocks and adapter go back. Once per sequence, and never while a step has it. @param wasWaiting  it did not run when it ended */
+  #dispose(sequence: Sequence, wasWaiting = false): void {
     const live = this.#live.get(sequence);
     if (!live) throw new InvariantError(`sequence ${sequence.id} let go twice`);
     this.#live.delete(sequence);
+    this.#turns.end(sequence, wasWaiting);
     this.#giveBackBlocks(sequence);
     this.#letGoOfAdapters(live);
     for (const { adapter } of live.request.adapters) this.#tiers!.release(adapter);

@@ -20,8 +20,9 @@ import { schemaText } from './grammar/output-format.ts';
 import { explainTools, type ToolForm, type ToolUse, toolGrammar } from './grammar/tool-calls.ts';
 import type { ChatMessage, ChatRequest, CompletionRequest } from './openai.ts';
 import { type Choice, type TokenNames, type Usage, usageOf } from './openai-reply.ts';
-import type { WeightedName } from './protocol.ts';
+import type { Standing, WeightedName } from './protocol.ts';
 import { seedOfChoice } from './sampling.ts';
+import { defaultStanding } from './sequence.ts';
 
 /** The base model's text side. */
 export interface TextModel extends TokenNames, GrammarTokens {
@@ -58,6 +59,8 @@ export interface Job {
   grammar: Grammar | null;
   /** Which gateway sent it; null, or absent: nobody said. */
   sender?: string | null;
+  /** Whose it is. */
+  standing?: Standing;
 }
 
 /** Text that averages more characters a token than this is not written for a model; encoding it would only hold the thread. */
@@ -182,7 +185,7 @@ export function checkTokens(tokenIds: readonly number[], vocabSize: number, fiel
  */
 export function addJob(
   model: ServedModel,
-  { served, prompts, request, grammar, sender = null }: Job,
+  { served, prompts, request, grammar, sender = null, standing = defaultStanding }: Job,
   onOutput: (index: number, output: SequenceOutput) => void,
 ): SequenceHandle[] {
   const { engine, text } = model;
@@ -199,6 +202,7 @@ export function addJob(
         params: { ...request.sampling, seed: seedOfChoice(request.sampling.seed, choice) },
         adapters,
         sender,
+        standing,
         grammar,
         onOutput: (output) => onOutput(index, output),
       });

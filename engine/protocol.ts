@@ -251,6 +251,57 @@ const lengthOf = (value: unknown) =>
 const numberOf = (value: unknown) => (typeof value === 'number' ? String(value) : typeof value);
 
 /**
+ * Request headers: whose request it is (percent-encoded, as encodeURIComponent does), that tenant's weight against others that wait, and
+ * the request's priority. An engine goes by them when more is to be done than it can do at once. Without them: nobody's, 1 and 0.
+ */
+export const tenantHeader = 'x-motet-tenant';
+export const weightHeader = 'x-motet-weight';
+export const priorityHeader = 'x-motet-priority';
+
+/** Whose a request is, and its claim against those of others. */
+export interface Standing {
+  /** '': nobody's. */
+  tenant: string;
+  weight: number;
+  /** Higher goes first. The lowest gives way: what has it may be stopped and go on later, when others need its place. */
+  priority: number;
+}
+
+export const lowestPriority = -10;
+export const highestPriority = 10;
+export const maxWeight = 1_000;
+const maxTenantLength = 1_024;
+
+export function formatStanding({ tenant, weight, priority }: Standing): Record<string, string> {
+  return {
+    [tenantHeader]: encodeURIComponent(tenant),
+    [weightHeader]: String(weight),
+    [priorityHeader]: String(priority),
+  };
+}
+
+/** Reads the three headers. `at` of a problem is the header's name. */
+export function parseStanding(header: (name: string) => string | undefined): Standing | Problem {
+  const given = header(tenantHeader) ?? '';
+  const tenant = given.length > maxTenantLength ? null : decoded(given);
+  if (tenant === null) {
+    const expected = `a percent-encoded name of at most ${maxTenantLength} characters`;
+    return { at: tenantHeader, expected, got: lengthOf(given) };
+  }
+  const weight = readDecimal(header(weightHeader) ?? '1');
+  if (!(weight > 0 && weight <= maxWeight))
+    return { at: weightHeader, expected: `a number above 0 and up to ${maxWeight}`, got: `${weight}` };
+  const priority = readDecimal(header(priorityHeader) ?? '0');
+  if (!Number.isInteger(priority) || priority < lowestPriority || priority > highestPriority) {
+    const expected = `an integer from ${lowestPriority} to ${highestPriority}`;
+    return { at: priorityHeader, expected, got: `${priority}` };
+  }
+  return { tenant, weight, priority };
+}
+
+const readDecimal = (text: string) => (/^-?\d{1,9}(?:\.\d{1,9})?$/.test(text) ? Number(text) : Number.NaN);
+
+/**
  * What an answer cost, as `prompt=12, cached=5, completion=34` in tokens; cached ones are among the prompt's. Sent when the
  * request says `te: trailers`: of a whole answer among its headers, of a stream among its trailers, since it is known at
  * the end. A stream that is broken off has none.

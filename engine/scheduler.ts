@@ -8,12 +8,14 @@
  *      When no page is free the youngest running sequence is preempted: its blocks go back, and later it fetches or computes them again.
  *   2. Prompts of running sequences, oldest first, in chunks within the token budget. A prompt never preempts while
  *      something else can run; it waits for pages, and nothing younger takes pages before it.
- *   3. Admission, first come first served. When the pages for the whole sequence are not in sight, the head waits and
- *      all behind it wait too. One exception, so that a flood for one adapter does not starve the others: a sequence
- *      whose adapter has nothing running may pass a head whose adapter already has its share of the seats, at most
- *      maxPassedOver times per head. What the prefix cache has of a prompt is not computed again; that includes the
+ *   3. Admission, in the order that turns.ts gives. When the pages for the whole sequence are not in sight, the first one waits and
+ *      all behind it wait too. What the prefix cache has of a prompt is not computed again; that includes the
  *      blocks that chunks of this very plan write, since a step writes all KV of a layer before it reads any. Blocks that
  *      must be copied to the device first get their pages now; the sequence runs up to them, and waits for them alone.
+ *
+ * Sequences of the lowest priority give way (sequence.ts, givesWay): their prompts run behind those of others, they are preempted
+ * before others, and when one of a higher priority is first of those that wait and lacks a seat or pages that they have, they yield:
+ * a plan then says this and nothing else, and the next one, made at once, has the room. None yields in vain, nor more than twice.
  *
  * A sequence that is too long for the device takes what it needs of both arenas when it begins (ladder/long-context.ts), and runs
  * within its own window of pages: it waits for these alone, and nobody is preempted for it. In a step it is the last that enters.
@@ -24,10 +26,11 @@
  * Continuous batching is Orca's (Yu et al., 2022); chunked prefill Sarathi's (Agrawal et al., 2023).
  */
 import type { BlockHash } from './ladder/block-hash.ts';
+import { lowestPriority } from './protocol.ts';
 import { blocksFor, type Sequence } from './sequence.ts';
 
 export interface ScheduleInput {
-  /** In the order they wait. */
+  /** Those that may begin, in the order of their turns: as many as seats are free or may be yielded. */
   waiting: readonly Sequence[];
   /** In the order they were admitted; with those that only wait for their last step to be over. */
   running: readonly Sequence[];
@@ -77,21 +80,22 @@ export interface Admission {
 export interface SchedulePlan {
   /** In batch order. */
   chunks: Chunk[];
-  /** Youngest first; none of them has a chunk. */
+  /** Youngest first, but for those that give way; none of them has a chunk. */
   preempted: Sequence[];
   /** Members of waiting that begin to run, in order. One whose blocks are on their way may have no chunk yet. */
   admitted: Admission[];
-  /** Heads of the queue that one behind them passed, once per pass. */
+  /** Members of running whose places others need now. The plan has nothing else then. */
+  yielded: Sequence[];
+  /** Members of running that give way and whose prompts had to wait for tokens of the budget. */
   passedOver: Sequence[];
 }
 
-/** After being passed this often the head of the queue is admitted next, whoever else waits. */
-export const maxPassedOver = 16;
-
 export function schedule(input: ScheduleInput): SchedulePlan {
   const { blockSizeTokens, prefixCache } = input;
-  const plan: SchedulePlan = { chunks: [], preempted: [], admitted: [], passedOver: [] };
+  const plan: SchedulePlan = { chunks: [], preempted: [], admitted: [], yielded: [], passedOver: [] };
   const running = input.running.filter((sequence) => !sequence.isFinished && !sequence.isFull);
+  plan.yielded = whoYields(input, running);
+  if (plan.yielded.length > 0) return plan;
   let numFreePages = input.numFreePages;
   let budgetTokens = input.maxBatchTokens;
 
@@ -106,13 +110,19 @@ export function schedule(input: ScheduleInput): SchedulePlan {
     plan.chunks.push({ sequence, numTokens, endTokens, numNewBlocks });
   };
 
-  const preemptYoungest = () => {
-    const victim = running.pop()!;
-    plan.preempted.push(victim);
-    numFreePages += prefixCache.numPagesOfItsOwn(victim);
+  /** Of those from `begin` on, which have no chunk yet: the last that gives way, or else the last. */
+  const preemptYoungest = (begin: number) => {
+    let index = running.length - 1;
+    while (index > begin && !running[index]!.givesWay) index--;
+    if (!running[index]!.givesWay) index = running.length - 1;
+    const [victim] = running.splice(index, 1);
+    plan.preempted.push(victim!);
+    numFreePages += prefixCache.numPagesOfItsOwn(victim!);
+    return victim!;
   };
 
-  // 1. Decode. The loop sees `running` shrink from its end; a victim is never older than the one that needs the page.
+  // 1. Decode. The loop sees `running` shrink behind it; a victim is never older than the one that needs the page, unless that one
+  // gives way itself.
   for (let i = 0; i < running.length; i++) {
     const sequence = running[i]!;
     if (sequence.numPendingTokens !== 1) continue;
@@ -120,19 +130,27 @@ export function schedule(input: ScheduleInput): SchedulePlan {
       if (newBlocks(sequence, 1) <= sequence.long.free.length) addChunk(sequence, 1);
       continue;
     }
-    while (newBlocks(sequence, 1) > numFreePages && i < running.length) preemptYoungest();
-    if (i < running.length) addChunk(sequence, 1);
+    let isPreempted = false;
+    while (!isPreempted && newBlocks(sequence, 1) > numFreePages)
+      isPreempted = preemptYoungest(i) === sequence;
+    // Another one has its place in the list.
+    if (isPreempted) i--;
+    else addChunk(sequence, 1);
   }
 
   // 2. Prefill. Repeated only after a preemption, which happens only while the plan is empty.
   let isShortOfPages = false;
   do {
     isShortOfPages = false;
-    for (let i = 0; i < running.length; i++) {
-      const sequence = running[i]!;
+    for (let i = 0; i < 2 * running.length; i++) {
+      const sequence = running[i % running.length]!;
+      if (sequence.givesWay !== i >= running.length) continue;
       const { numRunnableTokens } = sequence;
       if (sequence.numPendingTokens === 1 || numRunnableTokens === 0) continue;
-      if (budgetTokens === 0) break;
+      if (budgetTokens === 0) {
+        if (sequence.givesWay) plan.passedOver.push(sequence);
+        continue;
+      }
       const numPages = sequence.long ? sequence.long.free.length : numFreePages;
       const numTokens = tokensThatFit(sequence, budgetTokens, numPages, blockSizeTokens);
       isShortOfPages = !sequence.long && numTokens < Math.min(numRunnableTokens, budgetTokens);
@@ -140,38 +158,22 @@ export function schedule(input: ScheduleInput): SchedulePlan {
       if (isShortOfPages) break;
     }
     if (plan.chunks.length > 0 || !isShortOfPages) break;
-    preemptYoungest();
+    preemptYoungest(0);
   } while (running.length > 0);
 
   // 3. Admission.
   if (input.waiting.length === 0 || isShortOfPages || plan.preempted.length > 0) return plan;
   if (running.length >= input.maxSequences || budgetTokens === 0) return plan;
-  const waiting = [...input.waiting];
-  const seats = countSeats(running);
-  const numVoices = new Set([...seats.keys(), ...waiting.map((sequence) => sequence.adapterKey)]).size;
-  const shareOfSeats = Math.ceil(input.maxSequences / Math.max(1, numVoices));
   // Pages that running sequences will still take for the tokens they have.
-  let numPromisedPages = 0;
-  for (const sequence of running) {
-    if (!sequence.long)
-      numPromisedPages += blocksFor(sequence.numTokens, blockSizeTokens) - sequence.numBlocks;
-  }
+  let numPromisedPages = numPagesPromised(running, blockSizeTokens);
   const planned: PlannedBlocks = { made: new Set(), shared: new Set() };
   for (const chunk of plan.chunks) {
     if (!chunk.sequence.long) numPromisedPages -= chunk.numNewBlocks;
     addHashes(chunk, blockSizeTokens, planned);
   }
 
-  const admit = (index: number) => {
-    if (index > 0) plan.passedOver.push(waiting[0]!);
-    const [sequence] = waiting.splice(index, 1);
-    running.push(sequence!);
-    seats.set(sequence!.adapterKey, (seats.get(sequence!.adapterKey) ?? 0) + 1);
-  };
-
-  while (waiting.length > 0 && running.length < input.maxSequences && budgetTokens > 0) {
-    const next = nextToAdmit(waiting, seats, shareOfSeats);
-    const sequence = waiting[next]!;
+  for (const sequence of input.waiting) {
+    if (running.length >= input.maxSequences || budgetTokens === 0) break;
     // The pages for all its tokens and for the next one must be in sight, or it would only be preempted again.
     const numWantedPages = running.length === 0 ? 0 : input.numWantedPages;
     const isAlone = running.length === 0;
@@ -186,7 +188,6 @@ export function schedule(input: ScheduleInput): SchedulePlan {
       if (shape.numHostPages > input.numFreeHostPages) break;
       const numTokens = Math.min(sequence.numTokens, budgetTokens, numPages * blockSizeTokens);
       const numNewBlocks = blocksFor(numTokens, blockSizeTokens);
-      admit(next);
       plan.admitted.push({ sequence, ways: [] });
       plan.chunks.push({ sequence, numTokens, endTokens: numTokens, numNewBlocks });
       break;
@@ -208,7 +209,7 @@ export function schedule(input: ScheduleInput): SchedulePlan {
       chunk.numNewBlocks = Math.max(0, blocksFor(chunk.endTokens, blockSizeTokens) - ways.length);
       plan.chunks.push(chunk);
     }
-    admit(next);
+    running.push(sequence);
     plan.admitted.push({ sequence, ways });
     for (let i = 0; i < ways.length; i++)
       if (ways[i] !== 'compute') planned.shared.add(sequence.blockHashes[i]!);
@@ -218,6 +219,47 @@ export function schedule(input: ScheduleInput): SchedulePlan {
     numPromisedPages += numPages - numTaken - chunk.numNewBlocks;
   }
   return plan;
+}
+
+/** Pages that they will still take for the tokens they have. */
+function numPagesPromised(running: readonly Sequence[], blockSizeTokens: number): number {
+  let count = 0;
+  for (const { long, numTokens, numBlocks } of running)
+    if (!long) count += blocksFor(numTokens, blockSizeTokens) - numBlocks;
+  return count;
+}
+
+/**
+ * The youngest of those that give way, as many as it takes until the first that waits has its pages and all of its kind their seats. None
+ * when nobody who waits goes before them, or when it would not be enough.
+ */
+function whoYields(input: ScheduleInput, running: readonly Sequence[]): Sequence[] {
+  const { waiting, blockSizeTokens, prefixCache } = input;
+  const goesBefore = ({ standing }: Sequence) => standing.priority > lowestPriority;
+  const first = waiting[0];
+  if (first === undefined || !goesBefore(first)) return [];
+  // What copies have cannot be given back yet.
+  const mayYield = running.filter((one) => one.givesWay && !one.long && one.numCopiesInFlight === 0);
+  if (mayYield.length === 0) return [];
+  const lackSeats = waiting.filter(goesBefore).length - (input.maxSequences - running.length);
+  if (first.long && first.long.shape.numHostPages > input.numFreeHostPages) return [];
+  const { ways, numTaken } = findWays(first, blockSizeTokens, prefixCache, {
+    made: new Set(),
+    shared: new Set(),
+  });
+  const numOwnPages = blocksFor(first.numTokens + 1, blockSizeTokens) - ways.length + numTaken;
+  const numPages = first.long ? first.long.shape.numDevicePages : numOwnPages;
+  const numPromised = numPagesPromised(running, blockSizeTokens);
+  let lackPages = numPages + numPromised + input.numWantedPages - input.numFreePages;
+  const yielded: Sequence[] = [];
+  while (lackPages > 0 || yielded.length < lackSeats) {
+    const next = mayYield.pop();
+    if (next === undefined) break;
+    yielded.push(next);
+    lackPages -= prefixCache.numPagesOfItsOwn(next) + numPagesPromised([next], blockSizeTokens);
+  }
+  // Alone it can always begin.
+  return lackPages <= 0 || yielded.length === running.length ? yielded : [];
 }
 
 /** Blocks that the chunks of a plan make full, and those that come into tables; a block may be both. */
@@ -290,24 +332,4 @@ function tokensThatFit(
     0,
     Math.min(sequence.numRunnableTokens, budgetTokens, numPositions - sequence.numComputedTokens),
   );
-}
-
-/** Running sequences by adapter. */
-function countSeats(running: readonly Sequence[]): Map<string, number> {
-  const seats = new Map<string, number>();
-  for (const { adapterKey } of running) seats.set(adapterKey, (seats.get(adapterKey) ?? 0) + 1);
-  return seats;
-}
-
-/** Index of the sequence to admit next: the head, or the first of an adapter that has no seat when the head's has its share. */
-function nextToAdmit(
-  waiting: readonly Sequence[],
-  seats: ReadonlyMap<string, number>,
-  shareOfSeats: number,
-): number {
-  const head = waiting[0]!;
-  const isOverShare = (seats.get(head.adapterKey) ?? 0) >= shareOfSeats;
-  if (!isOverShare || head.wasPreempted || head.numPassedOver >= maxPassedOver) return 0;
-  const starving = waiting.findIndex((sequence) => !seats.has(sequence.adapterKey));
-  return Math.max(0, starving);
 }

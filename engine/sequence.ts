@@ -7,8 +7,10 @@
  */
 import type { BlockHash } from './ladder/block-hash.ts';
 import type { LongState } from './ladder/long-context.ts';
+import { lowestPriority, type Standing } from './protocol.ts';
 import type { SamplingParams } from './sampling.ts';
 import type { FinishReason } from './stop.ts';
+import type { Accounts } from './turns.ts';
 
 /** An adapter as a step names it. Several with weights are a composition. */
 export interface AdapterUse {
@@ -24,6 +26,13 @@ export interface ReadyRange {
   /** Copies that still bring blocks of it. */
   numArriving: number;
 }
+
+/** Nobody's, with no claim before others. */
+export const defaultStanding: Standing = { tenant: '', weight: 1, priority: 0 };
+
+/** After so often it does not give way any more. */
+const maxYields = 2;
+const maxStepsPassedOver = 256;
 
 export type SequenceStatus = 'waiting' | 'running' | 'finished';
 
@@ -71,8 +80,14 @@ export class Sequence {
   status: SequenceStatus = 'waiting';
   finishReason: FinishReason | null = null;
   wasPreempted = false;
-  /** How often one that came later was admitted before it. */
+  /** Whose it is, and where it is counted since it came. */
+  readonly standing: Standing;
+  accounts: Accounts | null = null;
+  /** While it waited: how often one of its priority that came later was admitted before it. */
   numPassedOver = 0;
+  /** While it ran: how often it gave its place to another, and in how many steps its prompt waited for those of others. */
+  numYields = 0;
+  numStepsPassedOver = 0;
 
   constructor(fields: {
     id: number;
@@ -82,12 +97,14 @@ export class Sequence {
     adapters?: readonly AdapterUse[];
     adapterKey?: string;
     hiddenRows?: 'none' | 'last' | 'all';
+    standing?: Standing;
   }) {
     this.id = fields.id;
     this.params = fields.params;
     this.adapters = fields.adapters ?? [];
     this.adapterKey = fields.adapterKey ?? '';
     this.hiddenRows = fields.hiddenRows ?? 'none';
+    this.standing = fields.standing ?? defaultStanding;
     this.numPromptTokens = fields.promptTokens.length;
     this.maxTotalTokens = fields.maxTotalTokens;
     this.numTokens = this.numPromptTokens;
@@ -132,6 +149,15 @@ export class Sequence {
       this.numComputedTokens = next.end;
       this.ready.shift();
     }
+  }
+
+  /** While it runs, others go before it. Not for ever, so that it comes to an end. */
+  get givesWay(): boolean {
+    return (
+      this.standing.priority === lowestPriority &&
+      this.numYields < maxYields &&
+      this.numStepsPassedOver < maxStepsPassedOver
+    );
   }
 
   get isFinished(): boolean {

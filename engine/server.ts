@@ -60,6 +60,8 @@ import {
   type ModelCard,
   type ModelList,
   type PurgeReport,
+  parseStanding,
+  type Standing,
   senderHeader,
   type UnloadReport,
   usageHeader,
@@ -279,7 +281,7 @@ async function replyEmbeddings(options: ServerOptions, request: Request, respons
     options.pooling,
     body,
     served,
-    senderOf(request),
+    originOf(request),
     hangUp.signal,
   );
   if (response.destroyed) return;
@@ -297,7 +299,7 @@ async function reply(
   response: Response,
 ): Promise<void> {
   if (response.destroyed) return;
-  const job = { ...asked, sender: senderOf(request) };
+  const job = { ...asked, ...originOf(request) };
   if (job.request.stream) return stream(options, job, format, tellsUsage(request), response);
   const { choices, cancel } = collect(options, job);
   response.on('close', cancel);
@@ -362,6 +364,16 @@ function stream(
   });
   response.flushHeaders();
   for (let index = 0; index < handles.length; index++) write(events.begin(index));
+}
+
+/** @throws EngineError invalid_value naming the header */
+function originOf(request: Request): { sender: string | null; standing: Standing } {
+  const standing = parseStanding((name) => request.get(name));
+  if ('at' in standing) {
+    const { at, expected, got } = standing;
+    throw new EngineError('invalid_value', `${at}: expected ${expected}, got ${got}`, { param: at });
+  }
+  return { sender: senderOf(request), standing };
 }
 
 function senderOf(request: Request): string | null {

@@ -5,10 +5,10 @@
 // An engine is sent what it says it can run at once and a quarter more, which keeps it busy while answers travel. What else would
 // wait in it waits here, where all tenants and all engines are seen.
 
-import type { TokenUsage } from '../engine/protocol.ts';
+import { lowestPriority, type TokenUsage } from '../engine/protocol.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
-import { type Ask, costOf, expectedCost, lowestPriority } from './queue/ask.ts';
+import { type Ask, costOf, expectedCost } from './queue/ask.ts';
 import { type Charge, type Entry, FairQueue } from './queue/fair-queue.ts';
 import { Pace } from './queue/pace.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';

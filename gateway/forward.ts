@@ -7,7 +7,7 @@
 import { once } from 'node:events';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import { type Dispatcher, request } from 'undici';
-import { formatAdapters, modelHeader, usageHeader } from '../engine/protocol.ts';
+import { formatAdapters, formatStanding, modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
@@ -294,7 +294,7 @@ function noteLength({ lengths, onLength }: Forward, ask: Ask, { completionTokens
 async function ask(
   { dispatcher, endpoints, engineHeaders, limits }: Forward,
   { endpoint }: Slot,
-  { path, headers, body }: ForwardRequest,
+  { path, headers, body, ask: asked }: ForwardRequest,
   attempt: Attempt,
 ): Promise<Answer> {
   attempt.allow(limits.firstByteTimeoutMs);
@@ -303,7 +303,7 @@ async function ask(
     const send = () =>
       request(endpoint.url + path, {
         method: 'POST',
-        headers: { ...headers, te: 'trailers', ...engineHeaders() },
+        headers: { ...headers, ...formatStanding(asked), te: 'trailers', ...engineHeaders() },
         body,
         dispatcher,
         signal: attempt.signal,

@@ -1,12 +1,12 @@
 // Puts the parts of batches together. Wiring only.
 
 import type { Logger } from 'pino';
-import { enginePaths } from '../../engine/protocol.ts';
+import { enginePaths, lowestPriority } from '../../engine/protocol.ts';
 import { sourceAccess } from '../../engine/sources/access.ts';
 import { askWhole, type Forward, type Outcome } from '../forward.ts';
 import { whoAnswers } from '../groups/group.ts';
 import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
-import { askOf, lowestPriority } from '../queue/ask.ts';
+import { askOf } from '../queue/ask.ts';
 import { type FindParts, findTarget } from '../request/find-target.ts';
 import { Files } from './files.ts';
 import { FolderStore } from './folder-store.ts';

@@ -1,6 +1,6 @@
 // What is known of a request before it is sent, as far as the queue needs it.
 
-import type { TokenUsage } from '../../engine/protocol.ts';
+import { lowestPriority, type TokenUsage } from '../../engine/protocol.ts';
 import { GatewayError } from '../errors.ts';
 import { estimatePromptTokens } from '../quota/usage.ts';
 import type { LengthPredictor } from './length-predictor.ts';
@@ -28,8 +28,6 @@ export type Ask = {
 export type Standing = { weight: number; priority: number };
 
 export const defaultStanding: Standing = { weight: 1, priority: 0 };
-export const lowestPriority = -10;
-export const highestPriority = 10;
 
 /** A token of an answer costs as two of a prompt, as in VTC: it takes a step, and a prompt's share one. */
 const outputWeight = 2;

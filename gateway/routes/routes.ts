@@ -5,7 +5,7 @@
 
 import type { Logger } from 'pino';
 import { type Dispatcher, request } from 'undici';
-import { enginePaths, modelHeader } from '../../engine/protocol.ts';
+import { enginePaths, formatStanding, lowestPriority, modelHeader } from '../../engine/protocol.ts';
 import type { Admission } from '../admission.ts';
 import type { WeightedTarget } from '../choose-target.ts';
 import type { Endpoint, Endpoints } from '../endpoints.ts';
@@ -38,6 +38,8 @@ export type RoutesOptions = {
 /** A request that a target answered, as far as a copy of it needs it. */
 export type Copied = { path: string; headers: Record<string, string>; body: Buffer };
 
+/** Copies and warm-ups are nobody's, and give way to whatever is somebody's. */
+const ownStanding = { tenant: '', weight: 1, priority: lowestPriority };
 /** Copies and warm-ups under way; more are left out. */
 const maxOwnRequests = 32;
 const warmUpEveryMs = 5_000;
@@ -168,7 +170,7 @@ export class Routes {
       const signal = AbortSignal.any([draining, slot.endpoint.gone, AbortSignal.timeout(timeoutMs)]);
       const answer = await request(slot.endpoint.url + path, {
         method: 'POST',
-        headers: { ...headers, ...engineHeaders() },
+        headers: { ...headers, ...formatStanding(ownStanding), ...engineHeaders() },
         body,
         dispatcher,
         signal,

@@ -1,4 +1,5 @@
 import { describe, expect, test, vi } from 'vitest';
+import { lowestPriority } from '../../engine/protocol.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { type EngineParts, start, startEngine } from '../fixtures/fake-engine-parts.ts';
 import { generateAlone } from '../fixtures/generate-alone.ts';
@@ -369,6 +370,70 @@ describe('preemption', () => {
     );
     await idle(parts);
   });
+});
+
+describe('a sequence of the lowest priority', () => {
+  const line = { standing: { tenant: 'jobs', weight: 1, priority: lowestPriority } };
+
+  test('gives its seat to another within one step, and goes on to the same tokens', async () => {
+    const parts = startEngine({ limits: { maxSequences: 1 } });
+    const lineRun = start(parts, { ...line, prompt: 'a line of a batch', params: { maxTokens: 60 } });
+    await vi.waitFor(() => expect(parts.runtime.steps.length).toBeGreaterThan(20), { interval: 1 });
+    const numSteps = parts.runtime.steps.length;
+    const online = start(parts, { prompt: 'online', params: { maxTokens: 3 } });
+    await online.done;
+    // The two steps that were in flight or being planned, its three, and one more that was handed in before it was told.
+    expect(parts.runtime.steps.length - numSteps).toBeLessThanOrEqual(6);
+    const { tokens } = await lineRun.done;
+    expect(lineRun.handle.sequence.numYields).toBe(1);
+    expect(tokens).toEqual(
+      await generateAlone(text('a line of a batch'), { ...defaultSampling(), temperature: 0 }, null, 60),
+    );
+    await idle(parts);
+  });
+
+  test('ends although others come all the time', async () => {
+    const parts = startEngine({ limits: { maxSequences: 2 } });
+    const lineRun = start(parts, { ...line, params: { maxTokens: 40 } });
+    let isDone = false;
+    void lineRun.done.then(() => {
+      isDone = true;
+    });
+    let numOnline = 0;
+    const ask = async () => {
+      while (!isDone && numOnline++ < 5_000) await start(parts, { params: { maxTokens: 2 } }).done;
+    };
+    await Promise.all(Array.from({ length: 6 }, ask));
+    expect(isDone).toBe(true);
+    expect(lineRun.handle.sequence.numYields).toBe(2);
+    await idle(parts);
+  });
+
+  test('that is cancelled after it gave way leaves nothing behind', async () => {
+    const parts = startEngine({ limits: { maxSequences: 1 } });
+    const lineRun = start(parts, { ...line, params: { maxTokens: 400 } });
+    await vi.waitFor(() => expect(parts.runtime.steps.length).toBeGreaterThan(3), { interval: 1 });
+    const online = start(parts, { params: { maxTokens: 50 } });
+    await vi.waitFor(() => expect(lineRun.handle.sequence.status).toBe('waiting'), { interval: 1 });
+    lineRun.handle.cancel();
+    expect((await lineRun.done).last.finishReason).toBe('abort');
+    await online.done;
+    await idle(parts);
+  });
+});
+
+test('tenants share the batch whatever they ask for', async () => {
+  const parts = startEngine({ limits: { maxSequences: 2 } });
+  const order: string[] = [];
+  const ask = (tenant: string) => {
+    const { done } = start(parts, { standing: { tenant, weight: 1, priority: 0 }, params: { maxTokens: 4 } });
+    return done.then(() => order.push(tenant));
+  };
+  const flood = Array.from({ length: 20 }, () => ask('flood'));
+  await Promise.all([...flood, ask('quiet'), ask('quiet')]);
+  // Behind those that had their seats, and beside one of the flood each.
+  expect(order.lastIndexOf('quiet')).toBeLessThan(8);
+  await idle(parts);
 });
 
 describe('a failed step', () => {

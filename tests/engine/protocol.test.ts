@@ -1,11 +1,48 @@
 /** What gateways and engines say to each other in headers. */
 import { describe, expect, test } from 'vitest';
-import { formatAdapters, parseAdapters, readAdapters, type WeightedName } from '../../engine/protocol.ts';
+import {
+  formatAdapters,
+  formatStanding,
+  parseAdapters,
+  parseStanding,
+  readAdapters,
+  type WeightedName,
+} from '../../engine/protocol.ts';
 
 const composition: WeightedName[] = [
   { name: 'sql', weight: 0.7 },
   { name: 'tone', weight: -0.3 },
 ];
+
+describe('whose a request is, in headers', () => {
+  const parse = (headers: Record<string, string>) => parseStanding((name) => headers[name]);
+
+  test.each([
+    { tenant: 'team-a', weight: 4, priority: -10 },
+    { tenant: 'größe, "x"/y', weight: 0.25, priority: 10 },
+    { tenant: '', weight: 1_000, priority: 0 },
+  ])('comes back as it was written: %j', (standing) => {
+    expect(parse(formatStanding(standing))).toEqual(standing);
+  });
+
+  test("is nobody's without them", () => {
+    expect(parse({})).toEqual({ tenant: '', weight: 1, priority: 0 });
+  });
+
+  test.each([
+    ['x-motet-tenant', '%zz'],
+    ['x-motet-tenant', 'x'.repeat(1_025)],
+    ['x-motet-weight', '0'],
+    ['x-motet-weight', '1001'],
+    ['x-motet-weight', '1e3'],
+    ['x-motet-weight', ''],
+    ['x-motet-priority', '11'],
+    ['x-motet-priority', '-11'],
+    ['x-motet-priority', '0.5'],
+  ])('%s: %s is refused', (name, value) => {
+    expect(parse({ [name]: value })).toMatchObject({ at: name });
+  });
+});
 
 describe('the adapters of a composition in a header', () => {
   test('are names and weights', () => {

@@ -6,7 +6,9 @@
 import { expect, test, vi } from 'vitest';
 import { type Composition, compose } from '../../engine/adapters/composition.ts';
 import { EngineError } from '../../engine/errors.ts';
+import { lowestPriority, type Standing } from '../../engine/protocol.ts';
 import { defaultSampling, type SamplingParams } from '../../engine/sampling.ts';
+import type { Sequence } from '../../engine/sequence.ts';
 import type { FinishReason } from '../../engine/stop.ts';
 import { start, startEngine } from '../fixtures/fake-engine-parts.ts';
 import { fakeEos } from '../fixtures/fake-text.ts';
@@ -47,6 +49,8 @@ interface Counts {
   numStreaming: number;
   /** Sequences of several adapters. */
   numComposed: number;
+  /** Of places, to sequences of a higher priority. */
+  numYields: number;
 }
 
 /** Every fourth has sequences that the device arena has no room for. */
@@ -72,7 +76,7 @@ async function runSchedule(seed: number): Promise<Counts> {
   // The fake's steps take no time: whether a copy is cheaper is drawn instead.
   vi.spyOn(parts.costs, 'prefillSeconds').mockReturnValue(randomAlike.pick([1, 1, 1e-12]));
   const beginnings = [0, 1].map(() => Int32Array.from({ length: 60 }, () => randomAlike.below(256)));
-  const runs: Promise<void>[] = [];
+  const runs: Promise<number>[] = [];
   const loads: Promise<unknown>[] = [];
   let numComposed = 0;
   // Names are loaded in place, with other content, while sequences use the old one.
@@ -101,14 +105,14 @@ async function runSchedule(seed: number): Promise<Counts> {
         promptTokens.set(randomAlike.pick(beginnings).subarray(0, numAlike));
       }
       const cancelAfter = random.below(4) === 0 ? random.below(6) : Number.POSITIVE_INFINITY;
-      runs.push(runOne(parts, promptTokens, params, adapters, cancelAfter));
+      runs.push(runOne(parts, promptTokens, params, adapters, randomStanding(randomAlike), cancelAfter));
     }
     for (let i = random.below(8); i > 0; i--) await new Promise((resolve) => setImmediate(resolve));
     arena.check();
     if (turn === 5) void blocks.purge(`sha256:${Buffer.from('/adapters/0-r1').toString('hex')}`);
   }
   await Promise.all(loads);
-  await Promise.all(runs);
+  const yields = await Promise.all(runs);
   for (const name of names) if (tiers.get(name)) tiers.unload(name);
   await vi.waitFor(() => expect(engine.numRunning).toBe(0), { interval: 1 });
   await Promise.all([engine.close(), tiers.close()]);
@@ -126,7 +130,13 @@ async function runSchedule(seed: number): Promise<Counts> {
     numFetched: numToDevice,
     numStreaming: parts.runtime.steps.filter(({ numHostBlocks }) => numHostBlocks > 0).length,
     numComposed,
+    numYields: yields.reduce((sum, count) => sum + count, 0),
   };
+}
+
+function randomStanding(random: SeededRandom): Standing {
+  const priority = random.pick([lowestPriority, lowestPriority, 0, 0, 3]);
+  return { tenant: random.pick(['', 'a', 'b']), weight: random.pick([1, 2, 0.5]), priority };
 }
 
 /** Those of the names that point at an adapter; of one, that adapter as it is. */
@@ -149,23 +159,28 @@ async function runOne(
   promptTokens: Int32Array,
   params: SamplingParams,
   adapters: Composition,
+  standing: Standing,
   cancelAfter: number,
-): Promise<void> {
+): Promise<number> {
   let outcome: Awaited<ReturnType<typeof start>['done']>;
+  let sequence: Sequence;
   try {
     let numOutputs = 0;
     const { handle, done } = start(parts, {
       promptTokens,
       params,
       adapters,
+      standing,
       onOutput: () => {
         if (numOutputs++ >= cancelAfter) handle.cancel();
       },
     });
+    sequence = handle.sequence;
     if (cancelAfter === 0) handle.cancel();
     outcome = await done;
   } catch (error) {
-    return expectRefusal(error);
+    expectRefusal(error);
+    return 0;
   }
   const { tokens, last } = outcome;
   // The host arena may have no room for a long one when its turn comes.
@@ -178,6 +193,7 @@ async function runOne(
   const voice = adapters.map(({ adapter, weight }) => ({ path: adapter.file.path, weight }));
   const alone = await generateAlone(promptTokens, params, voice, tokens.length);
   expect(tokens).toEqual(alone);
+  return sequence.numYields;
 }
 
 /** Why a sequence ends after `count` of its output tokens; null: it does not. */
@@ -203,6 +219,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
     let numFetched = 0;
     let numStreaming = 0;
     let numComposed = 0;
+    let numYields = 0;
     for (let i = 0; i < numSchedules / numGroups; i++) {
       const seed = group * numSchedules + i;
       try {
@@ -212,6 +229,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
         numFetched += counts.numFetched;
         numStreaming += counts.numStreaming;
         numComposed += counts.numComposed;
+        numYields += counts.numYields;
       } catch (cause) {
         throw new Error(`schedule with seed ${seed} failed: ${(cause as Error).message}`, { cause });
       }
@@ -222,6 +240,7 @@ test.each(Array.from({ length: numGroups }, (_, group) => group))(
     expect(numFetched).toBeGreaterThan(0);
     expect(numStreaming).toBeGreaterThan(0);
     expect(numComposed).toBeGreaterThan(0);
+    expect(numYields).toBeGreaterThan(0);
   },
   numSchedules * 30,
 );

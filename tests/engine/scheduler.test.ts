@@ -1,8 +1,9 @@
 import { describe, expect, test } from 'vitest';
 import { LongState } from '../../engine/ladder/long-context.ts';
+import { lowestPriority } from '../../engine/protocol.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
-import { type FoundBlock, maxPassedOver, type ScheduleInput, schedule } from '../../engine/scheduler.ts';
-import { Sequence } from '../../engine/sequence.ts';
+import { type FoundBlock, type ScheduleInput, schedule } from '../../engine/scheduler.ts';
+import { defaultStanding, Sequence } from '../../engine/sequence.ts';
 
 let nextId = 0;
 
@@ -10,8 +11,7 @@ let nextId = 0;
 function sequence(fields: {
   numTokens: number;
   numComputed?: number;
-  adapterKey?: string;
-  wasPreempted?: boolean;
+  priority?: number;
   maxTotalTokens?: number;
 }) {
   const made = new Sequence({
@@ -19,11 +19,10 @@ function sequence(fields: {
     promptTokens: new Int32Array(fields.numTokens),
     maxTotalTokens: fields.maxTotalTokens ?? 10_000,
     params: defaultSampling(),
-    adapterKey: fields.adapterKey ?? '',
+    standing: { ...defaultStanding, priority: fields.priority ?? 0 },
   });
   made.numComputedTokens = fields.numComputed ?? 0;
   made.numBlocks = Math.ceil(made.numComputedTokens / 16);
-  made.wasPreempted = fields.wasPreempted ?? false;
   return made;
 }
 /** One token is pending, and the blocks are full: the next step needs a page. */
@@ -164,7 +163,7 @@ describe('prefill', () => {
 });
 
 describe('admission', () => {
-  test('admits in order of arrival, up to the seats', () => {
+  test('admits in the order that is given, up to the seats', () => {
     const waiting = Array.from({ length: 5 }, () => sequence({ numTokens: 2 }));
     expect(admitted(plan({ waiting, maxSequences: 3 }))).toEqual(waiting.slice(0, 3));
   });
@@ -190,36 +189,71 @@ describe('admission', () => {
     const waiting = [sequence({ numTokens: 60 })];
     expect(admitted(plan({ waiting, numFreePages: 4, numWantedPages: 4 }))).toEqual(waiting);
   });
+});
 
-  test('lets an adapter that has no seat pass a flood for another', () => {
-    const running = [0, 1, 2, 3].map(() => sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' }));
-    const flood = sequence({ numTokens: 2, adapterKey: 'flood' });
-    const starving = sequence({ numTokens: 2, adapterKey: 'quiet' });
-    const made = plan({ running, waiting: [flood, starving], maxSequences: 5 });
-    expect(admitted(made)).toEqual([starving]);
-    expect(made.passedOver).toEqual([flood]);
+describe('sequences of the lowest priority', () => {
+  const line = (fields: { numTokens: number; numComputed?: number }) =>
+    sequence({ ...fields, priority: lowestPriority });
+  const runningLine = () => line({ numTokens: 18, numComputed: 17 });
+  const online = (numTokens = 2) => sequence({ numTokens });
+
+  test('yield their seats to as many as wait, the youngest first', () => {
+    const running = [runningLine(), decoding(18), runningLine(), runningLine()];
+    const made = plan({ running, waiting: [online(), online()], maxSequences: 4 });
+    expect(made.yielded).toEqual([running[3], running[2]]);
+    expect([made.chunks, made.admitted]).toEqual([[], []]);
   });
 
-  test('keeps the order while the flood is within its share', () => {
-    const running = [sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' })];
-    const flood = sequence({ numTokens: 2, adapterKey: 'flood' });
-    const quiet = sequence({ numTokens: 2, adapterKey: 'quiet' });
-    expect(admitted(plan({ running, waiting: [flood, quiet], maxSequences: 4 }))).toEqual([flood, quiet]);
+  test('keep their seats while there are free ones, and while their own kind waits first', () => {
+    const running = [runningLine(), runningLine()];
+    expect(plan({ running, waiting: [online()], maxSequences: 3 }).yielded).toEqual([]);
+    expect(plan({ running, waiting: [line({ numTokens: 2 }), online()], maxSequences: 2 }).yielded).toEqual(
+      [],
+    );
   });
 
-  test('admits the head once it was passed over often enough', () => {
-    const running = [0, 1, 2, 3].map(() => sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' }));
-    const head = sequence({ numTokens: 2, adapterKey: 'flood' });
-    head.numPassedOver = maxPassedOver;
-    const waiting = [head, sequence({ numTokens: 2, adapterKey: 'quiet' })];
-    expect(admitted(plan({ running, waiting, maxSequences: 5 }))).toEqual([head]);
+  test('yield the pages that the first who waits lacks, and none when that is not enough', () => {
+    // Two pages each, and 5 for the one that waits.
+    const running = [decoding(18), runningLine(), runningLine()];
+    const yielded = (numFreePages: number) =>
+      plan({ running, waiting: [online(79)], numFreePages }).yielded.length;
+    expect([5, 4, 3, 2, 1, 0].map(yielded)).toEqual([0, 1, 1, 2, 2, 0]);
   });
 
-  test('lets nobody pass a sequence that was preempted', () => {
-    const running = [0, 1, 2, 3].map(() => sequence({ numTokens: 18, numComputed: 17, adapterKey: 'flood' }));
-    const head = sequence({ numTokens: 2, adapterKey: 'flood', wasPreempted: true });
-    const waiting = [head, sequence({ numTokens: 2, adapterKey: 'quiet' })];
-    expect(admitted(plan({ running, waiting, maxSequences: 5 }))).toEqual([head]);
+  test('yield all when nothing else runs, since the first then has the arena alone', () => {
+    const running = [runningLine()];
+    expect(plan({ running, waiting: [online(79)], numFreePages: 0 }).yielded).toEqual(running);
+  });
+
+  test('yield twice at most', () => {
+    const often = Object.assign(runningLine(), { numYields: 2 });
+    expect(plan({ running: [often], waiting: [online()], maxSequences: 1 }).yielded).toEqual([]);
+  });
+
+  test('yield nothing that copies write into', () => {
+    const copied = Object.assign(runningLine(), { numCopiesInFlight: 1 });
+    expect(plan({ running: [copied], waiting: [online()], maxSequences: 1 }).yielded).toEqual([]);
+  });
+
+  test('are preempted before younger ones, and before the one that needs the page', () => {
+    const [first, middle, young] = [line({ numTokens: 17, numComputed: 16 }), decoding(), decoding()];
+    const made = plan({ running: [first, middle, young], numFreePages: 1 });
+    expect(made.preempted).toEqual([young]);
+    const later = plan({ running: [middle, first, young], numFreePages: 1 });
+    expect(later.preempted).toEqual([first]);
+    expect(chunks(later)).toEqual([
+      [middle, 1],
+      [young, 1],
+    ]);
+  });
+
+  test('have their prompts computed behind those of others, and not for ever', () => {
+    const [old, young] = [line({ numTokens: 100 }), sequence({ numTokens: 60, numComputed: 10 })];
+    const made = plan({ running: [old, young], maxBatchTokens: 50 });
+    expect(chunks(made)).toEqual([[young, 50]]);
+    expect(made.passedOver).toEqual([old]);
+    old.numStepsPassedOver = 256;
+    expect(chunks(plan({ running: [old, young], maxBatchTokens: 50 }))).toEqual([[old, 50]]);
   });
 });
 

@@ -9,9 +9,12 @@ import {
   adaptersHeader,
   enginePaths,
   formatAdapters,
+  formatStanding,
   modelHeader,
+  type Standing,
   senderHeader,
   usageHeader,
+  weightHeader,
 } from '../../engine/protocol.ts';
 import { readFakeAdapter } from '../fixtures/fake-engine-parts.ts';
 import { eventsOf, type Served, serveFake } from '../fixtures/serve-fake.ts';
@@ -686,6 +689,41 @@ describe('x-motet-model', () => {
       400,
       expect.objectContaining({ code: 'invalid_value', param: modelHeader }),
     ]);
+  });
+});
+
+describe('whose a request is', () => {
+  test('decides who is next, by the headers that the gateway sets', async () => {
+    const served = await serveFake({ limits: { maxSequences: 1 } });
+    const release = holdSteps(served);
+    const ended: string[] = [];
+    const replies: Promise<unknown>[] = [];
+    const ask = async (name: string, standing: Standing, path: string, body: object) => {
+      const numWaiting = served.engine.numWaiting + served.engine.numRunning;
+      const reply = served.post(path, body, { headers: formatStanding(standing) });
+      await vi.waitFor(() =>
+        expect(served.engine.numWaiting + served.engine.numRunning).toBe(numWaiting + 1),
+      );
+      replies.push(reply.then(({ status }) => ended.push(`${name} ${status}`)));
+    };
+    const of = (tenant: string, priority = 0) => ({ tenant, weight: 1, priority });
+    await ask('first', of('a'), enginePaths.completions, completion);
+    await ask('low', of('a', -1), enginePaths.completions, completion);
+    await ask('second', of('a'), enginePaths.chat, chat);
+    await ask('vector', of('b'), enginePaths.embeddings, { model: 'base', input: 'text' });
+    release();
+    await Promise.all(replies);
+    expect(ended).toEqual(['first 200', 'vector 200', 'second 200', 'low 200']);
+  });
+
+  test('is refused by the name of the header that is wrong', async () => {
+    const served = await serveFake();
+    const response = await served.post(enginePaths.completions, completion, {
+      headers: { [weightHeader]: '-1' },
+    });
+    const { error } = (await response.json()) as { error: { param: string; message: string } };
+    expect([response.status, error.param]).toEqual([400, weightHeader]);
+    expect(error.message).toBe('x-motet-weight: expected a number above 0 and up to 1000, got -1');
   });
 });
 

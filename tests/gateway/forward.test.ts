@@ -1,6 +1,7 @@
 import { once } from 'node:events';
 import { createConnection, type Socket } from 'node:net';
 import { expect, test } from 'vitest';
+import { parseStanding } from '../../engine/protocol.ts';
 import {
   answer,
   answerForever,
@@ -55,6 +56,21 @@ test("keeps the client's request id and trace, and gives them to the engine", as
   const response = await gateway.chat(chatBody(), { headers: { 'x-request-id': 'my-id.1', traceparent } });
   expect(response.headers.get('x-request-id')).toBe('my-id.1');
   expect(engine.received[0]?.headers).toMatchObject({ 'x-request-id': 'my-id.1', traceparent });
+});
+
+test('tells the engine whose a request is, and not what the client says of that', async () => {
+  const engine = await startFakeEngine();
+  const gateway = await gatewayFor([engine], { apiKeys: new Map([['team ä', 'key-of-team-a-0123']]) });
+  const claims = { 'x-motet-tenant': 'other', 'x-motet-weight': '1000', 'x-motet-priority': '-3' };
+  const authorization = 'Bearer key-of-team-a-0123';
+  expect((await gateway.chat(chatBody(), { headers: { ...claims, authorization } })).status).toBe(200);
+  const { headers } = engine.received[0]!;
+  // Its own requests a client may put behind others of its tenant.
+  expect(parseStanding((name) => headers[name] as string)).toEqual({
+    tenant: 'team ä',
+    weight: 1,
+    priority: -3,
+  });
 });
 
 test.each([undefined, 'has a space', 'x'.repeat(129)])('makes a request id in place of %s', async (asked) => {

@@ -239,6 +239,9 @@ describe('a batch', () => {
     const runsOf = (values: string[]) => values.filter((value, i) => value !== values[i - 1]).length;
     expect(runsOf(models)).toBe(2);
     expect(runsOf(asked(engine).map((content, i) => `${models[i]}${content[0]}`))).toBe(6);
+    expect(new Set(engine.received.map(({ headers }) => headers['x-motet-priority']))).toEqual(
+      new Set(['-10']),
+    );
   });
 
   test.each([

@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest';
-import { lowered, lowestPriority, parseWaitMs } from '../../../gateway/queue/ask.ts';
+import { lowestPriority } from '../../../engine/protocol.ts';
+import { lowered, parseWaitMs } from '../../../gateway/queue/ask.ts';
 
 test('a client may lower its priority and never raise it', () => {
   expect(lowered(3, undefined)).toBe(3);

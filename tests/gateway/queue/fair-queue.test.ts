@@ -1,7 +1,8 @@
 // On a clock of the tests: an engine that works off one request after another, each for as long as it costs.
 
 import { expect, test } from 'vitest';
-import { type Ask, expectedCost, highestPriority, lowestPriority } from '../../../gateway/queue/ask.ts';
+import { highestPriority, lowestPriority } from '../../../engine/protocol.ts';
+import { type Ask, expectedCost } from '../../../gateway/queue/ask.ts';
 import { FairQueue } from '../../../gateway/queue/fair-queue.ts';
 import { seededRandom } from '../../fixtures/seeded-random.ts';
 

@@ -178,6 +178,8 @@ test('a target that listens gets copies, and the client waits for none of them',
     (name) => fake.received.find(({ headers }) => headers['x-motet-model'] === name)!,
   );
   expect(copy!.body).toEqual(asked!.body);
+  const priorities = [asked, copy].map((each) => each!.headers['x-motet-priority']);
+  expect(priorities).toEqual(['0', '-10']);
   for (const end of held) end();
   const series = (result: string) =>
     `motet_gateway_shadow_requests_total{route="sql",target="v2",result="${result}"}`;

@@ -1,0 +1,250 @@
+/**
+ * In what order sequences that wait begin to run. It keeps the books that fairness needs, and decides nothing about pages or seats.
+ *
+ *   1. Priorities, a band each: the highest first, but a band that waits rises by one for every `passesPerRise` sequences of others that
+ *      begin meanwhile. When one of its own begins it falls back. Of bands that are level the lower one has waited longer.
+ *   2. In a band, tenants: the smallest counter of tokens over weight. A token of a prompt that is computed counts one, one that is
+ *      drawn `outputWeight`, as it comes. A tenant that comes to wait is lifted to the least of those that wait, so nobody saves up.
+ *   3. Of a tenant, adapters: the same once more, without weights. Of an adapter, in turn; what was preempted stands where it stood.
+ *
+ * Bounds, which tests/engine/turns.test.ts holds. While one of a band waits, at most `maxPassesOfBand` of other bands begin between two
+ * of its own. Of its own band, at most `maxPassedOver` that came later begin before a sequence; then it is next of its band, behind such
+ * ones that came before it.
+ *
+ * Source: virtual token counters, Sheng et al., OSDI '24. The gateway's queue has the same order (gateway/queue/fair-queue.ts); here
+ * what a sequence costs is counted and not guessed, and what passes is counted in place of time, so that the same load has the same order.
+ */
+import { highestPriority, lowestPriority } from './protocol.ts';
+import type { Sequence } from './sequence.ts';
+
+/** A drawn token takes a step of its own, and a prompt's share one: it costs as two. */
+export const outputWeight = 2;
+export const passesPerRise = 8;
+/** It rises over all others, and then each of them passes it once more at most. */
+export const maxPassesOfBand =
+  passesPerRise * (highestPriority - lowestPriority) + (highestPriority - lowestPriority);
+export const maxPassedOver = 256;
+/** Counters that are kept of those that have nothing here. */
+const maxAccounts = 4096;
+
+/** Each costs a look at all that wait, and few begin in one step. */
+const maxOrdered = 16;
+
+interface Account {
+  readonly key: string;
+  counter: number;
+  /** When one of it began last, in turns: of equals the one that waits longer is next. */
+  lastTurn: number;
+  numWaiting: number;
+  /** Waiting and running. */
+  numLive: number;
+  /** While an order is made: the counter and the turn as they would be. */
+  planned: number;
+  plannedTurn: number;
+}
+
+interface Tenant extends Account {
+  adapters: Ledger<Account>;
+}
+
+interface Band {
+  priority: number;
+  tenants: Ledger<Tenant>;
+  numWaiting: number;
+  /** Sequences of others that began since one of its own did, while it waited. */
+  numPasses: number;
+  plannedPasses: number;
+}
+
+/** Where a sequence is counted. */
+export interface Accounts {
+  readonly band: Band;
+  readonly tenant: Tenant;
+  readonly adapter: Account;
+}
+
+/** Accounts that are compared with each other. */
+class Ledger<A extends Account> {
+  readonly #accounts = new Map<string, A>();
+  readonly #make: (key: string) => A;
+  /** Whose sequence began last. */
+  #last: A | null = null;
+
+  constructor(make: (key: string) => A) {
+    this.#make = make;
+  }
+
+  get size(): number {
+    return this.#accounts.size;
+  }
+
+  open(key: string): A {
+    let account = this.#accounts.get(key);
+    if (account === undefined) {
+      account = this.#make(key);
+      this.#accounts.set(key, account);
+    }
+    return account;
+  }
+
+  wait(account: A): void {
+    if (account.numWaiting === 0) account.counter = Math.max(account.counter, this.#least());
+    account.numWaiting++;
+  }
+
+  begin(account: A, turn: number): void {
+    account.numWaiting--;
+    account.lastTurn = turn;
+    this.#last = account;
+  }
+
+  /** Nothing is left of it. Its counter stays when it is above what a newcomer would have. */
+  rest(account: A): void {
+    this.#accounts.delete(account.key);
+    if (account.counter > this.#least()) this.#accounts.set(account.key, account);
+    if (this.#accounts.size <= maxAccounts) return;
+    for (const [key, { numLive }] of this.#accounts) {
+      if (numLive > 0) continue;
+      this.#accounts.delete(key);
+      return;
+    }
+  }
+
+  /** Of those that wait; when none does, what the last one that began has come to. */
+  #least(): number {
+    let least = Number.POSITIVE_INFINITY;
+    for (const { numWaiting, counter } of this.#accounts.values())
+      if (numWaiting > 0 && counter < least) least = counter;
+    return least < Number.POSITIVE_INFINITY ? least : (this.#last?.counter ?? 0);
+  }
+}
+
+export class Turns {
+  readonly #bands = new Map<number, Band>();
+  #turn = 0;
+
+  /** Tenants that are counted, over all bands. */
+  get numTenants(): number {
+    let count = 0;
+    for (const { tenants } of this.#bands.values()) count += tenants.size;
+    return count;
+  }
+
+  /** It comes to wait, for the first time or again. */
+  wait(sequence: Sequence): void {
+    sequence.accounts ??= this.#open(sequence);
+    const { band, tenant, adapter } = sequence.accounts;
+    band.tenants.wait(tenant);
+    tenant.adapters.wait(adapter);
+    if (band.numWaiting++ === 0) band.numPasses = 0;
+  }
+
+  /**
+   * The next `most` of `waiting`, or fewer, in order, if each of them begins and nothing else happens. Changes nothing.
+   * @param waiting  in the order they came
+   */
+  order(waiting: readonly Sequence[], most: number): readonly Sequence[] {
+    const first = waiting[0]?.accounts;
+    if (most <= 0) return [];
+    if (waiting.every(({ accounts }) => accounts!.adapter === first!.adapter)) return waiting.slice(0, most);
+    const numOrdered = Math.min(most, maxOrdered);
+    for (const band of this.#bands.values()) band.plannedPasses = band.numPasses;
+    for (const { accounts } of waiting) {
+      const { tenant, adapter } = accounts!;
+      for (const account of [tenant, adapter]) {
+        account.planned = account.counter;
+        account.plannedTurn = account.lastTurn;
+      }
+    }
+    const left = [...waiting];
+    const order: Sequence[] = [];
+    while (order.length < numOrdered && left.length > 0) {
+      let next = 0;
+      for (let i = 1; i < left.length; i++) if (goesBefore(left[i]!, left[next]!)) next = i;
+      const [sequence] = left.splice(next, 1);
+      this.#plan(sequence!, order.length);
+      order.push(sequence!);
+    }
+    return order;
+  }
+
+  #plan({ accounts, numPendingTokens, standing }: Sequence, index: number): void {
+    const { band, tenant, adapter } = accounts!;
+    for (const other of this.#bands.values()) if (other.numWaiting > 0) other.plannedPasses++;
+    band.plannedPasses = 0;
+    tenant.planned += numPendingTokens / standing.weight;
+    adapter.planned += numPendingTokens;
+    tenant.plannedTurn = adapter.plannedTurn = this.#turn + 1 + index;
+  }
+
+  /** It begins to run. @param waiting  all that wait, it among them, in the order they came */
+  begin(sequence: Sequence, waiting: readonly Sequence[]): void {
+    const { band, tenant, adapter } = sequence.accounts!;
+    for (let i = 0; waiting[i] !== sequence; i++)
+      if (waiting[i]!.accounts!.band === band) waiting[i]!.numPassedOver++;
+    for (const other of this.#bands.values()) if (other.numWaiting > 0) other.numPasses++;
+    band.numPasses = 0;
+    band.numWaiting--;
+    this.#turn++;
+    band.tenants.begin(tenant, this.#turn);
+    tenant.adapters.begin(adapter, this.#turn);
+  }
+
+  /** So many tokens, as they are weighed, are computed for it. */
+  charge({ accounts, standing }: Sequence, numTokens: number): void {
+    const { tenant, adapter } = accounts!;
+    tenant.counter += numTokens / standing.weight;
+    adapter.counter += numTokens;
+  }
+
+  /** It has ended and let go of all. @param wasWaiting  it did not run again */
+  end({ accounts }: Sequence, wasWaiting: boolean): void {
+    const { band, tenant, adapter } = accounts!;
+    if (wasWaiting) {
+      for (const account of [tenant, adapter]) account.numWaiting--;
+      band.numWaiting--;
+    }
+    if (--adapter.numLive === 0) tenant.adapters.rest(adapter);
+    if (--tenant.numLive === 0) band.tenants.rest(tenant);
+  }
+
+  #open({ standing, adapterKey }: Sequence): Accounts {
+    const { priority } = standing;
+    let band = this.#bands.get(priority);
+    if (band === undefined) {
+      const tenants = new Ledger<Tenant>((key) => ({ ...account(key), adapters: new Ledger(account) }));
+      band = { priority, tenants, numWaiting: 0, numPasses: 0, plannedPasses: 0 };
+      this.#bands.set(priority, band);
+    }
+    const tenant = band.tenants.open(standing.tenant);
+    const adapter = tenant.adapters.open(adapterKey);
+    tenant.numLive++;
+    adapter.numLive++;
+    return { band, tenant, adapter };
+  }
+}
+
+/** @param b  came earlier */
+function goesBefore(a: Sequence, b: Sequence): boolean {
+  const [ofA, ofB] = [a.accounts!, b.accounts!];
+  if (ofA.band !== ofB.band) {
+    const [rankA, rankB] = [rankOf(ofA.band), rankOf(ofB.band)];
+    return rankA === rankB ? ofA.band.priority < ofB.band.priority : rankA > rankB;
+  }
+  const [isDueA, isDueB] = [a.numPassedOver >= maxPassedOver, b.numPassedOver >= maxPassedOver];
+  if (isDueA || isDueB) return !isDueB;
+  if (ofA.tenant !== ofB.tenant) return isBehind(ofA.tenant, ofB.tenant);
+  return ofA.adapter !== ofB.adapter && isBehind(ofA.adapter, ofB.adapter);
+}
+
+function rankOf({ priority, plannedPasses }: Band): number {
+  return priority + Math.floor(plannedPasses / passesPerRise);
+}
+
+function isBehind(a: Account, b: Account): boolean {
+  return a.planned === b.planned ? a.plannedTurn < b.plannedTurn : a.planned < b.planned;
+}
+
+function account(key: string): Account {
+  return { key, counter: 0, lastTurn: 0, numWaiting: 0, numLive: 0, planned: 0, plannedTurn: 0 };
+}
