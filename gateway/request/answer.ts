@@ -49,7 +49,8 @@ const headersPassedOn = ['accept', 'content-type', 'traceparent', 'tracestate'] 
 export async function answerWithin(arrival: Arrival, call: Call, parts: AnswerParts): Promise<void> {
   const { res, facts } = arrival;
   const scopes = scopesOf(arrival, parts.directory);
-  const entry = await parts.quota.enter(facts.tenant ?? null, scopes, estimatePromptTokens(call.body.length));
+  const tokens = scopes.length === 0 ? 0 : estimateOf(arrival, call, parts);
+  const entry = await parts.quota.enter(facts.tenant ?? null, scopes, tokens);
   for (const [name, value] of entry.headers) res.setHeader(name, value);
   if (entry.refusal !== null) throw entry.refusal;
   try {
@@ -65,6 +66,15 @@ function scopesOf({ caller }: Arrival, directory: Directory): readonly Scope[] {
   const { tenant, keyId, limits } = caller;
   const ofTenant = directory.scopesOf(tenant);
   return limits === undefined ? ofTenant : [...ofTenant, { of: 'key', id: keyId, limits }];
+}
+
+/** Tokens that it will probably cost: its prompt, and answers as long as those before it, but never more than it asks for. */
+function estimateOf({ facts }: Arrival, { path, asked, body }: Call, { directory, forward }: AnswerParts) {
+  const promptTokens = estimatePromptTokens(body.length);
+  if (!isGeneration(path)) return promptTokens;
+  const { model, maxTokens, numChoices } = asked;
+  const adapter = directory.targetsOf(model, facts.tenant ?? null)?.[0]?.name ?? model;
+  return promptTokens + forward.lengths.predict(adapter, promptTokens, maxTokens, numChoices);
 }
 
 /** What a request that has ended costs its caller; null when it cannot be told, since the caller did not wait for it. */

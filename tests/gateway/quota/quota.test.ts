@@ -66,6 +66,27 @@ test('tokens are settled at what the answer cost', async () => {
   expect(second.status).toBe(200);
 });
 
+test('an answer is estimated by those before it, and never longer than max_tokens', async () => {
+  const engine = await startFakeEngine();
+  const limits = new Map([['*', { tokensPerMinute: 100_000 }]]);
+  const keys = new Map(Array.from({ length: 3 }, (_, i) => [`team-${i}`, `key-of-a-team-${i}-0123`]));
+  const gateway = await gatewayFor([engine], { apiKeys: keys, limits });
+  /** By a tenant that has asked for nothing yet. */
+  const estimate = async (team: number, fields: object = {}) => {
+    const body = chatBody({ ...fields, stream: false });
+    const bearer = { headers: { authorization: `Bearer ${keys.get(`team-${team}`)}` } };
+    const answer = await gateway.chat(body, bearer);
+    await answer.text();
+    const estimated = 100_000 - Number(answer.headers.get('x-ratelimit-remaining-tokens'));
+    return estimated - Math.ceil(JSON.stringify(body).length / 4);
+  };
+  // Nothing is known of the adapter, whose answers are taken for longer.
+  expect(await estimate(0, { max_tokens: 10, n: 2 })).toBe(20);
+  // The fake engine's two answers have a token each, which is counted as a bucket from 1 to 2.
+  expect(await estimate(1)).toBe(2);
+  expect(await estimate(2, { max_tokens: 1 })).toBe(1);
+});
+
 test('what an engine refuses or no engine was sent costs no tokens', async () => {
   const { gateway } = await limited({ 'team-a': { tokensPerMinute: 100 } }, refuse(400, 'no'));
   for (let i = 0; i < 12; i += 1) {
