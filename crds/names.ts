@@ -123,6 +123,12 @@ export const tenantReasons = {
   keyInvalid: 'KeyInvalid',
   /** Another, older tenant has the same key. */
   keyTaken: 'KeyTaken',
+  /** Every key is accepted, and so are tokens by spec.oidc. */
+  tokensAccepted: 'TokensAccepted',
+  /** The gateway has no issuer of tokens, and spec.oidc names none. */
+  issuerMissing: 'IssuerMissing',
+  /** Every token of this tenant is also one of another, so that it is refused. */
+  tokensAmbiguous: 'TokensAmbiguous',
 } as const;
 
 /** An entry of status.conditions. */

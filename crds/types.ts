@@ -704,7 +704,7 @@ export interface Tenant {
 export interface TenantSpec {
   /**
    * Bearer keys of the tenant. A second one lets clients change over. A Secret that changes is seen at once
-   * by a gateway that may watch Secrets, else within 15 seconds.
+   * by a gateway that may watch Secrets, else within 15 seconds. Default, none.
    */
   keys: {
     /** The Secret of this namespace that holds the key. */
@@ -727,6 +727,24 @@ export interface TenantSpec {
       concurrency?: number;
     };
   }[];
+  /**
+   * Which tokens of OpenID Connect are the tenant's, beside its keys. A token that is of two tenants is
+   * refused. Default, and by `{}`: those whose claim --oidc-tenant-claim of the gateway names it.
+   */
+  oidc?: {
+    /**
+     * Issuer of the tenant's own, as tokens have it in `iss`: an https URL, or http to the gateway's
+     * machine. It speaks for tenants that name it and for no others. Default, --oidc-issuer of the gateway.
+     */
+    issuer?: string;
+    /** What its tokens must have in `aud`. Default, --oidc-audience of the gateway. */
+    audience?: string;
+    /**
+     * Claims that a token must have, all of them, by name: this text, or a list with it, as groups are.
+     * Tokens are then the tenant's by these alone. Default, none.
+     */
+    claims?: Record<string, string>;
+  };
   /**
    * How much the tenant may use, by all its keys together. Default, without limits. What is over a limit is
    * refused with 429 and told when to come back. A limit a minute may be used at once and comes back
@@ -825,7 +843,7 @@ export interface TenantStatus {
   keys?: string;
   /** Served names that the tenant may use. */
   models?: number;
-  /** `Ready`: every key that is named was found and is accepted. */
+  /** `Ready`: every key that is named was found and is accepted, and so are the tokens of `oidc`. */
   conditions?: {
     /** What it is about. */
     type: string;

@@ -1,9 +1,10 @@
-// Who comes: the holder of a bearer key, or of a token (identity/oidc.ts). Keys come from a file (config.ts) or from
+// Who comes: the holder of a bearer key, or of a token (identity/tokens.ts). Keys come from a file (config.ts) or from
 // Tenants (tenants.ts); where they come from no key, everybody may enter, and config.ts sees to it that this was meant.
 
 import { hash } from 'node:crypto';
 import { GatewayError } from './errors.ts';
-import { isTokenShaped, type Tokens } from './identity/oidc.ts';
+import { isTokenShaped } from './identity/oidc.ts';
+import type { Tokens } from './identity/tokens.ts';
 import type { Limits } from './quota/limits.ts';
 
 export type Caller = {
@@ -37,17 +38,17 @@ export function callersByDigest(holders: Iterable<Holder>): Map<string, Caller> 
 
 /**
  * @param callers  as of now
- * @param tokens   null: there is no issuer, and bearers of tokens are strangers
+ * @param tokens   where no issuer is trusted, bearers of tokens are strangers
  */
 export function createAuthenticate(
   callers: () => ReadonlyMap<string, Caller>,
-  tokens: Tokens | null,
+  tokens: Tokens,
 ): (authorization?: string) => Caller | Promise<Caller> {
   return (authorization) => {
     const given = bearerOf(authorization);
     const caller = callers().get(digestOfKey(given));
     if (caller !== undefined) return caller;
-    if (tokens !== null && isTokenShaped(given)) return tokens.callerOf(given);
+    if (isTokenShaped(given) && tokens.isOn) return tokens.callerOf(given);
     throw new GatewayError('invalid_api_key', 'Authorization: the bearer key is not one of this gateway');
   };
 }

@@ -16,7 +16,7 @@ import {
 } from '../crds/types.ts';
 import { ObjectWatch } from '../crds/watch.ts';
 import type { ModelCard } from '../engine/protocol.ts';
-import { type Caller, callersByDigest, createAuthenticate } from './auth.ts';
+import { type Authenticate, type Caller, callersByDigest, createAuthenticate } from './auth.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import { ConfigError } from './config.ts';
 import { basesFirst, type Directory } from './directory.ts';
@@ -24,7 +24,8 @@ import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import { groupTarget, isTooLarge, membersFor } from './groups/group.ts';
-import type { Tokens } from './identity/oidc.ts';
+import type { OidcSettings } from './identity/oidc.ts';
+import { type TokenRules, Tokens } from './identity/tokens.ts';
 import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
 import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
 import { AutoLoader, planAutoLoad } from './on-demand/auto-load.ts';
@@ -35,23 +36,23 @@ import { type Aborted, AbortWriter } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
 import { SecretKeys } from './secret-keys.ts';
 import { applyTenantStatus, TenantStatusWriter } from './tenant-status.ts';
-import { judgeTenants, statusOf, type Verdict } from './tenants.ts';
+import { judgeTenants, statusOf, tokenRulesOf, type Verdict } from './tenants.ts';
 
 export type ClusterOptions = {
   kubeConfig: KubeConfig;
   namespace: string;
   /** Everybody may enter and use every model; Tenants are not looked at. */
   isOpen: boolean;
-  /** A token names one of the Tenants. Null: there is no issuer. */
-  tokens: Tokens | null;
+  /** The gateway's own issuer of tokens, beside those of Tenants. */
+  oidc: OidcSettings | null;
+  /** A changed Secret is seen within this time by a gateway that may not watch Secrets, or cannot now. */
+  secretIntervalMs: number;
 };
 
 type RouteStatus = NonNullable<AdapterRoute['status']>;
 
 type Log = { info(fields: object, message: string): void; warn(fields: object, message: string): void };
 
-/** A changed Secret is seen within this time by a gateway that may not watch Secrets, or cannot now. */
-const secretIntervalMs = 15_000;
 /** What was read is looked at again after this while a watch tells of changes. */
 const watchedSecretIntervalMs = 300_000;
 const secretTimeoutMs = 5_000;
@@ -145,17 +146,10 @@ export class Cluster implements Directory {
     });
     this.#recovery = setInterval(() => this.#noteRecovery(), 1_000);
 
-    const authenticate = createAuthenticate(() => this.#tenancy!.callers, options.tokens);
-    this.authenticate = async (authorization) => {
+    this.authenticate = (authorization) => {
       const failure = this.notReady();
       if (failure !== null) throw failure;
-      if (this.#tenancy === null) return null;
-      const caller = await authenticate(authorization);
-      if (this.#tenancy.watch.get(caller.tenant) !== undefined) return caller;
-      throw new GatewayError(
-        'invalid_token',
-        'Authorization: the bearer token names no Tenant of this namespace',
-      );
+      return this.#tenancy === null ? null : this.#tenancy.authenticate(authorization);
     };
   }
 
@@ -354,6 +348,8 @@ export class Cluster implements Directory {
 type TenancyOptions = {
   kubeConfig: KubeConfig;
   namespace: string;
+  oidc: OidcSettings | null;
+  secretIntervalMs: number;
   /** A watch failed. */
   onError: (error: Error) => void;
   log: Log;
@@ -367,6 +363,8 @@ const refusalLogMs = 60_000;
 /** The Tenants, what came of their keys, and their statuses. */
 class Tenancy {
   readonly watch: ObjectWatch<Tenant>;
+  readonly authenticate: Authenticate;
+  readonly #oidc: OidcSettings | null;
   readonly #secrets: SecretKeys;
   /** Tells which Secrets change, not what is in them. */
   readonly #secretWatch: ObjectWatch<KubernetesObject>;
@@ -374,10 +372,14 @@ class Tenancy {
   readonly #writer: TenantStatusWriter;
   readonly #log: Log;
   readonly #loggedMs = new Map<string, number>();
-  #found: { verdicts: Verdict[]; callers: Map<string, Caller> } | null = null;
+  #found: { verdicts: Verdict[]; callers: Map<string, Caller>; tokenRules: TokenRules } | null = null;
 
-  constructor({ kubeConfig, namespace, onError, log, countModels }: TenancyOptions) {
+  constructor(options: TenancyOptions) {
+    const { kubeConfig, namespace, oidc, secretIntervalMs, onError, log, countModels } = options;
     this.#log = log;
+    this.#oidc = oidc;
+    const tokens = new Tokens({ rules: () => this.#known.tokenRules, log });
+    this.authenticate = createAuthenticate(() => this.#known.callers, tokens);
     this.#secrets = new SecretKeys({
       read: (name, signal) =>
         callApi<V1Secret>(kubeConfig, {
@@ -453,8 +455,10 @@ class Tenancy {
   get #known() {
     if (this.#found === null) {
       const stateOf = (secret: string, entry: string) => this.#secrets.stateOf(secret, entry);
-      const verdicts = judgeTenants(this.watch.list(), stateOf);
-      this.#found = { verdicts, callers: callersByDigest(verdicts.flatMap(({ holders }) => holders)) };
+      const tokenRules = tokenRulesOf(this.watch.list(), this.#oidc);
+      const verdicts = judgeTenants(this.watch.list(), stateOf, tokenRules);
+      const callers = callersByDigest(verdicts.flatMap(({ holders }) => holders));
+      this.#found = { verdicts, callers, tokenRules };
     }
     return this.#found;
   }

@@ -76,6 +76,9 @@ export const settings = {
     .min(1)
     .default('sub')
     .describe('claim that names the tenant; with --kubernetes, a Tenant'),
+  'secret-interval-ms': milliseconds(15_000).describe(
+    'longest time until a changed Secret is seen by a gateway that may not watch Secrets',
+  ),
   insecure: z
     .stringbool()
     .default(false)
@@ -212,6 +215,7 @@ export type Config = {
   redis: { url: string; password: string | null; ca: string | null; timeoutMs: number } | null;
   /** Whose tokens are taken beside keys; null: nobody's. */
   oidc: OidcSettings | null;
+  secretIntervalMs: number;
   /** Everybody may enter, and that is meant. */
   isInsecure: boolean;
   maxBodyBytes: number;
@@ -289,6 +293,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     gatewayReplicas: values['gateway-replicas'],
     redis: parseRedis(values),
     oidc,
+    secretIntervalMs: values['secret-interval-ms'],
     isInsecure: values.insecure,
     maxBodyBytes: values['max-body-bytes'],
     maxInFlightPerEngine: values['max-in-flight-per-engine'],

@@ -7,7 +7,7 @@ import type { WeightedTarget } from './choose-target.ts';
 import type { VisibleModel } from './console/console-data.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
-import type { Tokens } from './identity/oidc.ts';
+import type { Tokens } from './identity/tokens.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
 import { defaultStanding, type Standing } from './queue/ask.ts';
 import type { Limits, Scope } from './quota/limits.ts';
@@ -60,7 +60,7 @@ export function listedDirectory(
   endpoints: Endpoints,
   apiKeys: Map<string, string> | null,
   limits: ReadonlyMap<string, Limits>,
-  tokens: Tokens | null,
+  tokens: Tokens,
 ): Directory {
   const holders = [...(apiKeys ?? [])].map(([name, key]) => ({ name, digest: digestOfKey(key) }));
   const callers = callersByDigest(holders);
@@ -70,8 +70,7 @@ export function listedDirectory(
   };
   return {
     scopesOf: (caller) => (caller === null ? [] : scopesOf(caller)),
-    authenticate:
-      apiKeys === null && tokens === null ? () => null : createAuthenticate(() => callers, tokens),
+    authenticate: apiKeys === null && !tokens.isOn ? () => null : createAuthenticate(() => callers, tokens),
     standingOf: () => defaultStanding,
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     rulesOf: () => null,

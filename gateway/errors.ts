@@ -27,6 +27,7 @@ export const errorTable = {
   missing_api_key: { status: 401, type: 'authentication_error' },
   invalid_api_key: { status: 401, type: 'authentication_error' },
   invalid_token: { status: 401, type: 'authentication_error' },
+  ambiguous_token: { status: 403, type: 'permission_error' },
   model_not_found: { status: 404, type: invalid },
   group_too_large: { status: 400, type: invalid },
   route_not_found: { status: 404, type: invalid },

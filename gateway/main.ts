@@ -14,7 +14,7 @@ import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders, withSender } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
-import { Tokens } from './identity/oidc.ts';
+import { Tokens } from './identity/tokens.ts';
 import { createMetrics, watchRouting, watchState } from './metrics.ts';
 import { commentEveryMs } from './on-demand/hold.ts';
 import { LengthPredictor } from './queue/length-predictor.ts';
@@ -43,16 +43,22 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   );
   const endpoints = new Endpoints(engineHeaders, config.pollIntervalMs, config.silentAfterMs, log);
   for (const url of config.engineUrls) endpoints.offer(listedEngine(url));
-  const tokens = config.oidc && new Tokens({ ...config.oidc, log });
+  const tokenRules = { own: config.oidc, byTenant: null };
   const directory =
     config.cluster === null
-      ? listedDirectory(endpoints, config.apiKeys, config.limits, tokens)
+      ? listedDirectory(
+          endpoints,
+          config.apiKeys,
+          config.limits,
+          new Tokens({ rules: () => tokenRules, log }),
+        )
       : new Cluster(
           {
             kubeConfig: loadKubeConfig(config.cluster.kubeconfig),
             namespace: config.cluster.namespace,
             isOpen: config.isInsecure,
-            tokens,
+            oidc: config.oidc,
+            secretIntervalMs: config.secretIntervalMs,
           },
           endpoints,
           log,

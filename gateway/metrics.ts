@@ -9,12 +9,21 @@ import type { Gate as BatchGate } from './batches/gate.ts';
 import type { BatchRunner } from './batches/runner.ts';
 import type { Directory } from './directory.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
+import type { ErrorCode } from './errors.ts';
 import { engineFailures } from './forward.ts';
 import { hedgeResults } from './routing/hedge.ts';
 import { pickReasons } from './routing/pick-endpoint.ts';
 import { othersOf, type Router } from './routing/router.ts';
 
 export type Metrics = ReturnType<typeof createMetrics>;
+
+/** Codes of the error table that say so. */
+export const authFailureReasons = [
+  'missing_api_key',
+  'invalid_api_key',
+  'invalid_token',
+  'ambiguous_token',
+] as const satisfies readonly ErrorCode[];
 
 const secondsBuckets = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300];
 
@@ -29,8 +38,7 @@ export function createMetrics() {
     labelNames: ['reason'],
     registers,
   });
-  for (const reason of ['missing_api_key', 'invalid_api_key', 'invalid_token'])
-    authFailures.inc({ reason }, 0);
+  for (const reason of authFailureReasons) authFailures.inc({ reason }, 0);
 
   const batchLines = new Counter({
     name: 'motet_gateway_batch_lines_total',

@@ -4,6 +4,8 @@
 import { type Condition, conditionTypes, tenantReasons } from '../crds/names.ts';
 import type { Tenant, TenantStatus } from '../crds/types.ts';
 import { digestOfKey, type Holder } from './auth.ts';
+import type { OidcSettings } from './identity/oidc.ts';
+import { ambiguousTenants, ruleOf, type TokenRules } from './identity/tokens.ts';
 import { byAge } from './models.ts';
 
 /** What is known of one entry of one Secret. */
@@ -18,6 +20,7 @@ export type KeyState =
   | { kind: 'invalid'; problem: string }
   | { kind: 'key'; digest: string };
 
+/** What a condition says. */
 export type Problem = { reason: string; message: string };
 
 /** What came of the keys that one tenant names. */
@@ -42,12 +45,23 @@ export function readKey(value: Buffer | undefined): KeyState {
   return { kind: 'key', digest: digestOfKey(key) };
 }
 
+/** Which tokens are whose. @param own  the gateway's own issuer */
+export function tokenRulesOf(tenants: readonly Tenant[], own: OidcSettings | null): TokenRules {
+  const byTenant = tenants.flatMap(
+    ({ metadata, spec }) => ruleOf(metadata.name!, spec.oidc ?? {}, own) ?? [],
+  );
+  return { own, byTenant };
+}
+
 /** One verdict for each tenant, the oldest first: it keeps a key that two have. */
 export function judgeTenants(
   tenants: readonly Tenant[],
   stateOf: (secret: string, entry: string) => KeyState,
+  { byTenant }: TokenRules = { own: null, byTenant: [] },
 ): Verdict[] {
   const ownerOfKey = new Map<string, Tenant>();
+  const withTokens = new Set(byTenant?.map((rule) => rule.tenant));
+  const othersOf = ambiguousTenants(byTenant ?? []);
   return [...tenants].sort(byAge).map((tenant) => {
     const verdict: Verdict = { tenant, holders: [], problems: [], isUnread: false };
     for (const { secretRef, limits } of tenant.spec.keys) {
@@ -66,6 +80,10 @@ export function judgeTenants(
         else verdict.problems.push(taken(secretRef, owner));
       }
     }
+    const name = tenant.metadata.name!;
+    const other = othersOf.get(name);
+    if (tenant.spec.oidc !== undefined && !withTokens.has(name)) verdict.problems.push(issuerMissing);
+    if (other !== undefined) verdict.problems.push(ambiguous(other));
     return verdict;
   });
 }
@@ -81,11 +99,9 @@ export function statusOf({ tenant, holders, problems }: Verdict, numModels: numb
   const ready: Omit<Condition, 'lastTransitionTime'> = {
     type: conditionTypes.ready,
     status: first === undefined ? 'True' : 'False',
-    reason: first?.reason ?? tenantReasons.keysAccepted,
-    message:
-      first === undefined
-        ? 'every key that is named is accepted'
-        : problems.map(({ message }) => message).join('; '),
+    ...(first === undefined
+      ? accepted(spec)
+      : { reason: first.reason, message: problems.map(({ message }) => message).join('; ') }),
     observedGeneration: metadata.generation!,
   };
   const last = before?.conditions?.find(({ type }) => type === ready.type);
@@ -96,6 +112,28 @@ export function statusOf({ tenant, holders, problems }: Verdict, numModels: numb
     keys: `${holders.length}/${spec.keys.length}`,
     models: numModels,
     conditions: [{ ...ready, lastTransitionTime }],
+  };
+}
+
+function accepted({ keys, oidc }: Tenant['spec']): Problem {
+  return keys.length > 0
+    ? {
+        reason: tenantReasons.keysAccepted,
+        message: `every key that is named is accepted${oidc === undefined ? '' : ', and tokens by spec.oidc are'}`,
+      }
+    : { reason: tenantReasons.tokensAccepted, message: 'tokens by spec.oidc are accepted' };
+}
+
+const issuerMissing: Problem = {
+  reason: tenantReasons.issuerMissing,
+  message:
+    'spec.oidc: no issuer is trusted; name one with its audience there, or give the gateway --oidc-issuer',
+};
+
+function ambiguous(other: string): Problem {
+  return {
+    reason: tenantReasons.tokensAmbiguous,
+    message: `every token of this tenant is also one of the Tenant ${other}, and is refused; ask other claims in spec.oidc`,
   };
 }
 

@@ -1,10 +1,11 @@
-// Who comes, by OpenID Connect: a bearer token is a JWT that the issuer signed for this gateway, and one of its claims names
-// the tenant. It is checked here by the issuer's public keys (JWKS), so no request waits for the issuer, and known keys go on
-// while it is away, for a day. Only signatures by a private key count: a token signed with a public key as if that were a
-// shared secret (HS256), or with none, is refused by its algorithm.
+// One issuer of OpenID Connect, and what it says in a token: a bearer token is a JWT that it signed. It is checked here by the
+// issuer's public keys (JWKS), so no request waits for the issuer, and known keys go on while it is away, for a day. Only
+// signatures by a private key count: a token signed with a public key as if that were a shared secret (HS256), or with none,
+// is refused by its algorithm. For whom a token is, and whose, is said in tokens.ts.
 
 import {
   createLocalJWKSet,
+  decodeJwt,
   errors,
   type JSONWebKeySet,
   type JWTPayload,
@@ -12,8 +13,11 @@ import {
   jwtVerify,
 } from 'jose';
 import { Agent, request } from 'undici';
-import { type Caller, digestOfKey } from '../auth.ts';
+import { digestOfKey } from '../auth.ts';
 import { GatewayError } from '../errors.ts';
+
+/** What a token that was checked says, for as long as it is good. */
+export type Identity = { readonly issuer: string; readonly claims: Readonly<JWTPayload> };
 
 export type OidcSettings = {
   /** As tokens have it in `iss`; its configuration is at `/.well-known/openid-configuration` below. */
@@ -24,7 +28,8 @@ export type OidcSettings = {
   tenantClaim: string;
 };
 
-export type TokensOptions = OidcSettings & {
+export type IssuerOptions = {
+  issuer: string;
   log: { warn(fields: object, message: string): void };
   /** Milliseconds, Unix. */
   now?: () => number;
@@ -51,36 +56,42 @@ export function isTokenShaped(given: string): boolean {
   return /^eyJ[\w-]*\.[\w-]+\.[\w-]*$/.test(given);
 }
 
-export class Tokens {
-  readonly #options: TokensOptions;
+/** Who says that it signed a token, which is nothing yet. Null: nobody. */
+export function claimedIssuer(token: string): string | null {
+  try {
+    return decodeJwt(token).iss ?? null;
+  } catch {
+    return null;
+  }
+}
+
+export class Issuer {
+  readonly #options: IssuerOptions;
   readonly #now: () => number;
   /** By the token's digest; oldest first. */
-  readonly #known = new Map<string, { caller: Caller; untilMs: number }>();
+  readonly #known = new Map<string, { identity: Identity; untilMs: number }>();
   #keys: Keys | null = null;
   #askedMs = Number.NEGATIVE_INFINITY;
   #refreshing: Promise<void> | null = null;
 
-  constructor(options: TokensOptions) {
+  constructor(options: IssuerOptions) {
     this.#options = options;
     this.#now = options.now ?? Date.now;
   }
 
   /** @throws GatewayError invalid_token; issuer_unavailable when the keys that it takes to know are not to be had */
-  async callerOf(token: string): Promise<Caller> {
+  async identityOf(token: string): Promise<Identity> {
     const id = digestOfKey(token);
     const known = this.#known.get(id);
-    if (known !== undefined && this.#now() < known.untilMs) return known.caller;
+    if (known !== undefined && this.#now() < known.untilMs) return known.identity;
     this.#known.delete(id);
 
-    const payload = await this.#verify(token);
-    const caller = {
-      tenant: this.#tenantOf(payload),
-      keyId: `jwt:${digestOfKey(payload.sub!).slice(0, 12)}`,
-    };
+    const claims = await this.#verify(token);
+    const identity = { issuer: this.#options.issuer, claims };
     if (this.#known.size >= maxKnown) this.#known.delete(this.#known.keys().next().value!);
-    const endMs = (payload.exp! + clockSkewSeconds) * 1000;
-    this.#known.set(id, { caller, untilMs: Math.min(endMs, this.#now() + maxKnownMs) });
-    return caller;
+    const endMs = (claims.exp! + clockSkewSeconds) * 1000;
+    this.#known.set(id, { identity, untilMs: Math.min(endMs, this.#now() + maxKnownMs) });
+    return identity;
   }
 
   async #verify(token: string): Promise<JWTPayload> {
@@ -106,20 +117,12 @@ export class Tokens {
     }
     const { payload } = await jwtVerify(token, this.#keys.find, {
       issuer: this.#options.issuer,
-      audience: this.#options.audience,
       algorithms,
       clockTolerance: clockSkewSeconds,
       currentDate: new Date(this.#now()),
       requiredClaims: ['sub', 'exp'],
     });
     return payload;
-  }
-
-  #tenantOf(payload: JWTPayload): string {
-    const { tenantClaim } = this.#options;
-    const name = Object.hasOwn(payload, tenantClaim) ? payload[tenantClaim] : undefined;
-    if (typeof name === 'string' && /^[A-Za-z0-9][\w.@:-]{0,127}$/.test(name)) return name;
-    throw refused(`expected the name of a tenant in its claim ${tenantClaim}, got something else`);
   }
 
   #keyAgeMs(): number {
@@ -197,7 +200,7 @@ async function getText(url: string, dispatcher: Agent): Promise<string> {
   return Buffer.concat(parts).toString('utf8');
 }
 
-function refused(problem: string): GatewayError {
+export function refused(problem: string): GatewayError {
   return new GatewayError('invalid_token', `Authorization: the bearer token: ${problem}`);
 }
 
@@ -206,9 +209,8 @@ function refusal(error: unknown): unknown {
   if (error instanceof errors.JWTExpired) return refused('expected one that has not expired');
   if (error instanceof errors.JWTClaimValidationFailed)
     return refused(`expected another ${error.claim}, or one at all`);
-  if (error instanceof errors.JOSEError)
-    return refused('expected one that the issuer of this gateway signed');
+  if (error instanceof errors.JOSEError) return refused('expected one that its issuer signed');
   // jose says so of a key that does not fit the algorithm.
-  if (error instanceof TypeError) return refused('expected one that the issuer of this gateway signed');
+  if (error instanceof TypeError) return refused('expected one that its issuer signed');
   return error;
 }

@@ -5,7 +5,7 @@ import type { NextFunction, Request, Response } from 'express';
 import type { Logger } from 'pino';
 import type { Directory } from '../directory.ts';
 import { asGatewayError, GatewayError, sendError } from '../errors.ts';
-import type { Metrics } from '../metrics.ts';
+import { authFailureReasons, type Metrics } from '../metrics.ts';
 import { isLoraxPath, sendLoraxError } from '../protocols/lorax-routes.ts';
 import { type Arrival, arrivalOf, noteError } from './arrival.ts';
 
@@ -18,7 +18,7 @@ export function admitByKey(parts: DoorParts) {
   };
 }
 
-/** @throws GatewayError of 401 */
+/** @throws GatewayError of 401, or 403 for a token of two tenants */
 async function enter(arrival: Arrival, { directory, metrics }: DoorParts): Promise<void> {
   try {
     const caller = await directory.authenticate(soleAuthorization(arrival.req));
@@ -26,8 +26,7 @@ async function enter(arrival: Arrival, { directory, metrics }: DoorParts): Promi
     if (caller !== null) arrival.facts.tenant = caller.tenant;
   } catch (error) {
     const { code } = error as GatewayError;
-    if (code === 'missing_api_key' || code === 'invalid_api_key' || code === 'invalid_token')
-      metrics.authFailures.inc({ reason: code });
+    if ((authFailureReasons as readonly string[]).includes(code)) metrics.authFailures.inc({ reason: code });
     throw error;
   }
 }

@@ -113,6 +113,7 @@ const full: Record<Kind, object> = {
       },
       { secretRef: { name: 'acme', key: 'new' } },
     ],
+    oidc: { issuer: 'https://login.acme.example/x', audience: 'motet', claims: { groups: 'ml' } },
     limits: { requestsPerMinute: 60, tokensPerMinute: 9000, concurrency: 4 },
     weight: 2,
     priority: -1,
@@ -535,8 +536,25 @@ const cases: Record<Kind, Case[]> = {
   ],
   Tenant: [
     ['spec', undefined, /Required value/],
-    ['spec.keys', undefined, /Required value/],
-    ['spec.keys', [], /at least 1/],
+    ['spec.keys', undefined, null],
+    ['spec.keys', [], null],
+    ['spec', {}, /expected a key, or oidc/],
+    ['spec', { keys: [] }, /expected a key, or oidc/],
+    ['spec', { oidc: {} }, null],
+    ['spec.oidc', undefined, null],
+    ['spec.oidc.issuer', undefined, /expected issuer and audience, or neither/],
+    ['spec.oidc.issuer', 'http://login.acme.example', /should match/],
+    ['spec.oidc.issuer', 'http://localhost:1234', null],
+    ['spec.oidc.issuer', 'https://login.acme.example?x', /should match/],
+    ['spec.oidc.issuer', `https://${long(505)}`, /Too long/],
+    ['spec.oidc.audience', undefined, /expected issuer and audience, or neither/],
+    ['spec.oidc.audience', '', /at least 1/],
+    ['spec.oidc.audience', long(257), /Too long/],
+    ['spec.oidc.claims', undefined, /expected claims beside an issuer/],
+    ['spec.oidc.claims', {}, /at least 1/],
+    ['spec.oidc.claims', Object.fromEntries(many(9, (i) => [`c${i}`, 'x'])), /at most 8/],
+    ['spec.oidc.claims.groups', '', /at least 1/],
+    ['spec.oidc.claims.groups', long(257), /Too long/],
     ['spec.keys', many(17, (i) => ({ secretRef: { name: `s${i}` } })), /at most 16/],
     [
       'spec.keys',
@@ -811,7 +829,7 @@ function ancestors(path: string): string[] {
   return names.map((_, i) => names.slice(0, names.length - i).join('.'));
 }
 
-const maps = ['labels', 'annotations', 'nodeSelector', 'requests', 'limits', 'matchLabels'];
+const maps = ['labels', 'annotations', 'nodeSelector', 'requests', 'limits', 'matchLabels', 'claims'];
 
 /** As in tests/crds/schemas.ts: items of lists and values of maps are `[]`. */
 function schemaPath(path: string): string {

@@ -220,7 +220,7 @@ describe('keys', () => {
     await cluster.create(baseModel('base'));
     await addTenant(cluster, 'red', { baseModels: {} });
     await cluster.engine();
-    const gateway = await cluster.gateway();
+    const gateway = await cluster.gateway({ secretIntervalMs: 1_000 });
     await served(gateway, 'base', keyOf('red'));
     await cluster.setSecret('red', { key: keyOf('red', 2) });
     await served(gateway, 'base', keyOf('red', 2), secretMs);
@@ -251,6 +251,45 @@ describe('keys', () => {
       () => statusOf(gateway, 'red-sql', red),
       (status) => status === 401,
     );
+  });
+
+  test('tokens are a tenant’s by claims and issuer of its own, and those of two are refused', async () => {
+    const { cluster } = await twoTeams();
+    const key = await newKey('1');
+    const [issuer, theirs] = [await startIssuer(key), await startIssuer(key)];
+    const gateway = await cluster.gateway({
+      oidc: { issuer: issuer.url, audience: 'motet', tenantClaim: 'team' },
+    });
+    const oidc = (claims: object, of?: { url: string }) => ({
+      spec: { oidc: { claims, ...(of && { issuer: of.url, audience: 'motet' }) } },
+    });
+    const green = { ...tenant('green', { secrets: [] }), spec: { oidc: { claims: { groups: 'g' } } } };
+    await cluster.create(green as never);
+    await cluster.change('Tenant', 'red', oidc({ groups: 'r' }, theirs));
+    await ready(gateway);
+    const token = (groups: string[], of = issuer) =>
+      sign(of, key, { groups, team: undefined }, { nowMs: Date.now() });
+    const ofRed = await token(['r'], theirs);
+    await served(gateway, 'red-sql', ofRed);
+    expect(await statusOf(gateway, 'red-sql', await token(['r']))).toBe(401);
+    expect(await modelIds(gateway, await token(['g']))).toEqual([]);
+    expect(await readyCondition(cluster, 'green', 'TokensAccepted')).toMatchObject({ keys: '0/0' });
+
+    await cluster.change('Tenant', 'blue', oidc({ groups: 'b' }));
+    const both = await token(['b', 'g']);
+    const refused = await until(
+      async () => errorOf(await ask(gateway, 'blue-sql', both)),
+      ({ code }) => code === 'ambiguous_token',
+    );
+    expect(refused).toMatchObject({ status: 403, message: expect.stringContaining('blue and green') });
+    await cluster.change('Tenant', 'blue', oidc({ groups: 'g' }));
+    for (const name of ['blue', 'green']) await readyCondition(cluster, name, 'TokensAmbiguous');
+    await cluster.change('Tenant', 'red', oidc({ groups: 'other' }));
+    await until(
+      () => statusOf(gateway, 'red-sql', ofRed),
+      (status) => status === 401,
+    );
+    expect(await statusOf(gateway, 'red-sql', keyOf('red'))).toBe(200);
   });
 
   test('the older tenant keeps a key that two have', longer, async () => {

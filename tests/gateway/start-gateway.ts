@@ -100,6 +100,7 @@ const defaults: Config = {
   limits: new Map(),
   gatewayReplicas: 1,
   redis: null,
+  secretIntervalMs: 15_000,
   isInsecure: false,
   maxBodyBytes: 1 << 20,
   maxInFlightPerEngine: 8,

@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest';
-import { judgeTenants, type KeyState, readKey, statusOf } from '../../gateway/tenants.ts';
+import type { Tenant } from '../../crds/types.ts';
+import { judgeTenants, type KeyState, readKey, statusOf, tokenRulesOf } from '../../gateway/tenants.ts';
 import { tenant } from './resources.ts';
 
 const text = 'key-0123456789abcdef';
@@ -109,4 +110,47 @@ test('what could not be read so far is no verdict', () => {
   expect(judgeTenants([tenant('a')], secrets({}))).toMatchObject([
     { isUnread: true, holders: [], problems: [] },
   ]);
+});
+
+const own = { issuer: 'https://own', audience: 'motet', tenantClaim: 'team' };
+const withTokens = (name: string, oidc: Tenant['spec']['oidc'], secrets: string[] = []) => {
+  const made = tenant(name, { secrets });
+  return { ...made, spec: { ...made.spec, ...(oidc && { oidc }) } };
+};
+
+test('a tenant without keys is ready by its tokens', () => {
+  const tenants = [withTokens('a', {})];
+  const [verdict] = judgeTenants(tenants, secrets({}), tokenRulesOf(tenants, own));
+  expect(statusOf(verdict!, 0, new Date())).toMatchObject({
+    keys: '0/0',
+    conditions: [{ status: 'True', reason: 'TokensAccepted' }],
+  });
+});
+
+test('the status says that no issuer is there for tokens', () => {
+  const tenants = [withTokens('a', { claims: { groups: 'a' } }, ['a'])];
+  const [verdict] = judgeTenants(tenants, secrets({ 'a/key': key() }), tokenRulesOf(tenants, null));
+  expect(verdict!.holders).toHaveLength(1);
+  expect(statusOf(verdict!, 0, new Date())).toMatchObject({
+    keys: '1/1',
+    conditions: [
+      { status: 'False', reason: 'IssuerMissing', message: expect.stringMatching(/spec\.oidc\.?/) },
+    ],
+  });
+});
+
+test('the status names the other tenant whose claims are among its own', () => {
+  const tenants = [
+    withTokens('wide', { claims: { org: 'x' } }),
+    withTokens('narrow', { claims: { org: 'x', group: 'y' } }),
+  ];
+  const verdicts = judgeTenants(tenants, secrets({}), tokenRulesOf(tenants, own));
+  const said = verdicts.map((verdict) => {
+    const [condition] = statusOf(verdict, 0, new Date()).conditions!;
+    return [verdict.tenant.metadata.name, condition];
+  });
+  expect(Object.fromEntries(said)).toMatchObject({
+    wide: { status: 'True' },
+    narrow: { status: 'False', reason: 'TokensAmbiguous', message: expect.stringContaining('Tenant wide') },
+  });
 });

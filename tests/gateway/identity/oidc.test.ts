@@ -3,7 +3,7 @@
 import { createHmac } from 'node:crypto';
 import { exportJWK, exportSPKI } from 'jose';
 import { expect, test } from 'vitest';
-import { Tokens } from '../../../gateway/identity/oidc.ts';
+import { Tokens } from '../../../gateway/identity/tokens.ts';
 import { startFakeEngine } from '../../fixtures/fake-engine.ts';
 import { bearer } from '../start-cluster.ts';
 import { chatBody, errorOf, gatewayFor } from '../start-gateway.ts';
@@ -13,8 +13,8 @@ function tokensOf(issuer: { url: string }) {
   const clock = { ms: startMs };
   const warnings: object[] = [];
   const log = { warn: (fields: object) => void warnings.push(fields) };
-  const options = { issuer: issuer.url, audience: 'motet', tenantClaim: 'team', log, now: () => clock.ms };
-  return { tokens: new Tokens(options), clock, warnings };
+  const rules = { own: { issuer: issuer.url, audience: 'motet', tenantClaim: 'team' }, byTenant: null };
+  return { tokens: new Tokens({ rules: () => rules, log, now: () => clock.ms }), clock, warnings };
 }
 
 const refused = { code: 'invalid_token' };
