@@ -214,6 +214,31 @@ const queues: Panel[] = [
   graph('Requests by tenant', 'reqps', 'The ten tenants with the most requests.', [
     [`topk(10, ${perSecond('motet_gateway_requests_total', asked, 'tenant')})`, '{{tenant}}'],
   ]),
+  graph('Tokens by tenant', 'ops', 'Prompt and answer tokens per second, of the ten tenants with the most.', [
+    [
+      orNone(
+        'tenant',
+        `topk(10, ${perSecond('motet_gateway_tokens_total', `${here}, kind!="cached"`, 'tenant')})`,
+        requestsPerSecond,
+      ),
+      '{{tenant}}',
+    ],
+  ]),
+  graph(
+    'Refused by a limit',
+    'reqps',
+    'Requests that were over a limit, by tenant and limit. 0 but for tenants that want more than they have.',
+    [
+      [
+        orNone(
+          'tenant',
+          perSecond('motet_gateway_rate_limited_total', here, 'tenant, limit'),
+          requestsPerSecond,
+        ),
+        '{{tenant}} {{limit}}',
+      ],
+    ],
+  ),
   graph('Keys refused', 'reqps', 'Requests without a good key, by reason.', [
     [perSecond('motet_gateway_auth_failures_total', here, 'reason'), '{{reason}}'],
   ]),
