@@ -332,7 +332,7 @@ export class Engine {
     };
     for (const sequence of this.#running) keepFor(sequence);
     keepFor(this.#waiting[0]);
-    keepFor(this.#waiting.find((sequence) => this.#isStartable(sequence)));
+    keepFor(this.#turns.order(this.#startable(), 1)[0]);
     return most;
   }
 
