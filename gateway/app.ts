@@ -1,23 +1,26 @@
 // The route table, top to bottom: what is answered without a key, then the door, then what needs one.
 
-import express, { type Express, type Request, type Response } from 'express';
+import type { RequestListener } from 'node:http';
+import express, { type Express } from 'express';
 import { enginePaths } from '../engine/protocol.ts';
 import { addBatchRoutes, type BatchRoutes, batchRouteOf } from './batches/routes.ts';
 import { consoleDataPath, consolePaths, serveConsole } from './console/console.ts';
 import { consoleData } from './console/console-data.ts';
 import { Traffic } from './console/traffic.ts';
-import { GatewayError } from './errors.ts';
+import { GatewayError, sendError } from './errors.ts';
 import type { Metrics } from './metrics.ts';
 import { modelNotFound, parseAsked, parseContentType } from './openai.ts';
 import { addHealth, addLoraxRoutes, loraxPaths, loraxPostPaths } from './protocols/lorax-routes.ts';
 import { type AnswerParts, answerWithin } from './request/answer.ts';
-import { arrivalOf, tenantOf } from './request/arrival.ts';
-import { admitByKey, answerError, onlyMethod } from './request/door.ts';
-import { observe } from './request/observe.ts';
+import { type Arrival, arrivalOf, tenantOf } from './request/arrival.ts';
+import { admitByKey, answerError, answerFailure, enter, onlyMethod } from './request/door.ts';
+import { begin, type ObserveParts, observe } from './request/observe.ts';
+import { readBody } from './request/read-body.ts';
 
 export type AppParts = AnswerParts & {
   /** Null: there is nowhere to keep files. */
   batches: BatchRoutes | null;
+  maxBodyBytes: number;
   /** Serves the console page and its data. */
   hasConsole: boolean;
   metrics: Metrics;
@@ -41,13 +44,43 @@ const knownRoutes = new Set<string>([
 /** Asked every few seconds by machines; in the log they would bury what matters. */
 const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics', '/health', '/console', consoleDataPath]);
 
-export function createApp(parts: AppParts): Express {
+/**
+ * What answers requests. Nearly all of them are POSTs to one of the forwarded paths, as it is written: they go the same way as behind
+ * the table, without the search for a route.
+ */
+export function createListener(parts: AppParts): RequestListener {
+  const seen = { ...parts, traffic: new Traffic(), routeOf, unimportantRoutes };
+  const app = createApp(parts, seen);
+  const shortcuts = new Map<string | undefined, (typeof forwardedPaths)[number]>(
+    forwardedPaths.map((path) => [path, path]),
+  );
+  return (req, res) => {
+    const path = req.method === 'POST' ? shortcuts.get(req.url) : undefined;
+    if (path === undefined) app(req, res);
+    else void enterAndPassOn(path, begin(seen, req, res, path), parts);
+  };
+}
+
+async function enterAndPassOn(
+  path: (typeof forwardedPaths)[number],
+  arrival: Arrival,
+  parts: AppParts,
+): Promise<void> {
+  try {
+    await enter(arrival, parts);
+    await passOn(path, arrival, parts);
+  } catch (error) {
+    answerFailure(arrival, error, sendError, parts.log);
+  }
+}
+
+function createApp(parts: AppParts, seen: ObserveParts): Express {
   const { directory } = parts;
-  const traffic = new Traffic();
+  const { traffic } = seen;
   const app = express();
   app.disable('x-powered-by');
   app.disable('etag');
-  app.use(observe({ ...parts, traffic, routeOf, unimportantRoutes }));
+  app.use(observe(seen));
 
   const notReady = () =>
     parts.draining.aborted
@@ -93,14 +126,12 @@ export function createApp(parts: AppParts): Express {
     app.all(consoleDataPath, onlyMethod('GET'));
   }
 
-  // The body's type is checked by parseContentType, with a better message than silence.
-  const readBody = express.raw({ limit: parts.maxBodyBytes, inflate: false, type: () => true });
   for (const path of forwardedPaths) {
-    app.post(path, readBody, passOn(path, parts));
+    app.post(path, (_req, res) => passOn(path, arrivalOf(res), parts));
     app.all(path, onlyMethod('POST'));
   }
   addLoraxRoutes(app, {
-    readBody,
+    readBody: (res) => readBody(arrivalOf(res), parts.maxBodyBytes),
     cards: (res) => directory.cards(tenantOf(res)),
     send: (request, res) => answerWithin(arrivalOf(res), request, parts),
   });
@@ -111,16 +142,18 @@ export function createApp(parts: AppParts): Express {
   app.use((req) => {
     throw new GatewayError('route_not_found', `there is no ${req.method} ${req.path}`);
   });
-  app.use(answerError(parts));
+  app.use(answerError(parts.log));
   return app;
 }
 
-function passOn(path: (typeof forwardedPaths)[number], parts: AppParts) {
-  return async function passRequestOn(req: Request, res: Response): Promise<void> {
-    parseContentType(req.get('content-type'));
-    const body: Buffer = Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0);
-    await answerWithin(arrivalOf(res), { path, asked: parseAsked(body), body }, parts);
-  };
+async function passOn(
+  path: (typeof forwardedPaths)[number],
+  arrival: Arrival,
+  parts: AppParts,
+): Promise<void> {
+  const body = await readBody(arrival, parts.maxBodyBytes);
+  parseContentType(arrival.req.headers['content-type']);
+  await answerWithin(arrival, { path, asked: parseAsked(body), body }, parts);
 }
 
 /** The route as a metric label: only ever one of ours, so that nobody can make series by asking for paths. */

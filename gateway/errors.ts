@@ -2,7 +2,7 @@
 // into a response. The body has OpenAI's shape: {"error":{"message","type","param","code"}}.
 // An engine's own error answer never comes through here: it is passed on as it is.
 
-import type { Response } from 'express';
+import type { ServerResponse } from 'node:http';
 
 type ErrorRow = {
   status: number;
@@ -88,28 +88,8 @@ export class GatewayError extends Error {
 }
 
 /** Any thrown thing as one of ours. What we did not foresee tells the client nothing about our insides. */
-export function asGatewayError(error: unknown, maxBodyBytes: number): GatewayError {
+export function asGatewayError(error: unknown): GatewayError {
   if (error instanceof GatewayError) return error;
-  const { type, length } = (error ?? {}) as { type?: string; length?: number };
-  // Names of body-parser, which reads the request's body.
-  if (type === 'entity.too.large') {
-    const actual = length === undefined ? 'more' : `${length} bytes`;
-    return new GatewayError(
-      'body_too_large',
-      `request body: expected at most ${maxBodyBytes} bytes, got ${actual}`,
-    );
-  }
-  if (type === 'encoding.unsupported') {
-    return new GatewayError(
-      'unsupported_content_encoding',
-      'Content-Encoding: expected none, got a compressed body',
-    );
-  }
-  if (type === 'request.size.invalid' || type === 'request.aborted') {
-    return new GatewayError('incomplete_body', 'request body: ended before its Content-Length', {
-      cause: error,
-    });
-  }
   // The router's, for a path like /v1/models/%zz.
   if (error instanceof URIError) {
     return new GatewayError('route_not_found', 'path: expected percent-encoded UTF-8, got something else');
@@ -128,9 +108,24 @@ export function errorBody({ message, row, param, code }: GatewayError) {
 }
 
 /** Answers with the error. Does nothing when an answer has begun or nobody is there to read it. */
-export function sendError(res: Response, error: GatewayError): void {
+export function sendError(res: ServerResponse, error: GatewayError): void {
+  const { row } = error;
+  sendJson(res, row.status, errorBody(error), {
+    ...(error.retryAfterS !== undefined && { 'Retry-After': String(error.retryAfterS) }),
+    ...(row.status === 401 && { 'WWW-Authenticate': 'Bearer' }),
+  });
+}
+
+/** The same with a body of another protocol. */
+export function sendJson(
+  res: ServerResponse,
+  status: number,
+  body: object,
+  headers: Record<string, string> = {},
+): void {
   if (res.headersSent || res.destroyed) return;
-  if (error.retryAfterS !== undefined) res.set('Retry-After', String(error.retryAfterS));
-  if (error.row.status === 401) res.set('WWW-Authenticate', 'Bearer');
-  res.status(error.row.status).json(errorBody(error));
+  for (const [name, value] of Object.entries(headers)) res.setHeader(name, value);
+  res.statusCode = status;
+  res.setHeader('Content-Type', 'application/json; charset=utf-8');
+  res.end(JSON.stringify(body));
 }

@@ -4,18 +4,19 @@
 // off, or says it has no room is left and another one is asked. After it nothing can: an engine that breaks off then
 // ends the stream with an error event. When the client hangs up, the engine's connection is closed, which stops it.
 
-import { once } from 'node:events';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
-import { type Dispatcher, request } from 'undici';
+import type { Dispatcher } from 'undici';
 import { formatAdapters, formatStanding, modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
+import { Exchange, type Head } from './exchange.ts';
 import type { Ask } from './queue/ask.ts';
 import type { LengthPredictor } from './queue/length-predictor.ts';
 import { noTokens } from './quota/quota.ts';
 import { StreamUsage, type Usage, usageOfAnswer } from './quota/usage.ts';
+import { type Ending, onceAborted } from './request/ending.ts';
 import { mayAppear, type Target } from './resolve-model.ts';
 import { type HedgeResult, winnerOf } from './routing/hedge.ts';
 import type { PickReason } from './routing/pick-endpoint.ts';
@@ -49,8 +50,8 @@ export type ForwardRequest = {
   ask: Ask;
   /** Its answer is a stream, so that its first byte says how its engine fares. */
   isStream?: boolean;
-  /** Aborted with a GatewayError: the client hung up, or the gateway's time to drain is over. */
-  signal: AbortSignal;
+  /** The client hung up, or the gateway's time to drain is over. */
+  ending: Ending;
   /** Absent: the answer goes through untouched. */
   translation?: Translation;
 };
@@ -79,22 +80,15 @@ export type Outcome = {
   firstByteMs?: number;
   /** Of the answer that is being sent, as of now: never of one that was left for another engine's. */
   usage?: () => Usage;
+  /** Of the failure that cut it short. */
+  errorCode?: ErrorCode;
 };
 
 /** An engine's answer: whole, or a stream of events of which the first bytes have come. */
-type Answer = { status: number; headers: IncomingHttpHeaders } & (
-  | { kind: 'whole'; body: Buffer; usage: Usage | null }
-  | {
-      kind: 'stream';
-      chunks: AsyncIterator<Buffer>;
-      first: Buffer;
-      usage: StreamUsage;
-      trailers: Record<string, string>;
-    }
-);
+type Answer =
+  | { head: Head; body: Buffer; usage: Usage | null; exchange?: undefined }
+  | { head: Head; exchange: Exchange; usage: StreamUsage };
 
-/** A whole answer is held until its end, so that an engine that breaks off can be replaced by another. */
-const maxWholeAnswerBytes = 64 << 20;
 /** How long a connection may be silent when its engine is known to be gone: what is under way arrives within it. */
 const goneGraceMs = 2_000;
 /**
@@ -131,7 +125,7 @@ export function forward(
     if (!res.headersSent) res.setHeader(modelHeader, req.target.name);
     const failure = await relay(answer, res, attempt, outcome, req.translation);
     // What the client has not read yet is held for it, and not for ever.
-    res.setTimeout(parts.limits.idleTimeoutMs);
+    if (res.socket !== null && res.socket.writableLength > 0) res.setTimeout(parts.limits.idleTimeoutMs);
     return failure;
   });
 }
@@ -147,10 +141,10 @@ export type WholeAnswer = { status: number; headers: IncomingHttpHeaders; body: 
 export async function askWhole(parts: Forward, req: ForwardRequest, outcome: Outcome): Promise<WholeAnswer> {
   const { promise, resolve } = Promise.withResolvers<WholeAnswer>();
   await tryEngines(parts, req, outcome, async (answer) => {
-    if (answer.kind === 'stream')
+    if (answer.exchange !== undefined)
       throw new GatewayError('engine_failed', 'expected a whole answer, got a stream');
     outcome.responseBytes = answer.body.length;
-    resolve(answer);
+    resolve({ ...answer.head, body: answer.body });
     return null;
   });
   return promise;
@@ -180,7 +174,7 @@ async function tryEngines(
     return failure;
   };
   for (;;) {
-    const slot = await admission.enter(req.ask, route, req.target, tried, req.signal);
+    const slot = await admission.enter(req.ask, route, req.target, tried, req.ending.signal);
     tried.add(slot.endpoint);
     outcome.attempts += 1;
     let trial = begin(parts, slot, req);
@@ -190,15 +184,15 @@ async function tryEngines(
       const answer = await trial.answer;
       const { pick } = trial.slot;
       router.noteFirstByte(pick);
-      if (statusesToAskAnother.has(answer.status) && admission.hasOther(req.target, tried)) continue;
+      if (statusesToAskAnother.has(answer.head.status) && admission.hasOther(req.target, tried)) continue;
       // The engine was on its way out, or has let go of the model: it is waited for elsewhere.
-      if (statusesOfLeaving.has(answer.status) && mayAppear(req.target) && tried.size < maxEnginesTried)
+      if (statusesOfLeaving.has(answer.head.status) && mayAppear(req.target) && tried.size < maxEnginesTried)
         continue;
       assertPassable(answer, req.target);
       noteUsage(answer, outcome);
       const cut = report(await deliver(answer, trial.attempt));
       const isEngines = cut !== null && engineFailures.has(cut.code);
-      router.noteAnswer(pick.endpoint, isEngines || statusesOfFailing.has(answer.status), Date.now());
+      router.noteAnswer(pick.endpoint, isEngines || statusesOfFailing.has(answer.head.status), Date.now());
       const usage = outcome.usage?.();
       if (usage !== undefined && cut === null) noteLength(parts, req.ask, usage);
       if (usage?.isEstimate === false)
@@ -216,7 +210,7 @@ async function tryEngines(
     } finally {
       trial.attempt.end();
       // What was left for another engine's answer costs nothing. Of a whole answer that nobody waited for the cost is not known.
-      trial.slot.release(outcome.usage?.() ?? (req.signal.aborted ? null : noTokens));
+      trial.slot.release(outcome.usage?.() ?? (req.ending.reason !== null ? null : noTokens));
     }
   }
 }
@@ -226,7 +220,7 @@ type Trial = { slot: Slot; attempt: Attempt; askedMs: number; answer: Promise<An
 
 function begin(parts: Forward, slot: Slot, req: ForwardRequest): Trial {
   const { gone, silent } = slot.endpoint;
-  const attempt = new Attempt(req.signal, [gone, silent], parts.limits);
+  const attempt = new Attempt(req.ending, [gone, silent], parts.limits);
   return { slot, attempt, askedMs: performance.now(), answer: ask(parts, slot, req, attempt) };
 }
 
@@ -261,7 +255,7 @@ async function hedged(
     second.push(begin(parts, slot, req));
     return second[0]!;
   };
-  const isGood = ({ status }: Answer) => !statusesToAskAnother.has(status);
+  const isGood = ({ head: { status } }: Answer) => !statusesToAskAnother.has(status);
   const winner = await winnerOf(first, beginSecond, afterMs, isGood);
   if (second.length === 0) return first;
   outcome.hedge = winner === first ? 'lost' : 'won';
@@ -298,47 +292,37 @@ async function ask(
   attempt: Attempt,
 ): Promise<Answer> {
   attempt.allow(limits.firstByteTimeoutMs);
-  let response: Dispatcher.ResponseData;
+  const options: Dispatcher.DispatchOptions = {
+    ...{ origin: endpoint.url, path, method: 'POST', body },
+    headers: { ...headers, ...formatStanding(asked), te: 'trailers', ...engineHeaders() },
+  };
+  const send = () => {
+    const exchange = new Exchange();
+    attempt.watch(exchange);
+    exchange.send(dispatcher, options);
+    return exchange;
+  };
+  let exchange = send();
+  let head: Head;
   try {
-    const send = () =>
-      request(endpoint.url + path, {
-        method: 'POST',
-        headers: { ...headers, ...formatStanding(asked), te: 'trailers', ...engineHeaders() },
-        body,
-        dispatcher,
-        signal: attempt.signal,
-      });
-    response = await send().catch((error: unknown) => {
+    try {
+      head = await exchange.head;
+    } catch (error) {
       if (!isClosedWhileIdle(error)) throw error;
-      return send();
-    });
+      exchange = send();
+      head = await exchange.head;
+    }
   } catch (error) {
     if (isUnreachable(error)) endpoints.markUnreachable(endpoint);
     throw error;
   }
-
-  const head = { status: response.statusCode, headers: response.headers };
-  const chunks = response.body[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
-  const isStream = String(response.headers['content-type'] ?? '').startsWith('text/event-stream');
-  if (!isStream) {
-    const answer = await readAll(chunks);
-    return { ...head, kind: 'whole', body: answer, usage: usageOfAnswer(head.headers[usageHeader], answer) };
-  }
-
-  const first = await chunks.next();
-  if (first.done) throw new Error('the stream ended before its first event');
-  return {
-    ...head,
-    kind: 'stream',
-    chunks,
-    first: first.value,
-    usage: new StreamUsage(body.length),
-    trailers: response.trailers,
-  };
+  if (head.isStream) return { head, exchange, usage: new StreamUsage(body.length) };
+  const answer = exchange.take();
+  return { head, body: answer, usage: usageOfAnswer(head.headers[usageHeader], answer) };
 }
 
 /** An answer that is about engines and not about the request is not the client's. */
-function assertPassable({ status }: Answer, { baseModel }: Target): void {
+function assertPassable({ head: { status } }: Answer, { baseModel }: Target): void {
   if (status === 401 || status === 403) {
     throw new GatewayError('engine_failed', `the engine does not accept this gateway: it answered ${status}`);
   }
@@ -350,21 +334,9 @@ function assertPassable({ status }: Answer, { baseModel }: Target): void {
   }
 }
 
-function noteUsage(answer: Answer, outcome: Outcome): void {
-  if (answer.kind === 'stream') outcome.usage = () => answer.usage.usage(answer.trailers[usageHeader]);
-  else if (answer.usage !== null) outcome.usage = () => answer.usage!;
-}
-
-async function readAll(chunks: AsyncIterator<Buffer>): Promise<Buffer> {
-  const parts: Buffer[] = [];
-  let numBytes = 0;
-  for (let next = await chunks.next(); !next.done; next = await chunks.next()) {
-    numBytes += next.value.length;
-    if (numBytes > maxWholeAnswerBytes)
-      throw new Error(`the answer is longer than ${maxWholeAnswerBytes} bytes`);
-    parts.push(next.value);
-  }
-  return Buffer.concat(parts, numBytes);
+function noteUsage({ exchange, usage }: Answer, outcome: Outcome): void {
+  if (exchange !== undefined) outcome.usage = () => usage.usage(exchange.trailers[usageHeader]);
+  else if (usage !== null) outcome.usage = () => usage;
 }
 
 /** Sends an answer to the client. Returns the error that cut a stream short, after telling the client. */
@@ -375,25 +347,24 @@ async function relay(
   outcome: Outcome,
   translation?: Translation,
 ): Promise<GatewayError | null> {
-  const whole = answer.kind === 'whole' ? (translation?.whole(answer.status, answer.body) ?? answer) : null;
-  if (res.headersSent && whole !== null) return relayLate(whole.body, res, outcome);
-  if (!res.headersSent) copyHead(answer, res);
-  outcome.firstByteMs = performance.now();
-  if (answer.kind === 'whole') {
-    const { status, body } = whole!;
-    outcome.responseBytes = body.length;
-    res.statusCode = status;
-    res.end(body);
+  const { status, headers } = answer.head;
+  if (answer.exchange === undefined) {
+    const whole = translation?.whole(status, answer.body) ?? { status, body: answer.body };
+    if (res.headersSent) return relayLate(whole.body, res, outcome);
+    copyHead(whole.status, headers, res);
+    outcome.firstByteMs = performance.now();
+    outcome.responseBytes = whole.body.length;
+    res.end(whole.body);
     return null;
   }
+  if (!res.headersSent) copyHead(status, headers, res);
+  outcome.firstByteMs = performance.now();
   return relayStream(answer, res, attempt, outcome, translation);
 }
 
-function copyHead({ status, headers }: Answer, res: ServerResponse): void {
+function copyHead(status: number, headers: IncomingHttpHeaders, res: ServerResponse): void {
   res.statusCode = status;
-  for (const [name, value] of Object.entries(headers)) {
-    if (value !== undefined && !headersNotPassedOn.has(name)) res.setHeader(name, value);
-  }
+  for (const name in headers) if (!headersNotPassedOn.has(name)) res.setHeader(name, headers[name]!);
 }
 
 /** An engine's refusal for a client whose stream was begun while it waited: it can only be an event. */
@@ -404,124 +375,146 @@ function relayLate(body: Buffer, res: ServerResponse, outcome: Outcome): null {
   return null;
 }
 
-async function relayStream(
-  { chunks, first, usage }: Extract<Answer, { kind: 'stream' }>,
+function relayStream(
+  { exchange, usage }: Extract<Answer, { exchange: Exchange }>,
   res: ServerResponse,
   attempt: Attempt,
   outcome: Outcome,
   translation?: Translation,
 ): Promise<GatewayError | null> {
   const events = new WholeEvents();
-  const send = async (events: Buffer) => {
-    if (events.length === 0) return;
-    usage.push(events);
-    const bytes = translation?.events(events) ?? events;
+  const drained = () => {
+    attempt.allowIdle();
+    exchange.resume();
+  };
+  const send = (whole: Buffer) => {
+    if (whole.length === 0) return;
+    usage.push(whole);
+    const bytes = translation?.events(whole) ?? whole;
     outcome.responseBytes += bytes.length;
     // A client that does not read holds the engine back, and for no longer than a silent engine may hold us.
     if (res.write(bytes)) return;
+    exchange.pause();
     attempt.allowClient();
-    await once(res, 'drain', { signal: attempt.signal }).catch(() => {
-      throw attempt.signal.reason;
-    });
-    attempt.allowIdle();
+    res.once('drain', drained);
   };
 
-  if (!res.headersSent) res.flushHeaders();
-  try {
-    attempt.allowIdle();
-    await send(events.push(first));
-    for (let next = await chunks.next(); !next.done; next = await chunks.next()) {
-      attempt.allowIdle();
-      await send(events.push(next.value));
-    }
-    await send(events.takeRest());
-    res.end();
-    return null;
-  } catch (error) {
-    const isOurs = error instanceof GatewayError;
-    const failure = asEngineError(attempt.signal.aborted && !isOurs ? attempt.signal.reason : error);
-    if (failure.code === 'client_closed_request') res.destroy();
-    else res.end(translation?.error(failure) ?? errorEvent(errorBody(failure)));
-    return failure;
-  }
+  return new Promise((resolve) => {
+    const fail = (error: unknown) => {
+      const failure = asEngineError(error);
+      // Before the answer ends: its log line is written then.
+      outcome.errorCode = failure.code;
+      if (failure.code === 'client_closed_request') res.destroy();
+      else res.end(translation?.error(failure) ?? errorEvent(errorBody(failure)));
+      resolve(failure);
+    };
+    exchange.flow({
+      data(bytes) {
+        attempt.allowIdle();
+        try {
+          send(events.push(bytes));
+        } catch (error) {
+          exchange.abort(error as Error);
+          return;
+        }
+        // Whose first event is not whole yet.
+        if (!res.headersSent) res.flushHeaders();
+      },
+      end() {
+        try {
+          send(events.takeRest());
+        } catch (error) {
+          fail(error);
+          return;
+        }
+        res.end();
+        resolve(null);
+      },
+      error: fail,
+    });
+  });
 }
 
 const attemptIsOver = new GatewayError('internal_error', 'the attempt is over');
 
 /**
- * One try at one engine: a signal that is aborted with the client's hang-up, or when a wait has lasted too long. What is
- * too long changes when the engine goes.
+ * One try at one engine, which ends with the client's hang-up, or when a wait has lasted too long. What is too long changes when the
+ * engine goes.
  */
 class Attempt {
-  // One controller that listeners abort, and errors that are made when they are needed: composed signals, and stack traces
-  // of waits that nearly always end well, cost a sixth of a request.
-  readonly #ending = new AbortController();
-  readonly #client: AbortSignal;
+  readonly #letGo: (() => void)[];
   /** Each says that the engine is dead. */
   readonly #deaths: readonly AbortSignal[];
   readonly #idleTimeoutMs: number;
+  #exchange: Exchange | null = null;
   #timer: NodeJS.Timeout | undefined;
-  #isIdleTimer = false;
-  #waitsForEngine = true;
+  #waits: 'first byte' | 'engine' | 'client' = 'first byte';
+  #waitsMs = 0;
 
-  constructor(signal: AbortSignal, deaths: readonly AbortSignal[], { idleTimeoutMs }: ForwardLimits) {
-    this.#client = signal;
+  constructor(ending: Ending, deaths: readonly AbortSignal[], { idleTimeoutMs }: ForwardLimits) {
     this.#deaths = deaths;
     this.#idleTimeoutMs = idleTimeoutMs;
-    if (signal.aborted) this.#hangUp();
-    else signal.addEventListener('abort', this.#hangUp);
-    for (const death of deaths) death.addEventListener('abort', this.#shorten);
+    this.#letGo = [
+      ending.listen((reason) => this.#exchange?.abort(reason)),
+      ...deaths.map((death) => onceAborted(death, this.#shorten)),
+    ];
   }
 
-  get signal(): AbortSignal {
-    return this.#ending.signal;
+  /** From now on this is what the attempt waits for. */
+  watch(exchange: Exchange): void {
+    this.#exchange = exchange;
   }
 
   /** From now on the attempt may wait this long for the engine until the next call. */
   allow(ms: number): void {
-    const isGone = this.#deaths.some(({ aborted }) => aborted);
-    const allowedMs = isGone ? Math.min(ms, goneGraceMs) : ms;
-    this.#wait(allowedMs, () =>
-      isGone
-        ? new GatewayError('engine_failed', 'the engine is gone')
-        : new GatewayError('engine_timeout', `the engine sent nothing for ${ms} ms`),
-    );
-    this.#waitsForEngine = true;
+    this.#wait('first byte', this.#isGone ? Math.min(ms, goneGraceMs) : ms);
   }
 
   /** The same for the client, whom it does not concern that the engine is gone. */
   allowClient(): void {
-    const ms = this.#idleTimeoutMs;
-    this.#wait(ms, () => new GatewayError('client_closed_request', `the client read nothing for ${ms} ms`));
-    this.#waitsForEngine = false;
+    this.#wait('client', this.#idleTimeoutMs);
   }
 
   /** The same with the idle timeout; called for every piece of a stream, so it reuses its timer. */
   allowIdle(): void {
-    if (this.#isIdleTimer) this.#timer?.refresh();
-    else this.allow(this.#idleTimeoutMs);
-    this.#isIdleTimer = true;
+    if (this.#waits === 'engine') this.#timer!.refresh();
+    else
+      this.#wait('engine', this.#isGone ? Math.min(this.#idleTimeoutMs, goneGraceMs) : this.#idleTimeoutMs);
   }
 
   /** Ends the try. What the engine may still be sending is not wanted. */
   end(): void {
     clearTimeout(this.#timer);
-    this.#client.removeEventListener('abort', this.#hangUp);
-    for (const death of this.#deaths) death.removeEventListener('abort', this.#shorten);
-    this.#ending.abort(attemptIsOver);
+    for (const letGo of this.#letGo) letGo();
+    this.#exchange?.abort(attemptIsOver);
   }
 
-  readonly #hangUp = () => this.#ending.abort(this.#client.reason);
+  get #isGone(): boolean {
+    return this.#deaths.some(({ aborted }) => aborted);
+  }
 
   readonly #shorten = () => {
-    if (this.#waitsForEngine) this.allow(this.#idleTimeoutMs);
+    if (this.#waits === 'client') return;
+    this.#wait(this.#waits, Math.min(this.#idleTimeoutMs, goneGraceMs));
   };
 
-  #wait(ms: number, failure: () => GatewayError): void {
+  #wait(what: 'first byte' | 'engine' | 'client', ms: number): void {
     clearTimeout(this.#timer);
-    this.#isIdleTimer = false;
-    this.#timer = setTimeout(() => this.#ending.abort(failure()), ms);
+    this.#waits = what;
+    this.#waitsMs = ms;
+    this.#timer = setTimeout(this.#giveUp, ms);
   }
+
+  readonly #giveUp = () => {
+    const ms = this.#waitsMs;
+    this.#exchange?.abort(
+      this.#waits === 'client'
+        ? new GatewayError('client_closed_request', `the client read nothing for ${ms} ms`)
+        : this.#isGone
+          ? new GatewayError('engine_failed', 'the engine is gone')
+          : new GatewayError('engine_timeout', `the engine sent nothing for ${ms} ms`),
+    );
+  };
 }
 
 const unreachableCodes = new Set([

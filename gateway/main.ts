@@ -5,7 +5,7 @@ import { once } from 'node:events';
 import { destination, type Logger, pino } from 'pino';
 import { Agent } from 'undici';
 import { Admission } from './admission.ts';
-import { createApp } from './app.ts';
+import { createListener } from './app.ts';
 import { startBatches } from './batches/start.ts';
 import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
@@ -25,6 +25,10 @@ import { Routes } from './routes/routes.ts';
 import { Router } from './routing/router.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
+
+const logBufferBytes = 8 << 10;
+/** So late a line may be in the log. */
+const logFlushMs = 50;
 
 export type Gateway = {
   port: number;
@@ -114,7 +118,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
       log,
       maxLineBytes: config.maxBodyBytes,
     }));
-  const app = createApp({
+  const listener = createListener({
     directory,
     forward,
     routes,
@@ -130,7 +134,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   });
   if (meters instanceof RedisMeters) await meters.ready;
   await endpoints.refresh();
-  const serving = await serve(app, config.port, config.host);
+  const serving = await serve(listener, config.port, config.host);
 
   return {
     port: serving.port,
@@ -156,10 +160,11 @@ async function main(): Promise<void> {
     return;
   }
   const config = parseConfig(process.argv.slice(2), process.env);
-  // Written beside the event loop, so that a slow reader of the log holds no request up. What is left is written at exit.
+  // Written beside the event loop, so that a slow reader of the log holds no request up, and many lines at a time: a write for each
+  // line costs more than the line. What is left is written at exit.
   const log = pino(
     { level: config.logLevel, base: { process: 'gateway' } },
-    destination({ dest: 1, sync: false }),
+    destination({ dest: 1, sync: false, minLength: logBufferBytes, periodicFlush: logFlushMs }),
   );
   // Listened for from now on: the first process of a container would not even be ended by a signal that comes earlier.
   const stopSignal = Promise.race(['SIGTERM', 'SIGINT'].map((name) => once(process, name).then(() => name)));

@@ -5,6 +5,9 @@
 import { context, propagation, type Span, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api';
 import type { Outcome } from './forward.ts';
 
+/** Whether anybody is told of spans. */
+let isOn = false;
+
 /** Starts exporting if the environment asks for it. Returns what flushes and stops it. */
 export async function startTracing(serviceName: string): Promise<() => Promise<void>> {
   if (!process.env.OTEL_EXPORTER_OTLP_ENDPOINT) return async () => {};
@@ -12,6 +15,7 @@ export async function startTracing(serviceName: string): Promise<() => Promise<v
   const { OTLPTraceExporter } = await import('@opentelemetry/exporter-trace-otlp-http');
   const sdk = new NodeSDK({ serviceName, traceExporter: new OTLPTraceExporter() });
   sdk.start();
+  isOn = true;
   return () => sdk.shutdown();
 }
 
@@ -21,8 +25,9 @@ const operationOfPath: Record<string, string> = {
   '/v1/completions': 'text_completion',
 };
 
-/** A span for one request, child of the client's. `headers` gets the trace headers for the engine. */
-export function startRequestSpan(path: string, model: string, headers: Record<string, string>): Span {
+/** A span for one request, child of the client's; null: nobody is told. `headers` gets the trace headers for the engine. */
+export function startRequestSpan(path: string, model: string, headers: Record<string, string>): Span | null {
+  if (!isOn) return null;
   const operation = operationOfPath[path] ?? path.slice(1);
   const parent = propagation.extract(context.active(), headers);
   const span = trace.getTracer('motet-gateway').startSpan(

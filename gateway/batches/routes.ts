@@ -1,9 +1,11 @@
 // OpenAI's /v1/files and /v1/batches. A tenant sees its own alone: every path of the store begins with the tenant.
 
 import { pipeline } from 'node:stream/promises';
-import express, { type Express, type Request, type RequestHandler, type Response } from 'express';
+import type { Express, Request, RequestHandler, Response } from 'express';
 import { GatewayError } from '../errors.ts';
 import { parseContentType, parseJsonObject } from '../openai.ts';
+import { arrivalOf } from '../request/arrival.ts';
+import { readBody } from '../request/read-body.ts';
 import type { Files } from './files.ts';
 import type { Jobs, NewBatch } from './jobs.ts';
 import { batchObject, fileObject, isId, type Page, unixSeconds } from './objects.ts';
@@ -105,27 +107,23 @@ export function addBatchRoutes(
     });
   });
 
-  app.post(
-    paths.batches,
-    express.raw({ limit: maxBatchBytes, inflate: false, type: () => true }),
-    async (req, res) => {
-      parseContentType(req.get('content-type'));
-      const body = parseJsonObject(Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0));
-      const asked = parseNewBatch(body, routes);
-      const file = await files.find(callerOf(res), asked.input_file_id);
-      if (file === null) {
-        const message = `No such File object: ${asked.input_file_id.slice(0, 64)}`;
-        throw new GatewayError('file_not_found', message, { param: 'input_file_id' });
-      }
-      if (file.purpose !== 'batch') throw invalid('input_file_id', 'a file with the purpose `batch`');
-      if (file.expires_at < unixSeconds(Date.now()) + asked.windowSeconds) {
-        throw invalid('input_file_id', 'a file that is kept until the window ends');
-      }
-      const parts = await jobs.create(callerOf(res), asked);
-      routes.onChange();
-      res.json(batchObject(parts));
-    },
-  );
+  app.post(paths.batches, async (req, res) => {
+    parseContentType(req.get('content-type'));
+    const body = parseJsonObject(await readBody(arrivalOf(res), maxBatchBytes));
+    const asked = parseNewBatch(body, routes);
+    const file = await files.find(callerOf(res), asked.input_file_id);
+    if (file === null) {
+      const message = `No such File object: ${asked.input_file_id.slice(0, 64)}`;
+      throw new GatewayError('file_not_found', message, { param: 'input_file_id' });
+    }
+    if (file.purpose !== 'batch') throw invalid('input_file_id', 'a file with the purpose `batch`');
+    if (file.expires_at < unixSeconds(Date.now()) + asked.windowSeconds) {
+      throw invalid('input_file_id', 'a file that is kept until the window ends');
+    }
+    const parts = await jobs.create(callerOf(res), asked);
+    routes.onChange();
+    res.json(batchObject(parts));
+  });
   app.get(paths.batches, async (req, res) => {
     const page = { after: afterOf(req, 'batch_'), limit: limitOf(req, 20, 100) };
     res.json(listOf(await jobs.list(callerOf(res), page), batchObject));

@@ -275,7 +275,7 @@ class Job {
       return result(reply.status, parseReply(reply.body));
     } catch (error) {
       if (signal.aborted) return 'given up';
-      const failure = asGatewayError(error, 0);
+      const failure = asGatewayError(error);
       if (this.#mayPass(line, failure.row.status)) return 'later';
       return result(failure.row.status, errorBody(failure));
     }

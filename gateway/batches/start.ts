@@ -7,6 +7,7 @@ import { askWhole, type Forward, type Outcome } from '../forward.ts';
 import { whoAnswers } from '../groups/group.ts';
 import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
 import { askOf } from '../queue/ask.ts';
+import { Ending } from '../request/ending.ts';
 import { type FindParts, findTarget } from '../request/find-target.ts';
 import { Files } from './files.ts';
 import { FolderStore } from './folder-store.ts';
@@ -121,7 +122,11 @@ function answerLine({ directory, forward, routes, metrics }: Around): AnswerLine
       forward.lengths,
       performance.now(),
     );
-    const answer = await askWhole(forward, { path, target, headers, body, ask, signal }, outcome);
+    const answer = await askWhole(
+      forward,
+      { path, target, headers, body, ask, ending: Ending.of(signal) },
+      outcome,
+    );
     const usage = outcome.usage?.();
     if (usage !== undefined) countTokens(metrics, { tenant: tenant ?? '', model: facts.model ?? '' }, usage);
     return answer;

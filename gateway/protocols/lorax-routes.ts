@@ -1,9 +1,10 @@
 // The routes of LoRAX's and TGI's clients. Who may use which model is judged as for OpenAI's: only bodies are others.
 
 import { randomInt } from 'node:crypto';
-import type { Express, Request, RequestHandler, Response } from 'express';
+import type { IncomingMessage, ServerResponse } from 'node:http';
+import type { Express, Response } from 'express';
 import type { ModelCard } from '../../engine/protocol.ts';
-import type { GatewayError } from '../errors.ts';
+import { type GatewayError, sendJson } from '../errors.ts';
 import { parseContentType, parseJsonObject } from '../openai.ts';
 import { type LoraxRequest, loraxError, parseLorax } from './lorax.ts';
 import { noClassifier, parseEmbed } from './lorax-embed.ts';
@@ -19,7 +20,7 @@ export const loraxPostPaths: string[] = [...Object.keys(generatePaths), '/embed'
 export const loraxPaths: readonly string[] = [...loraxPostPaths, '/info', '/health'];
 
 export type LoraxParts = {
-  readBody: RequestHandler;
+  readBody(res: Response): Promise<Buffer>;
   /** Of the models that the caller of this request may use. */
   cards(res: Response): ModelCard[];
   /** Sends it to an engine and the answer to the client. */
@@ -38,12 +39,14 @@ export function addHealth(app: Express, notReady: () => GatewayError | null): vo
 export function addLoraxRoutes(app: Express, { readBody, cards, send }: LoraxParts): void {
   const newSeed = () => randomInt(2 ** 32);
   for (const [path, wantsStream] of Object.entries(generatePaths)) {
-    app.post(path, readBody, async (req, res) => {
-      await send(parseLorax(bodyOf(req), basesOf(cards(res)), wantsStream, newSeed), res);
+    app.post(path, async (req, res) => {
+      const body = bodyOf(req, await readBody(res));
+      await send(parseLorax(body, basesOf(cards(res)), wantsStream, newSeed), res);
     });
   }
-  app.post('/embed', readBody, async (req, res) => {
-    await send(parseEmbed(bodyOf(req), basesOf(cards(res))), res);
+  app.post('/embed', async (req, res) => {
+    const body = bodyOf(req, await readBody(res));
+    await send(parseEmbed(body, basesOf(cards(res))), res);
   });
   app.post(classifyPaths, (req) => {
     throw noClassifier(req.path);
@@ -67,9 +70,9 @@ export function addLoraxRoutes(app: Express, { readBody, cards, send }: LoraxPar
   });
 }
 
-function bodyOf(req: Request): Record<string, unknown> {
-  parseContentType(req.get('content-type'));
-  return parseJsonObject(Buffer.isBuffer(req.body) ? req.body : Buffer.alloc(0));
+function bodyOf({ headers }: IncomingMessage, body: Buffer): Record<string, unknown> {
+  parseContentType(headers['content-type']);
+  return parseJsonObject(body);
 }
 
 /** Whether an error on this path is told in this protocol. */
@@ -77,12 +80,13 @@ export function isLoraxPath(path: string): boolean {
   return loraxPaths.includes(path);
 }
 
-export function sendLoraxError(res: Response, failure: GatewayError): void {
-  if (res.headersSent || res.destroyed) return;
+export function sendLoraxError(res: ServerResponse, failure: GatewayError): void {
   const { status, body } = loraxError(failure);
-  if (failure.row.retryAfterS !== undefined) res.set('Retry-After', String(failure.row.retryAfterS));
-  if (status === 401) res.set('WWW-Authenticate', 'Bearer');
-  res.status(status).json(body);
+  const { retryAfterS } = failure.row;
+  sendJson(res, status, body, {
+    ...(retryAfterS !== undefined && { 'Retry-After': String(retryAfterS) }),
+    ...(status === 401 && { 'WWW-Authenticate': 'Bearer' }),
+  });
 }
 
 function basesOf(cards: readonly ModelCard[]): string[] {

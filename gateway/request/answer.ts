@@ -5,7 +5,7 @@ import type { Logger } from 'pino';
 import { adaptersHeader, enginePaths, modelHeader, type TokenUsage } from '../../engine/protocol.ts';
 import type { WeightedTarget } from '../choose-target.ts';
 import type { Directory } from '../directory.ts';
-import { asGatewayError, errorBody } from '../errors.ts';
+import { asGatewayError, errorBody, GatewayError } from '../errors.ts';
 import { type Forward, forward, type Translation } from '../forward.ts';
 import { whoAnswers } from '../groups/group.ts';
 import { type HoldLimits, holdStream } from '../on-demand/hold.ts';
@@ -18,7 +18,7 @@ import { type Copied, judgedOf } from '../routes/routes.ts';
 import { errorEvent } from '../sse.ts';
 import { endRequestSpan, startRequestSpan } from '../tracing.ts';
 import { type Arrival, type Facts, noteError } from './arrival.ts';
-import { endSignal } from './end-signal.ts';
+import { Ending, onceAborted } from './ending.ts';
 import { findComposition } from './find-composition.ts';
 import { type FindParts, findTarget } from './find-target.ts';
 
@@ -27,7 +27,6 @@ export type AnswerParts = FindParts & {
   quota: Quota;
   /** When a stream whose request waits is begun. */
   hold: HoldLimits;
-  maxBodyBytes: number;
   log: Logger;
   /** Aborted when the time that requests in flight had to end is over. */
   cutOff: AbortSignal;
@@ -84,7 +83,7 @@ function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
 }
 
 async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise<void> {
-  const { req, res, facts } = arrival;
+  const { req, res, facts, ends } = arrival;
   const { path, body, translation } = call;
   const { model, adapters, user, isStream } = call.asked;
   const asker = { tenant: facts.tenant ?? null, user, header: (name: string) => headerOf(req, name) };
@@ -100,11 +99,11 @@ async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise
   Object.assign(headers, whoAnswers(model, target));
   if (headers[adaptersHeader] !== undefined) res.setHeader(adaptersHeader, headers[adaptersHeader]);
   const span = startRequestSpan(path, model, headers);
-  res.once('close', () => endRequestSpan(span, res.statusCode, facts));
+  if (span !== null) ends.push(() => endRequestSpan(span, res.statusCode, facts));
 
   if (!adapters) followRoute(arrival, model, target, { path, headers, body }, parts);
   const ask = askFor(arrival, call, target, parts);
-  const signal = endSignal(res, parts.cutOff);
+  const ending = endingOf(arrival, parts.cutOff);
   const session = sessionOf(req, facts);
   const asked = {
     path,
@@ -114,25 +113,23 @@ async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise
     session,
     ask,
     isStream,
-    signal,
+    ending,
     ...(translation && { translation }),
   };
   const isWaiting = () => facts.engine === undefined;
-  const endHold = isStream
-    ? holdStream(res, { [modelHeader]: target.name }, isWaiting, parts.hold)
-    : () => undefined;
-  res.once('close', endHold);
+  const endHold = isStream ? holdStream(res, { [modelHeader]: target.name }, isWaiting, parts.hold) : null;
+  if (endHold !== null) ends.push(endHold);
   try {
     const failure = await forward(parts.forward, asked, res, facts);
     if (failure !== null) noteError(parts.log, facts, failure);
   } catch (error) {
     if (!res.headersSent) throw error;
     // The client was told to wait, in an answer that has begun.
-    const failure = asGatewayError(error, parts.maxBodyBytes);
+    const failure = asGatewayError(error);
     noteError(parts.log, facts, failure);
     res.end(translation?.error(failure) ?? errorEvent(errorBody(failure)));
   } finally {
-    endHold();
+    endHold?.();
   }
 }
 
@@ -168,7 +165,7 @@ function sessionOf(req: IncomingMessage, { tenant = '' }: Facts): string | null 
 
 /** For an AdapterRoute: asks those who listen as well, and judges the target by what becomes of the request. */
 function followRoute(
-  { res, facts }: Arrival,
+  { res, facts, ends }: Arrival,
   model: string,
   target: WeightedTarget,
   copied: Copied,
@@ -177,13 +174,28 @@ function followRoute(
   const rules = directory.rulesOf(model);
   const targets = rules && directory.targetsOf(model, facts.tenant ?? null);
   if (rules === null || targets === null) return;
-  res.once('close', () => {
+  ends.push(() => {
     const isStream = String(res.getHeader('content-type') ?? '').startsWith('text/event-stream');
     const judged = judgedOf(facts, res.statusCode, isStream);
     if (judged !== null) routes.note(rules, target, judged, Date.now());
     // Now the copies are in nobody's way.
     if (isGeneration(copied.path)) routes.shadow(rules, targets, target, copied, Math.random);
   });
+}
+
+/** The answer is wanted until the client goes away before it has all of it, or the time to drain is over. */
+function endingOf({ res, ends }: Arrival, cutOff: AbortSignal): Ending {
+  const ending = new Ending();
+  const hangUp = () => {
+    if (!res.writableFinished) ending.end(new GatewayError('client_closed_request', 'the client hung up'));
+  };
+  if (cutOff.aborted) ending.end(cutOff.reason);
+  ends.push(
+    onceAborted(cutOff, () => ending.end(cutOff.reason)),
+    hangUp,
+  );
+  if (res.destroyed) hangUp();
+  return ending;
 }
 
 function isGeneration(path: string): boolean {

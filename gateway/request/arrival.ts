@@ -4,7 +4,7 @@ import type { IncomingMessage, ServerResponse } from 'node:http';
 import type { Response } from 'express';
 import type { Logger } from 'pino';
 import type { Caller } from '../auth.ts';
-import type { ErrorCode, GatewayError } from '../errors.ts';
+import type { GatewayError } from '../errors.ts';
 import type { Outcome } from '../forward.ts';
 
 export type Arrival = {
@@ -13,6 +13,8 @@ export type Arrival = {
   readonly facts: Facts;
   /** Whose key it showed; null where nobody needs one, and before the door. */
   caller: Caller | null;
+  /** Called in turn when the answer has ended, be it that the client is gone. */
+  readonly ends: (() => void)[];
 };
 
 /** What is known of a request in the end: one log line, and its metrics. */
@@ -27,7 +29,7 @@ export type Facts = Outcome & {
   model?: string;
   /** Who answers to that name: another one for a route. */
   target?: string;
-  errorCode?: ErrorCode;
+  requestBytes: number;
 };
 
 export function arrivalOf(res: Response): Arrival {

@@ -1,6 +1,6 @@
 // Who comes in: what a request shows is asked of the directory. And how a request is turned away, here or anywhere behind.
 
-import type { IncomingMessage } from 'node:http';
+import type { IncomingMessage, ServerResponse } from 'node:http';
 import type { NextFunction, Request, Response } from 'express';
 import type { Logger } from 'pino';
 import type { Directory } from '../directory.ts';
@@ -19,7 +19,7 @@ export function admitByKey(parts: DoorParts) {
 }
 
 /** @throws GatewayError of 401, or 403 for a token of two tenants */
-async function enter(arrival: Arrival, { directory, metrics }: DoorParts): Promise<void> {
+export async function enter(arrival: Arrival, { directory, metrics }: DoorParts): Promise<void> {
   try {
     const caller = await directory.authenticate(soleAuthorization(arrival.req));
     arrival.caller = caller;
@@ -47,14 +47,23 @@ export function onlyMethod(method: string) {
   };
 }
 
-export function answerError({ maxBodyBytes, log }: { maxBodyBytes: number; log: Logger }) {
+export function answerError(log: Logger) {
   // Express knows an error handler by its four parameters.
   return function answerRequestError(error: unknown, req: Request, res: Response, _next: NextFunction): void {
-    const failure = asGatewayError(error, maxBodyBytes);
-    noteError(log, arrivalOf(res).facts, failure);
-    // What is left of a body that was refused is not read: the connection cannot carry another request.
-    if (failure.code === 'body_too_large') res.set('Connection', 'close');
-    if (isLoraxPath(req.path)) sendLoraxError(res, failure);
-    else sendError(res, failure);
+    answerFailure(arrivalOf(res), error, isLoraxPath(req.path) ? sendLoraxError : sendError, log);
   };
+}
+
+/** Answers with what went wrong, if it can still be said. */
+export function answerFailure(
+  { res, facts }: Arrival,
+  error: unknown,
+  send: (res: ServerResponse, failure: GatewayError) => void,
+  log: Logger,
+): void {
+  const failure = asGatewayError(error);
+  noteError(log, facts, failure);
+  // What is left of a body that was refused is not read: the connection cannot carry another request.
+  if (failure.code === 'body_too_large' && !res.headersSent) res.setHeader('Connection', 'close');
+  send(res, failure);
 }

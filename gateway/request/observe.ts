@@ -1,6 +1,7 @@
 // Gives a request its id, and when it ends writes one log line and counts it.
 
 import { randomUUID } from 'node:crypto';
+import type { IncomingMessage, ServerResponse } from 'node:http';
 import type { NextFunction, Request, Response } from 'express';
 import type { Logger } from 'pino';
 import type { Traffic } from '../console/traffic.ts';
@@ -20,29 +21,36 @@ export type ObserveParts = {
 
 export function observe(parts: ObserveParts) {
   return function observeRequest(req: Request, res: Response, next: NextFunction): void {
-    const asked = req.get('x-request-id');
-    const requestId = asked !== undefined && /^[\w.:-]{1,128}$/.test(asked) ? asked : randomUUID();
-    const facts: Facts = {
-      requestId,
-      route: parts.routeOf(req.path),
-      attempts: 0,
-      responseBytes: 0,
-    };
-    if (req.socket.remoteAddress !== undefined) facts.client = req.socket.remoteAddress;
-    const arrival: Arrival = { req, res, facts, caller: null };
-    res.locals.arrival = arrival;
-    res.set('X-Request-Id', requestId);
-    parts.metrics.inFlight.inc();
-    parts.traffic.begin(facts);
-    const startMs = performance.now();
-    res.once('close', () => noteEnd(parts, arrival, startMs));
+    res.locals.arrival = begin(parts, req, res, parts.routeOf(req.path));
     next();
   };
 }
 
+export function begin(
+  parts: ObserveParts,
+  req: IncomingMessage,
+  res: ServerResponse,
+  route: string,
+): Arrival {
+  const startMs = performance.now();
+  const asked = req.headers['x-request-id'];
+  const requestId = typeof asked === 'string' && /^[\w.:-]{1,128}$/.test(asked) ? asked : randomUUID();
+  const facts: Facts = { requestId, route, attempts: 0, requestBytes: 0, responseBytes: 0 };
+  if (req.socket.remoteAddress !== undefined) facts.client = req.socket.remoteAddress;
+  const arrival: Arrival = { req, res, facts, caller: null, ends: [] };
+  res.setHeader('X-Request-Id', requestId);
+  parts.metrics.inFlight.inc();
+  parts.traffic.begin(facts);
+  res.once('close', () => {
+    noteEnd(parts, arrival, startMs);
+    for (const end of arrival.ends) end();
+  });
+  return arrival;
+}
+
 function noteEnd(
   { metrics, traffic, log, unimportantRoutes }: ObserveParts,
-  { req, res, facts }: Arrival,
+  { res, facts }: Arrival,
   startMs: number,
 ): void {
   metrics.inFlight.dec();
@@ -62,9 +70,7 @@ function noteEnd(
   traffic.end(facts, { status, completionTokens, ...(ttfbMs !== undefined && { ttfbMs }) }, Date.now());
 
   const { firstByteMs: _, askedMs: __, ...rest } = facts;
-  const { body } = req as { body?: unknown };
-  const requestBytes = Buffer.isBuffer(body) ? body.length : 0;
-  const line = { ...rest, usage, status, requestBytes, durationMs: Math.round(durationMs) };
+  const line = { ...rest, usage, status, durationMs: Math.round(durationMs) };
   const level = unimportantRoutes.has(facts.route) ? 'debug' : 'info';
   log[level](ttfbMs === undefined ? line : { ...line, ttfbMs: Math.round(ttfbMs) }, 'request');
 }

@@ -34,7 +34,7 @@ test('an error has the shape of OpenAI', () => {
 });
 
 test('an error that was not foreseen tells nothing of its cause', () => {
-  const error = asGatewayError(new TypeError('cannot read /etc/secret'), 1);
+  const error = asGatewayError(new TypeError('cannot read /etc/secret'));
   expect(error.code).toBe('internal_error');
   expect(JSON.stringify(errorBody(error))).not.toContain('secret');
 });
