@@ -2,6 +2,8 @@
 
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { promisify } from 'node:util';
 import { destination, type Logger, pino } from 'pino';
 import { Agent } from 'undici';
 import { Admission } from './admission.ts';
@@ -29,6 +31,8 @@ import { startTracing } from './tracing.ts';
 const logBufferBytes = 8 << 10;
 /** So late a line may be in the log. */
 const logFlushMs = 50;
+/** So long the last lines of the log are waited for. */
+const logEndMs = 1_000;
 
 export type Gateway = {
   port: number;
@@ -161,11 +165,20 @@ async function main(): Promise<void> {
   }
   const config = parseConfig(process.argv.slice(2), process.env);
   // Written beside the event loop, so that a slow reader of the log holds no request up, and many lines at a time: a write for each
-  // line costs more than the line. What is left is written at exit.
-  const log = pino(
-    { level: config.logLevel, base: { process: 'gateway' } },
-    destination({ dest: 1, sync: false, minLength: logBufferBytes, periodicFlush: logFlushMs }),
-  );
+  // line costs more than the line.
+  const lines = destination({ dest: 1, sync: false, minLength: logBufferBytes, periodicFlush: logFlushMs });
+  const log = pino({ level: config.logLevel, base: { process: 'gateway' } }, lines);
+  try {
+    await serveUntilStopped(config, log);
+  } finally {
+    // At exit they would be written by a loop that has no end where nobody reads the log any more.
+    await Promise.race([promisify(lines.flush.bind(lines))(), sleep(logEndMs, null, { ref: false })]).catch(
+      () => {},
+    );
+  }
+}
+
+async function serveUntilStopped(config: Config, log: Logger): Promise<void> {
   // Listened for from now on: the first process of a container would not even be ended by a signal that comes earlier.
   const stopSignal = Promise.race(['SIGTERM', 'SIGINT'].map((name) => once(process, name).then(() => name)));
   const stopTracing = await startTracing('motet-gateway');

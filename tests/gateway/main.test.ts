@@ -91,3 +91,12 @@ test("exports a span that continues the client's trace, and the engine's continu
   expect(engine.received[0]?.headers.traceparent).toBe(`00-${traceId}-${spans[0].spanId}-01`);
   expect(exported.join('')).not.toContain('a secret question');
 });
+
+test('ends when it is told to, though nobody reads its log any more', async () => {
+  const engine = await startFakeEngine();
+  const { child, exited } = await startReady(engine.url);
+  child.stdout.destroy();
+  child.stderr.destroy();
+  child.kill('SIGTERM');
+  expect(await exited).toEqual([0, null]);
+});
