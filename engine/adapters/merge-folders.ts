@@ -3,7 +3,8 @@
  * A module has the rank that it has in all members; where one of them lacks it, the others make it alone. Weights and scalings are in the
  * tensors, each half of them (as a square root) in A and in B, the sign in A; so the new scaling is 1.
  */
-import { type FileHandle, mkdir, open, writeFile } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
+import { type FileHandle, mkdir, open, rename, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { EngineError } from '../errors.ts';
 import type { SafetensorsTensor } from '../model/safetensors.ts';
@@ -31,25 +32,38 @@ interface Merged {
 type Side = 'a' | 'b';
 
 /**
- * @param out is made; must not be there
+ * @param out is made, whole or not at all; must not be there
  * @returns the digest of the new adapter
- * @throws EngineError adapter_invalid when they cannot be merged; what reading and writing throws
+ * @throws EngineError adapter_invalid when they cannot be merged; Error when `out` is there, and what reading and writing throws
  */
 export async function mergeFolders(
   given: readonly MergeMember[],
   rule: MergeRule,
   out: string,
 ): Promise<string> {
+  if (existsSync(out)) throw new Error(`${out}: expected a folder that is not there yet`);
   const members: Member[] = [];
   try {
     for (const one of given) members.push(await openMember(one));
     const modules = modulesOf(members);
-    await mkdir(out);
-    await writeWeights(join(out, 'adapter_model.safetensors'), modules, rule);
-    await writeFile(join(out, 'adapter_config.json'), `${JSON.stringify(configOf(modules), null, 2)}\n`);
-    return await digestOfFolder(out);
+    return await writeWhole(out, modules, rule);
   } finally {
     await Promise.all(members.map(({ file }) => file.close()));
+  }
+}
+
+async function writeWhole(out: string, modules: readonly Merged[], rule: MergeRule): Promise<string> {
+  const made = `${out}.part-${process.pid}`;
+  try {
+    await mkdir(made);
+    await writeWeights(join(made, 'adapter_model.safetensors'), modules, rule);
+    await writeFile(join(made, 'adapter_config.json'), `${JSON.stringify(configOf(modules), null, 2)}\n`);
+    const digest = await digestOfFolder(made);
+    await rename(made, out);
+    return digest;
+  } catch (error) {
+    await rm(made, { recursive: true, force: true });
+    throw error;
   }
 }
 

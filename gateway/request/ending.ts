@@ -1,5 +1,5 @@
-// Whether an answer is still wanted. It stands in for an AbortSignal on the way of every request: to make one, to listen to it and to
-// let go of it costs as much as to parse the request.
+// Whether an answer is still wanted. It stands in for an AbortSignal on the way of every request, since it is cheaper to make, to
+// listen to and to let go of.
 
 import type { GatewayError } from '../errors.ts';
 
