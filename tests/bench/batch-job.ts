@@ -24,6 +24,7 @@ import { cpuInfo } from '../../native/index.ts';
 import { open, prepare, smollm2Path } from '../fixtures/models.ts';
 import { type RunningProcess, startGatewayOver, startProcess } from '../fixtures/processes.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
+import { countsOf } from './count-option.ts';
 import { percentile, ratios, showSpread, spread } from './peers/spread.ts';
 import { allLinear, writeRandomAdapter } from './random-adapter.ts';
 
@@ -44,13 +45,7 @@ const { values: options } = parseArgs({
     online: { type: 'string', default: '20' },
   },
 });
-function countOf(name: keyof typeof options, least: number): number {
-  const value = Number(options[name]);
-  if (!Number.isInteger(value) || value < least) {
-    throw new RangeError(`--${name}: expected an integer from ${least}, got ${options[name]}`);
-  }
-  return value;
-}
+const countOf = countsOf(options);
 const numLines = countOf('lines', 1);
 const numAdapters = countOf('adapters', 1);
 const numDocuments = countOf('documents', 1);

@@ -13,6 +13,7 @@
  */
 import { parseArgs } from 'node:util';
 import { runChaos } from '../fixtures/chaos.ts';
+import { countsOf } from './count-option.ts';
 import { percentile, shortNumber } from './peers/spread.ts';
 
 const { values: options } = parseArgs({
@@ -23,12 +24,7 @@ const { values: options } = parseArgs({
     'hedge-after-ms': { type: 'string', default: '0' },
   },
 });
-function countOf(name: keyof typeof options): number {
-  const value = Number(options[name]);
-  if (!Number.isInteger(value) || value < 1)
-    throw new RangeError(`--${name}: expected an integer from 1, got ${options[name]}`);
-  return value;
-}
+const countOf = countsOf(options);
 
 const report = await runChaos({
   seconds: countOf('seconds'),

@@ -16,6 +16,7 @@ import { open, prepare, smollm2Path } from '../fixtures/models.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
 import { type StepPart, stepBatch } from '../fixtures/steps.ts';
 import { type WiredEngine, wireEngine } from '../fixtures/wire-engine.ts';
+import { countsOf } from './count-option.ts';
 import { percentile, ratios, showSpread, spread } from './peers/spread.ts';
 
 const { values: options } = parseArgs({
@@ -25,13 +26,7 @@ const { values: options } = parseArgs({
     rounds: { type: 'string', default: '3' },
   },
 });
-function countOf(name: keyof typeof options, least: number): number {
-  const value = Number(options[name]);
-  if (!Number.isInteger(value) || value < least) {
-    throw new RangeError(`--${name}: expected an integer from ${least}, got ${options[name]}`);
-  }
-  return value;
-}
+const countOf = countsOf(options);
 const numSequences = countOf('sequences', 1);
 const numRounds = countOf('rounds', 1);
 const questionTokens = 16;

@@ -16,6 +16,7 @@ import { startPacedEngine } from '../fixtures/paced-engine.ts';
 import { getJson, startGatewayOver } from '../fixtures/processes.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
 import { askTurn, textOf } from '../fixtures/streamed-turn.ts';
+import { countsOf } from './count-option.ts';
 import { percentile, ratios, showSpread, spread } from './peers/spread.ts';
 
 const { values: options } = parseArgs({
@@ -25,12 +26,7 @@ const { values: options } = parseArgs({
     seed: { type: 'string', default: '1' },
   },
 });
-function countOf(name: keyof typeof options): number {
-  const value = Number(options[name]);
-  if (!Number.isInteger(value) || value < 1)
-    throw new RangeError(`--${name}: expected an integer from 1, got ${options[name]}`);
-  return value;
-}
+const countOf = countsOf(options);
 const numRounds = countOf('rounds');
 const seconds = countOf('seconds');
 const seed = countOf('seed');
