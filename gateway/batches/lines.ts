@@ -1,6 +1,7 @@
 // The lines of an input file: where each is, and whether it is a request that can be sent. Nothing of a line is kept but
 // where it is and what it is ordered by, so that a file of any size is read in little memory.
 
+import { formatAdapters, readAdapters, type WeightedName } from '../../engine/protocol.ts';
 import { GatewayError } from '../errors.ts';
 import { isNestedDeeper } from '../protocols/nesting.ts';
 import type { Files } from './files.ts';
@@ -11,7 +12,13 @@ import { type PlannedLine, prefixKey } from './order.ts';
 export type RawLine = { number: number; offset: number; length: number; bytes: Buffer | null };
 
 /** A request of the file. */
-export type ParsedLine = { customId: string; model: string; body: Record<string, unknown> };
+export type ParsedLine = {
+  customId: string;
+  model: string;
+  /** Those that answer together in place of the model. Default none. */
+  adapters?: readonly WeightedName[];
+  body: Record<string, unknown>;
+};
 
 export type LineProblem = Pick<LineError, 'code' | 'message' | 'param'>;
 
@@ -61,9 +68,9 @@ export async function readInput(
       add('duplicate_custom_id', number, 'custom_id: expected another one in each line', 'custom_id');
     } else {
       customIds.add(line.customId);
-      const { model, body } = line;
       const index = lines.length;
-      lines.push({ index, offset, length, model, prefix: prefixKey(body), numFailed: 0 });
+      const prefix = prefixKey(line.body);
+      lines.push({ index, offset, length, voice: voiceOf(line), prefix, numFailed: 0 });
     }
   }
   if (lines.length === 0 && errors.length === 0 && !isLeft()) {
@@ -145,18 +152,26 @@ export function parseLine(bytes: Buffer, endpoint: string): ParsedLine | LinePro
     return problem('mismatched_url', `url: expected ${endpoint}, the endpoint of the batch`, 'url');
   }
   if (!isObject(body)) return problem('invalid_body', 'body: expected a JSON object', 'body');
-  if (typeof body.model !== 'string' || body.model === '') {
+  const adapters = body.adapters === undefined || body.adapters === null ? null : readAdapters(body.adapters);
+  if (adapters !== null && !Array.isArray(adapters)) {
+    const { at, expected, got } = adapters;
+    const message = `body.adapters${at}: expected ${expected}, got ${got}`;
+    return problem('invalid_adapters', message, 'body.adapters');
+  }
+  const model = body.model ?? adapters?.map(({ name }) => name).join('+');
+  if (typeof model !== 'string' || model === '') {
     return problem('missing_model', 'body.model: expected the name of a model', 'body.model');
   }
   if (body.stream !== undefined && body.stream !== null && body.stream !== false) {
     return problem('stream_not_supported', 'body.stream: expected false in a batch', 'body.stream');
   }
-  // Lines are ordered by model, and a group is one.
-  if (body.adapters !== undefined && body.adapters !== null) {
-    const expected = 'body.adapters: expected none in a batch; name a group as the model';
-    return problem('adapters_not_supported', expected, 'body.adapters');
-  }
-  return { customId: custom_id, model: body.model, body };
+  return { customId: custom_id, model, ...(adapters !== null && { adapters }), body };
+}
+
+/** Lines of one voice share KV: of one model, or of the same adapters with the same weights. */
+function voiceOf({ model, adapters }: ParsedLine): string {
+  if (adapters === undefined) return model;
+  return formatAdapters([...adapters].sort((a, b) => (a.name < b.name ? -1 : 1)));
 }
 
 export function isProblem(line: ParsedLine | LineProblem): line is LineProblem {

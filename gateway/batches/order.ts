@@ -1,4 +1,4 @@
-// In which order the lines of a job run. Lines of one model (an adapter, mostly) stand together in a lane, and in a lane
+// In which order the lines of a job run. Lines of one voice (an adapter, mostly) stand together in a lane, and in a lane
 // those whose prompts begin alike stand together: sorted by prefix, a lane is the prefix tree of its prompts walked depth
 // first. Whatever the cache of an engine holds, no other order finds more of it again. Idea: global prefixes first, then
 // request by request below each, as in BatchLLM (Zheng et al., 2024).
@@ -11,7 +11,8 @@ export type PlannedLine = {
   index: number;
   offset: number;
   length: number;
-  model: string;
+  /** Who answers: lines of one share KV. */
+  voice: string;
   /** By prefixKey. */
   prefix: string;
   /** Tries that an engine failed. */
@@ -19,11 +20,11 @@ export type PlannedLine = {
 };
 
 export type Lane = {
-  model: string;
+  voice: string;
   /** Still to be run; the next is the last. */
   lines: PlannedLine[];
   numInFlight: number;
-  /** No line is taken before: an engine had no room for the last one, or nobody holds the model. */
+  /** No line is taken before: an engine had no room for the last one, or nobody holds the adapter. */
   pausedUntilMs: number;
   pauseMs: number;
 };
@@ -56,11 +57,11 @@ export function prefixKey({ tools, messages, prompt, input }: Record<string, unk
  */
 export async function planLanes(lines: readonly PlannedLine[]): Promise<Lane[]> {
   const lanes: { lane: Lane; bytes: number }[] = [];
-  for (const [model, ofModel] of Map.groupBy(lines, ({ model }) => model)) {
+  for (const [voice, ofVoice] of Map.groupBy(lines, ({ voice }) => voice)) {
     // The next is taken from the end.
-    const sorted = (await sortInParts(ofModel)).reverse();
-    const bytes = ofModel.reduce((sum, { length }) => sum + length, 0);
-    lanes.push({ lane: { model, lines: sorted, numInFlight: 0, pausedUntilMs: 0, pauseMs: 0 }, bytes });
+    const sorted = (await sortInParts(ofVoice)).reverse();
+    const bytes = ofVoice.reduce((sum, { length }) => sum + length, 0);
+    lanes.push({ lane: { voice, lines: sorted, numInFlight: 0, pausedUntilMs: 0, pauseMs: 0 }, bytes });
   }
   return lanes.sort((a, b) => b.bytes - a.bytes).map(({ lane }) => lane);
 }

@@ -3,6 +3,7 @@
 // anywhere: whoever owns the job next begins here again and comes to the same end.
 
 import { setTimeout as sleep } from 'node:timers/promises';
+import type { WeightedName } from '../../engine/protocol.ts';
 import { asGatewayError, errorBody, GatewayError } from '../errors.ts';
 import type { Files } from './files.ts';
 import type { Gate } from './gate.ts';
@@ -28,6 +29,7 @@ export type LineRequest = {
   tenant: string | null;
   path: string;
   model: string;
+  adapters?: readonly WeightedName[];
   body: Buffer;
   requestId: string;
   signal: AbortSignal;
@@ -251,7 +253,7 @@ class Job {
     const { files, answer, maxResultBytes } = this.#parts;
     const { tenant, endpoint, id } = this.#record;
     const { signal } = this.#giveUp;
-    const { customId, model, body } = await readLine(files, this.#record, line);
+    const { customId, body, ...who } = await readLine(files, this.#record, line);
     const requestId = requestIdOf(id, line.index);
     const result = (status: number, reply: unknown) => {
       const response = { status_code: status, request_id: requestId, body: reply };
@@ -268,7 +270,7 @@ class Job {
     }
     try {
       const reply = await answer({
-        ...{ tenant, path: endpoint, model, requestId, signal },
+        ...{ tenant, path: endpoint, ...who, requestId, signal },
         body: Buffer.from(JSON.stringify(body)),
       });
       if (this.#mayPass(line, reply.status)) return 'later';

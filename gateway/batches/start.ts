@@ -8,6 +8,7 @@ import { whoAnswers } from '../groups/group.ts';
 import { countTokens, type Metrics, watchBatches } from '../metrics.ts';
 import { askOf } from '../queue/ask.ts';
 import { Ending } from '../request/ending.ts';
+import { findComposition } from '../request/find-composition.ts';
 import { type FindParts, findTarget } from '../request/find-target.ts';
 import { Files } from './files.ts';
 import { FolderStore } from './folder-store.ts';
@@ -100,10 +101,13 @@ export async function openStore(where: string, s3: Pick<S3StoreOptions, 'access'
 
 /** Sends a line as an online request of its tenant is sent. */
 function answerLine({ directory, forward, routes, metrics }: Around): AnswerLine {
-  return async ({ tenant, path, model, body, requestId, signal }) => {
+  return async ({ tenant, path, model, adapters, body, requestId, signal }) => {
     const facts: Parameters<typeof findTarget>[1] = { ...(tenant !== null && { tenant }) };
     const asker = { tenant, user: null, header: () => undefined };
-    const target = await findTarget(model, facts, { directory, forward, routes }, asker);
+    const parts = { directory, forward, routes };
+    const target = adapters
+      ? await findComposition(adapters, facts, parts)
+      : await findTarget(model, facts, parts, asker);
     const headers = {
       ...{ 'content-type': 'application/json', 'x-request-id': requestId },
       ...whoAnswers(model, target),

@@ -244,6 +244,32 @@ describe('a batch', () => {
     );
   });
 
+  test('runs compositions, each as a voice of its own whatever the order of its names', async () => {
+    const engine = await startFakeEngine({ adapters: ['a', 'b'], script: echo });
+    const client = clientOf(await gatewayWithBatches([engine], { linesPerEngine: 1 }));
+    const [a, b] = [
+      { name: 'a', weight: 0.5 },
+      { name: 'b', weight: -1 },
+    ];
+    const voices = [{ adapters: [a, b] }, { model: 'a' }, { adapters: [b, a] }, { adapters: [a] }];
+    const lines = Array.from({ length: 12 }, (_, i) => {
+      const { body, ...rest } = line(`${i}`) as { body: { messages: unknown } };
+      return { ...rest, body: { messages: body.messages, ...voices[i % 4] } };
+    });
+    lines.push({ ...line('none'), body: { messages: [], adapters: [{ name: 'none', weight: 1 }] } } as never);
+    const batch = await ended(client, (await begin(client, lines)).id);
+    expect(batch.request_counts).toEqual({ total: 13, completed: 12, failed: 1 });
+    const asked = engine.received.map(({ headers }) => headers['x-motet-adapters'] ?? 'alone');
+    expect(asked.filter((who, i) => who !== asked[i - 1])).toHaveLength(3);
+    expect(asked.filter((who) => who === 'a=0.5,b=-1')).toHaveLength(6);
+    expect(asked.filter((who) => who === 'a=0.5')).toHaveLength(3);
+    const [failed] = await linesOf(client, batch.error_file_id);
+    expect(failed!.response).toMatchObject({
+      status_code: 404,
+      body: { error: { code: 'model_not_found', param: 'adapters' } },
+    });
+  });
+
   test.each([
     ['not JSON', '{"custom_id": oops', 'invalid_json_line', 1],
     ['a wrong method', { ...line('1'), method: 'GET' }, 'invalid_method', 1],

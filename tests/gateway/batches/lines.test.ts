@@ -65,13 +65,22 @@ test.each([
   ['invalid_body', { ...good, body: 'text' }],
   ['missing_model', { ...good, body: {} }],
   ['stream_not_supported', { ...good, body: { ...good.body, stream: true } }],
-  [
-    'adapters_not_supported',
-    { ...good, body: { ...good.body, adapters: [{ name: 'a secret', weight: 1 }] } },
-  ],
+  ['invalid_adapters', { ...good, body: { ...good.body, adapters: [{ name: 'a secret', weight: 0 }] } }],
+  ['invalid_adapters', { ...good, body: { ...good.body, adapters: 'a secret' } }],
+  ['missing_model', { ...good, body: { model: 7, adapters: [{ name: 'a', weight: 1 }] } }],
 ])('%s (%#)', (code, value) => {
   expect(parse(value)).toHaveProperty('code', code);
   expect(JSON.stringify(parse(value))).not.toContain('a secret');
+});
+
+test('a line may name several adapters, in place of a model', () => {
+  const adapters = [
+    { name: 'b', weight: 0.5 },
+    { name: 'a', weight: -1 },
+  ];
+  const body = { adapters, messages: [] };
+  expect(parse({ ...good, body })).toEqual({ customId: 'one', model: 'b+a', adapters, body });
+  expect(parse({ ...good, body: { ...body, model: 'm' } })).toMatchObject({ model: 'm', adapters });
 });
 
 test('a line that is not UTF-8 is not JSON', () => {

@@ -8,13 +8,13 @@ import {
 } from '../../../gateway/batches/order.ts';
 import { seededRandom } from '../../fixtures/seeded-random.ts';
 
-const line = (index: number, model: string, prompt: string, length = prompt.length): PlannedLine => ({
-  ...{ index, model, length, offset: 0, numFailed: 0 },
+const line = (index: number, voice: string, prompt: string, length = prompt.length): PlannedLine => ({
+  ...{ index, voice, length, offset: 0, numFailed: 0 },
   prefix: prefixKey({ messages: [{ role: 'user', content: prompt }] }),
 });
-const lane = (model: string, numLines: number, more: Partial<Lane> = {}): Lane => ({
-  ...{ model, numInFlight: 0, pausedUntilMs: 0, pauseMs: 0 },
-  lines: Array.from({ length: numLines }, (_, i) => line(i, model, '')),
+const lane = (voice: string, numLines: number, more: Partial<Lane> = {}): Lane => ({
+  ...{ voice, numInFlight: 0, pausedUntilMs: 0, pauseMs: 0 },
+  lines: Array.from({ length: numLines }, (_, i) => line(i, voice, '')),
   ...more,
 });
 /** As they are taken. */
@@ -39,7 +39,7 @@ test('a completion, tools and embeddings have keys too', () => {
   expect(prefixKey({})).toBe('');
 });
 
-test('lines of one model stand together, the most bytes first, and in a lane those that begin alike', async () => {
+test('lines of one voice stand together, the most bytes first, and in a lane those that begin alike', async () => {
   const [p, q] = ['p'.repeat(300), 'q'.repeat(300)];
   const lines = [
     line(0, 'a', `${p}1`),
@@ -50,7 +50,7 @@ test('lines of one model stand together, the most bytes first, and in a lane tho
     line(5, 'a', `${q}4`),
   ];
   const lanes = await planLanes(lines);
-  expect(lanes.map(({ model }) => model)).toEqual(['a', 'b']);
+  expect(lanes.map(({ voice }) => voice)).toEqual(['a', 'b']);
   expect([
     [0, 4, 2, 5],
     [2, 5, 0, 4],
