@@ -16,6 +16,7 @@ import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders, withSender } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
+import { CompositionNames } from './groups/composition.ts';
 import { Tokens } from './identity/tokens.ts';
 import { createMetrics, watchRouting, watchState } from './metrics.ts';
 import { commentEveryMs } from './on-demand/hold.ts';
@@ -112,12 +113,14 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
     onLength: (expected, actual) => metrics.lengthRatio.observe(expected / actual),
   };
+  const compositionNames = new CompositionNames();
   const batches =
     config.batches &&
     (await startBatches(config.batches, {
       directory,
       forward,
       routes,
+      compositionNames,
       metrics,
       log,
       maxLineBytes: config.maxBodyBytes,
@@ -126,6 +129,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     directory,
     forward,
     routes,
+    compositionNames,
     batches: batches?.routes ?? null,
     quota,
     maxBodyBytes: config.maxBodyBytes,

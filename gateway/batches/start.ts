@@ -100,14 +100,14 @@ export async function openStore(where: string, s3: Pick<S3StoreOptions, 'access'
 }
 
 /** Sends a line as an online request of its tenant is sent. */
-function answerLine({ directory, forward, routes, metrics }: Around): AnswerLine {
+function answerLine(around: Around): AnswerLine {
+  const { directory, forward, metrics } = around;
   return async ({ tenant, path, model, adapters, body, requestId, signal }) => {
     const facts: Parameters<typeof findTarget>[1] = { ...(tenant !== null && { tenant }) };
     const asker = { tenant, user: null, header: () => undefined };
-    const parts = { directory, forward, routes };
     const target = adapters
-      ? await findComposition(adapters, facts, parts)
-      : await findTarget(model, facts, parts, asker);
+      ? await findComposition(adapters, facts, around)
+      : await findTarget(model, facts, around, asker);
     const headers = {
       ...{ 'content-type': 'application/json', 'x-request-id': requestId },
       ...whoAnswers(model, target),

@@ -8,16 +8,39 @@ import type { Target } from '../resolve-model.ts';
 
 export type WeightedMember = { target: Target; weight: number };
 
-/** Names of compositions that become labels of metrics; further ones share one. */
 const maxNames = 256;
 const sharedName = 'composition';
-const names = new Set<string>();
+
+/** What compositions are called in metrics, logs and lengths: after their adapters, up to a bound, and further ones share a name. */
+export class CompositionNames {
+  readonly #names = new Set<string>();
+
+  /** @param adapters  that are there: what a client made up becomes no label */
+  nameOf(adapters: readonly string[]): string {
+    const name = joined(adapters);
+    if (this.#names.size < maxNames) this.#names.add(name);
+    return this.#names.has(name) ? name : sharedName;
+  }
+
+  /** The same, and nothing is kept: null when there was no such composition yet. */
+  find(adapters: readonly string[]): string | null {
+    const name = joined(adapters);
+    return this.#names.has(name) ? name : null;
+  }
+}
+
+function joined(adapters: readonly string[]): string {
+  return [...adapters].sort().join('+');
+}
 
 /**
  * @param members  at least one
  * @throws invalid_value when no engine can have them all, or one is no single adapter
  */
-export function compositionTarget(members: readonly WeightedMember[]): WeightedTarget {
+export function compositionTarget(
+  members: readonly WeightedMember[],
+  names: CompositionNames,
+): WeightedTarget {
   const [first, ...others] = [...members].sort((a, b) => (a.target.name < b.target.name ? -1 : 1));
   const { baseModel } = first!.target;
   const stranger = others.find(({ target }) => target.baseModel !== baseModel);
@@ -26,7 +49,7 @@ export function compositionTarget(members: readonly WeightedMember[]): WeightedT
     throw refusal(`expected adapters of one base model, but ${pair}`);
   }
   const all = [first!, ...others];
-  return together(nameOf(all.map(({ target }) => target.name).join('+')), baseModel, all);
+  return together(names.nameOf(all.map(({ target }) => target.name)), baseModel, all);
 }
 
 /** One target of all of them: it needs what each of them needs. */
@@ -46,11 +69,6 @@ export function together(
     ...(members.some(({ target }) => target.isHopeless) && { isHopeless: true }),
     ...(asks.size > 0 && { asks: [...asks.values()] }),
   };
-}
-
-function nameOf(name: string): string {
-  if (names.size < maxNames) names.add(name);
-  return names.has(name) ? name : sharedName;
 }
 
 /** @param adapters  as engine/protocol.ts read them */

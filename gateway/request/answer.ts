@@ -11,6 +11,7 @@ import { whoAnswers } from '../groups/group.ts';
 import { type HoldLimits, holdStream } from '../on-demand/hold.ts';
 import type { Asked } from '../openai.ts';
 import { type Ask, askOf, lowered, parseWaitMs } from '../queue/ask.ts';
+import { estimateAnswer } from '../quota/estimate.ts';
 import type { Scope } from '../quota/limits.ts';
 import { noTokens, type Quota } from '../quota/quota.ts';
 import { estimatePromptTokens } from '../quota/usage.ts';
@@ -68,12 +69,11 @@ function scopesOf({ caller }: Arrival, directory: Directory): readonly Scope[] {
 }
 
 /** Tokens that it will probably cost: its prompt, and answers as long as those before it, but never more than it asks for. */
-function estimateOf({ facts }: Arrival, { path, asked, body }: Call, { directory, forward }: AnswerParts) {
+function estimateOf({ facts }: Arrival, { path, asked, body }: Call, parts: AnswerParts): number {
   const promptTokens = estimatePromptTokens(body.length);
   if (!isGeneration(path)) return promptTokens;
-  const { model, maxTokens, numChoices } = asked;
-  const adapter = directory.targetsOf(model, facts.tenant ?? null)?.[0]?.name ?? model;
-  return promptTokens + forward.lengths.predict(adapter, promptTokens, maxTokens, numChoices);
+  const { lengths } = parts.forward;
+  return promptTokens + estimateAnswer(asked, promptTokens, facts.tenant ?? null, { ...parts, lengths });
 }
 
 /** What a request that has ended costs its caller; null when it cannot be told, since the caller did not wait for it. */

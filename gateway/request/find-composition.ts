@@ -2,12 +2,14 @@
 
 import type { WeightedName } from '../../engine/protocol.ts';
 import type { WeightedTarget } from '../choose-target.ts';
-import type { GatewayError } from '../errors.ts';
 import { compositionTarget, refusal } from '../groups/composition.ts';
 import { modelNotFound } from '../openai.ts';
 import { mayAppear, notServed, resolveModel, type Target } from '../resolve-model.ts';
 import type { Facts } from './arrival.ts';
-import type { FindParts } from './find-target.ts';
+import { type FindParts, lookAgain, lookUp } from './find-target.ts';
+
+/** Where a client names them. */
+const param = 'adapters';
 
 /**
  * The right to each adapter is looked up anew. `facts` get names that a resource or an engine said, as those of findTarget.
@@ -17,15 +19,12 @@ import type { FindParts } from './find-target.ts';
 export async function findComposition(
   adapters: readonly WeightedName[],
   facts: Pick<Facts, 'tenant' | 'model' | 'target'>,
-  { directory, forward }: FindParts,
+  { directory, forward, compositionNames }: FindParts,
 ): Promise<WeightedTarget> {
   const { endpoints } = forward;
   const caller = facts.tenant ?? null;
   const find = async (name: string, at: string): Promise<Target> => {
-    if (directory.targetsOf(name, caller) === null) await directory.autoLoad(name, caller);
-    const targets = directory.targetsOf(name, caller);
-    if (targets === null) throw notFound(name);
-    const [target] = targets;
+    const [target] = await lookUp(name, caller, directory, param);
     const isBase = endpoints.all.some(({ cards }) => cards.get(name)?.parent === null);
     if (target === undefined || isBase || target.members !== undefined || directory.rulesOf(name) !== null)
       throw refusal('expected an adapter, got the name of a base model, a route or a group', at);
@@ -34,20 +33,15 @@ export async function findComposition(
   const members: { target: Target; weight: number }[] = [];
   for (const [index, { name, weight }] of adapters.entries())
     members.push({ target: await find(name, `[${index}].name`), weight });
-  const target = compositionTarget(members);
+  const target = compositionTarget(members, compositionNames);
   const kindOf = (one: Target) => resolveModel(one, endpoints.all, Date.now()).kind;
-  if (kindOf(target) !== 'served')
-    await endpoints.refresh(target.baseModel === null ? null : new Set([target.baseModel]));
+  if (kindOf(target) !== 'served') await lookAgain([target], endpoints);
   const unknown = members.find((member) => kindOf(member.target) === 'unknown' && !mayAppear(member.target));
-  if (unknown !== undefined) throw notFound(unknown.target.name);
+  if (unknown !== undefined) throw modelNotFound(unknown.target.name, param);
   facts.model = target.name;
   facts.target = target.name;
   const kind = kindOf(target);
   if (kind !== 'served' && !mayAppear(target)) throw notServed(target.name, target, kind);
   if (target.asks !== undefined) directory.ask(target.asks);
   return target;
-}
-
-function notFound(name: string): GatewayError {
-  return modelNotFound(name, 'adapters');
 }

@@ -4,6 +4,7 @@ import { chooseTarget, type WeightedTarget } from '../choose-target.ts';
 import type { Directory } from '../directory.ts';
 import { GatewayError } from '../errors.ts';
 import type { Forward } from '../forward.ts';
+import type { CompositionNames } from '../groups/composition.ts';
 import { modelNotFound } from '../openai.ts';
 import { mayAppear, notServed, resolveModel, type Target } from '../resolve-model.ts';
 import { type Asker, stickyKey } from '../routes/route.ts';
@@ -15,7 +16,26 @@ export type FindParts = {
   forward: Pick<Forward, 'endpoints'>;
   /** Which targets of AdapterRoutes get requests, and what becomes of that. */
   routes: Routes;
+  compositionNames: CompositionNames;
 };
+
+/**
+ * Who may answer to this name for this caller. A name that means nothing may be one that is let in when it is asked for.
+ *
+ * @param param  where the client named it
+ * @throws model_not_found, and what Directory.targetsOf and autoLoad throw
+ */
+export async function lookUp(
+  name: string,
+  caller: string | null,
+  directory: Directory,
+  param = 'model',
+): Promise<readonly WeightedTarget[]> {
+  if (directory.targetsOf(name, caller) === null) await directory.autoLoad(name, caller);
+  const targets = directory.targetsOf(name, caller);
+  if (targets === null) throw modelNotFound(name, param);
+  return targets;
+}
 
 /**
  * Who answers to this name. What no engine is known to hold may have been loaded a moment ago: look once more before
@@ -28,10 +48,7 @@ export async function findTarget(
   { directory, forward, routes }: FindParts,
   asker: Asker,
 ): Promise<WeightedTarget> {
-  const caller = facts.tenant ?? null;
-  if (directory.targetsOf(model, caller) === null) await directory.autoLoad(model, caller);
-  const targets = directory.targetsOf(model, caller);
-  if (targets === null) throw modelNotFound(model);
+  const targets = await lookUp(model, facts.tenant ?? null, directory);
   const [first] = targets;
   if (first === undefined || first.baseModel !== null) facts.model = model;
   if (first === undefined) {
@@ -48,7 +65,7 @@ export async function findTarget(
   const choose = () => chooseTarget(shares(), (target) => resolve(target).kind === 'served', draw);
   let target: WeightedTarget | null = choose();
   if (target === null) {
-    await endpoints.refresh(baseModelsOf(targets));
+    await lookAgain(targets, endpoints);
     target = choose();
   }
   const { kind } = resolve(target ?? first);
@@ -61,8 +78,9 @@ export async function findTarget(
   return target;
 }
 
-/** Null when there are no BaseModels to tell engines apart. */
-function baseModelsOf(targets: readonly Target[]): Set<string | null> | null {
-  const names = new Set(targets.map(({ baseModel }) => baseModel));
-  return names.has(null) ? null : names;
+/** Looks once more at the engines that could hold them. */
+export async function lookAgain(targets: readonly Target[], endpoints: Forward['endpoints']): Promise<void> {
+  const baseModels = new Set(targets.map(({ baseModel }) => baseModel));
+  // Without BaseModels nothing tells engines apart.
+  await endpoints.refresh(baseModels.has(null) ? null : baseModels);
 }

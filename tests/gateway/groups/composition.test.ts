@@ -2,7 +2,7 @@
 
 import { beforeAll, describe, expect, test } from 'vitest';
 import { adaptersHeader } from '../../../engine/protocol.ts';
-import { compositionTarget } from '../../../gateway/groups/composition.ts';
+import { CompositionNames, compositionTarget } from '../../../gateway/groups/composition.ts';
 import { installCrds } from '../../crds/install-crds.ts';
 import { type ControlPlane, sharedControlPlane } from '../../fixtures/control-plane.ts';
 import { baseModel, loraAdapter, tenant } from '../resources.ts';
@@ -11,14 +11,16 @@ import { chatBody, errorOf, until } from '../start-gateway.ts';
 
 describe('the target of a composition', () => {
   const target = (name: string, baseModel = 'base', more = {}) => ({ name, baseModel, ...more });
+  const compose = (members: Parameters<typeof compositionTarget>[0]) =>
+    compositionTarget(members, new CompositionNames());
 
   test('is the same for any order of names', () => {
     const [a, b] = [
       { target: target('a'), weight: 1 },
       { target: target('b'), weight: 0.5 },
     ];
-    expect(compositionTarget([b, a])).toEqual(compositionTarget([a, b]));
-    expect(compositionTarget([b, a])).toMatchObject({
+    expect(compose([b, a])).toEqual(compose([a, b]));
+    expect(compose([b, a])).toMatchObject({
       name: 'a+b',
       baseModel: 'base',
       members: [
@@ -31,16 +33,14 @@ describe('the target of a composition', () => {
   test('asks for all that is there on demand, and is hopeless when one of them is', () => {
     const asks = (name: string) => ({ asks: [{ kind: 'LoraAdapter', name, idleMinutes: 1 }] });
     const members = [target('a', 'base', asks('a')), target('b', 'base', { ...asks('b'), isHopeless: true })];
-    const made = compositionTarget(members.map((one) => ({ target: one, weight: 1 })));
+    const made = compose(members.map((one) => ({ target: one, weight: 1 })));
     expect(made.asks?.map(({ name }) => name)).toEqual(['a', 'b']);
     expect(made.isHopeless).toBe(true);
   });
 
   test('has one base model', () => {
     const members = [target('a'), target('b', 'other')].map((one) => ({ target: one, weight: 1 }));
-    expect(() => compositionTarget(members)).toThrow(
-      'adapters: expected adapters of one base model, but a and b',
-    );
+    expect(() => compose(members)).toThrow('adapters: expected adapters of one base model, but a and b');
   });
 });
 
@@ -122,13 +122,11 @@ describe('a request with adapters', () => {
   });
 });
 
-// Last, since the names are remembered.
 test('compositions have a bounded number of names, since these are labels', () => {
-  const target = (name: string) => ({ name, baseModel: 'base' });
-  const names = Array.from({ length: 300 }, (_, i) => {
-    const members = [target(`x${i}`), target('y')];
-    return compositionTarget(members.map((one) => ({ target: one, weight: 1 }))).name;
-  });
-  expect(names.at(-1)).toBe('composition');
-  expect(new Set(names).size).toBeLessThanOrEqual(257);
+  const names = new CompositionNames();
+  const given = Array.from({ length: 300 }, (_, i) => names.nameOf(['y', `x${i}`]));
+  expect(given[0]).toBe('x0+y');
+  expect(given.at(-1)).toBe('composition');
+  expect(new Set(given).size).toBe(257);
+  expect([names.find(['x0', 'y']), names.find(['x299', 'y'])]).toEqual(['x0+y', null]);
 });
