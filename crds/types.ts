@@ -843,6 +843,42 @@ export interface TenantStatus {
   keys?: string;
   /** Served names that the tenant may use. */
   models?: number;
+  /**
+   * What the tenant uses, by all gateways together. Absent, nothing so far. It is looked at once a minute
+   * and written when it is new.
+   */
+  usage?: {
+    /**
+     * Requests that an engine answered, by the minute; those whose client hung up are among them, and lines
+     * of batches are not.
+     */
+    requestsPerMinute: number;
+    /** Tokens of prompts and of answers, by the minute, those of batches among them. */
+    tokensPerMinute: number;
+    /** Requests under way, those that wait for an engine among them. */
+    inFlight: number;
+    /** Requests that were refused, by the minute, for whatever reason. */
+    rejectedPerMinute: number;
+    /** The same by gateway. One that says nothing for three minutes is taken out. */
+    gateways: {
+      /** Name of the gateway's pod. */
+      name: string;
+      /** When it was written. What stays as it is is written again after a minute and a half. */
+      time: string;
+      /** Requests that an engine answered, by the minute. */
+      requestsPerMinute: number;
+      /** Tokens of prompts and of answers, by the minute. */
+      tokensPerMinute: number;
+      /** Requests under way. */
+      inFlight: number;
+      /**
+       * Requests that were refused, by the minute and by why: a limit, as `tenant-tokensPerMinute` or
+       * `key-concurrency`; `queue_full`, `tenant_full`, `made_room`, `deadline` or `timeout` where there
+       * was no room.
+       */
+      rejected: Record<string, number>;
+    }[];
+  };
   /** `Ready`: every key that is named was found and is accepted, and so are the tokens of `oidc`. */
   conditions?: {
     /** What it is about. */

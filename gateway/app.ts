@@ -6,7 +6,7 @@ import { enginePaths } from '../engine/protocol.ts';
 import { addBatchRoutes, type BatchRoutes, batchRouteOf } from './batches/routes.ts';
 import { consoleDataPath, consolePaths, serveConsole } from './console/console.ts';
 import { consoleData } from './console/console-data.ts';
-import { Traffic } from './console/traffic.ts';
+import type { Traffic } from './console/traffic.ts';
 import { GatewayError, sendError } from './errors.ts';
 import type { Metrics } from './metrics.ts';
 import { modelNotFound, parseAsked, parseContentType } from './openai.ts';
@@ -23,6 +23,7 @@ export type AppParts = AnswerParts & {
   maxBodyBytes: number;
   /** Serves the console page and its data. */
   hasConsole: boolean;
+  traffic: Traffic;
   metrics: Metrics;
   /** Aborted when the gateway takes no more requests. */
   draining: AbortSignal;
@@ -49,7 +50,7 @@ const unimportantRoutes = new Set(['/livez', '/readyz', '/metrics', '/health', '
  * the table, without the search for a route.
  */
 export function createListener(parts: AppParts): RequestListener {
-  const seen = { ...parts, traffic: new Traffic(), routeOf, unimportantRoutes };
+  const seen = { ...parts, routeOf, unimportantRoutes };
   const app = createApp(parts, seen);
   const shortcuts = new Map<string | undefined, (typeof forwardedPaths)[number]>(
     forwardedPaths.map((path) => [path, path]),

@@ -31,11 +31,13 @@ import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
 import { AutoLoader, planAutoLoad } from './on-demand/auto-load.ts';
 import { defaultStanding, type Standing } from './queue/ask.ts';
 import type { Scope } from './quota/limits.ts';
+import type { TenantUsage } from './quota/tenant-usage.ts';
+import { patchUsage, UsageWriter } from './quota/usage-status.ts';
 import { mayAppear, resolveModel } from './resolve-model.ts';
 import { type Aborted, AbortWriter } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
 import { SecretKeys } from './secret-keys.ts';
-import { applyTenantStatus, TenantStatusWriter } from './tenant-status.ts';
+import { applyTenantStatus, changeOf, TenantStatusWriter } from './tenant-status.ts';
 import { judgeTenants, statusOf, tokenRulesOf, type Verdict } from './tenants.ts';
 
 export type ClusterOptions = {
@@ -47,6 +49,10 @@ export type ClusterOptions = {
   oidc: OidcSettings | null;
   /** A changed Secret is seen within this time by a gateway that may not watch Secrets, or cannot now. */
   secretIntervalMs: number;
+  /** Of this gateway; no other has it. */
+  gatewayName: string;
+  /** What tenants use is told once in this time. */
+  usageIntervalMs: number;
 };
 
 type RouteStatus = NonNullable<AdapterRoute['status']>;
@@ -213,6 +219,10 @@ export class Cluster implements Directory {
     return { weight: spec?.weight ?? weight, priority: spec?.priority ?? priority };
   }
 
+  noteUsage(usage: ReadonlyMap<string, TenantUsage>): void {
+    this.#tenancy?.usageWriter.note(usage);
+  }
+
   notReady(): GatewayError | null {
     if (this.#isReady) return null;
     const missing = [...this.#watches.keys()].filter((resource) => !this.#synced.has(resource));
@@ -350,6 +360,8 @@ type TenancyOptions = {
   namespace: string;
   oidc: OidcSettings | null;
   secretIntervalMs: number;
+  gatewayName: string;
+  usageIntervalMs: number;
   /** A watch failed. */
   onError: (error: Error) => void;
   log: Log;
@@ -363,6 +375,7 @@ const refusalLogMs = 60_000;
 /** The Tenants, what came of their keys, and their statuses. */
 class Tenancy {
   readonly watch: ObjectWatch<Tenant>;
+  readonly usageWriter: UsageWriter;
   readonly authenticate: Authenticate;
   readonly #oidc: OidcSettings | null;
   readonly #secrets: SecretKeys;
@@ -411,10 +424,11 @@ class Tenancy {
       wanted: () =>
         this.#known.verdicts
           .filter(({ isUnread }) => !isUnread)
-          .map((verdict) => ({
-            tenant: verdict.tenant,
-            status: statusOf(verdict, countModels(verdict.tenant), new Date()),
-          })),
+          .map((verdict) => {
+            // With the status that it has now: one that changed alone is judged by nobody.
+            const tenant = this.watch.get(verdict.tenant.metadata.name!) ?? verdict.tenant;
+            return { tenant, status: statusOf({ ...verdict, tenant }, countModels(tenant), new Date()) };
+          }),
       onError: (error) => this.#noteRefusal('status of tenants', error),
     });
     this.watch = new ObjectWatch<Tenant>({
@@ -422,6 +436,13 @@ class Tenancy {
       path: motetPath('Tenant', namespace),
       onError,
       onChange: (now, before) => this.#onTenantChange(now, before),
+    });
+    this.usageWriter = new UsageWriter({
+      gateway: options.gatewayName,
+      intervalMs: options.usageIntervalMs,
+      tenants: this.watch,
+      write: (tenant, usage, signal) => patchUsage(kubeConfig, namespace, tenant, usage, signal),
+      onError: (error) => this.#noteRefusal('usage of tenants', error),
     });
   }
 
@@ -448,7 +469,12 @@ class Tenancy {
   }
 
   async close(): Promise<void> {
-    await Promise.all([this.#secretWatch.close(), this.#secrets.close(), this.#writer.close()]);
+    await Promise.all([
+      this.#secretWatch.close(),
+      this.#secrets.close(),
+      this.#writer.close(),
+      this.usageWriter.close(),
+    ]);
   }
 
   /** Made anew when it is asked for after a change. */
@@ -469,19 +495,18 @@ class Tenancy {
   }
 
   #onTenantChange(now: Tenant | undefined, before: Tenant | undefined): void {
-    const isOwnStatus =
-      now?.metadata.uid === before?.metadata.uid && now?.metadata.generation === before?.metadata.generation;
-    if (!isOwnStatus) {
-      const wanted = new Map<string, Set<string>>();
-      for (const { spec } of this.watch.list()) {
-        for (const { secretRef } of spec.keys) {
-          const entries = wanted.get(secretRef.name) ?? new Set();
-          wanted.set(secretRef.name, entries.add(secretRef.key));
-        }
+    const change = changeOf(now, before);
+    if (change === 'status') this.#writer.changed();
+    if (change !== 'spec') return;
+    const wanted = new Map<string, Set<string>>();
+    for (const { spec } of this.watch.list()) {
+      for (const { secretRef } of spec.keys) {
+        const entries = wanted.get(secretRef.name) ?? new Set();
+        wanted.set(secretRef.name, entries.add(secretRef.key));
       }
-      this.#secrets.name(wanted);
-      this.#secrets.readAgain(now?.spec.keys.map(({ secretRef }) => secretRef.name) ?? []);
     }
+    this.#secrets.name(wanted);
+    this.#secrets.readAgain(now?.spec.keys.map(({ secretRef }) => secretRef.name) ?? []);
     this.#keysChanged();
   }
 

@@ -79,6 +79,15 @@ export const settings = {
   'secret-interval-ms': milliseconds(15_000).describe(
     'longest time until a changed Secret is seen by a gateway that may not watch Secrets',
   ),
+  'usage-interval-ms': z.coerce
+    .number()
+    .int()
+    .min(1_000)
+    .max(86_400_000)
+    .default(60_000)
+    .describe(
+      'how often it is counted what tenants used, and written into the statuses of Tenants where that is new',
+    ),
   insecure: z
     .stringbool()
     .default(false)
@@ -216,6 +225,7 @@ export type Config = {
   /** Whose tokens are taken beside keys; null: nobody's. */
   oidc: OidcSettings | null;
   secretIntervalMs: number;
+  usageIntervalMs: number;
   /** Everybody may enter, and that is meant. */
   isInsecure: boolean;
   maxBodyBytes: number;
@@ -294,6 +304,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     redis: parseRedis(values),
     oidc,
     secretIntervalMs: values['secret-interval-ms'],
+    usageIntervalMs: values['usage-interval-ms'],
     isInsecure: values.insecure,
     maxBodyBytes: values['max-body-bytes'],
     maxInFlightPerEngine: values['max-in-flight-per-engine'],

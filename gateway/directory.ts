@@ -11,6 +11,7 @@ import type { Tokens } from './identity/tokens.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
 import { defaultStanding, type Standing } from './queue/ask.ts';
 import type { Limits, Scope } from './quota/limits.ts';
+import type { TenantUsage } from './quota/tenant-usage.ts';
 import type { Aborted } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
 
@@ -46,6 +47,8 @@ export interface Directory {
   scopesOf(caller: string | null): readonly Scope[];
   /** What the caller is entitled to when requests wait. */
   standingOf(caller: string | null): Standing;
+  /** What tenants used in the last minute, for whoever looks at them. Returns at once. */
+  noteUsage(usage: ReadonlyMap<string, TenantUsage>): void;
   /** Callers that have a key. */
   numTenants(): number;
   /** BaseModels that exist, with engines or without. */
@@ -72,6 +75,7 @@ export function listedDirectory(
     scopesOf: (caller) => (caller === null ? [] : scopesOf(caller)),
     authenticate: apiKeys === null && !tokens.isOn ? () => null : createAuthenticate(() => callers, tokens),
     standingOf: () => defaultStanding,
+    noteUsage: () => {},
     targetsOf: (name) => [{ name, baseModel: null, weight: 1 }],
     rulesOf: () => null,
     autoLoad: async () => {},

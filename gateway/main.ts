@@ -2,6 +2,7 @@
 
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
+import { hostname } from 'node:os';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import { destination, type Logger, pino } from 'pino';
@@ -11,6 +12,7 @@ import { createListener } from './app.ts';
 import { startBatches } from './batches/start.ts';
 import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
+import { Traffic } from './console/traffic.ts';
 import { listedDirectory } from './directory.ts';
 import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders, withSender } from './engine-headers.ts';
@@ -18,12 +20,13 @@ import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
 import { CompositionNames } from './groups/composition.ts';
 import { Tokens } from './identity/tokens.ts';
-import { createMetrics, watchRouting, watchState } from './metrics.ts';
+import { createMetrics, watchQuota, watchRouting, watchState } from './metrics.ts';
 import { commentEveryMs } from './on-demand/hold.ts';
 import { LengthPredictor } from './queue/length-predictor.ts';
 import { LocalMeters } from './quota/meter-store.ts';
 import { Quota } from './quota/quota.ts';
 import { RedisMeters } from './quota/redis-meters.ts';
+import { UsageWatch } from './quota/tenant-usage.ts';
 import { Routes } from './routes/routes.ts';
 import { Router } from './routing/router.ts';
 import { serve } from './serve.ts';
@@ -68,6 +71,10 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
             isOpen: config.isInsecure,
             oidc: config.oidc,
             secretIntervalMs: config.secretIntervalMs,
+            // A pod has its name to itself.
+            gatewayName:
+              config.cluster.kubeconfig === null ? hostname() : `${hostname()}-${gatewayId.slice(0, 8)}`,
+            usageIntervalMs: config.usageIntervalMs,
           },
           endpoints,
           log,
@@ -77,6 +84,15 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     ? new RedisMeters(shared, gatewayId, log, () => metrics.quotaAlone.inc())
     : new LocalMeters(config.gatewayReplicas);
   const quota = new Quota(meters, gatewayId, (tenant, limit) => metrics.rateLimited.inc({ tenant, limit }));
+  const traffic = new Traffic();
+  const usage = new UsageWatch({
+    metrics,
+    inFlight: () => traffic.inFlightByTenant(),
+    used: () => quota.used,
+    limitsOf: (tenant) => directory.scopesOf(tenant).find((scope) => scope.of === 'tenant')?.limits,
+    intervalMs: config.usageIntervalMs,
+    onUsage: (used) => directory.noteUsage(used),
+  });
   const router = new Router(config.routing);
   const admission = new Admission(endpoints, router, config, (tenant, reason) =>
     metrics.shed.inc({ tenant, reason }),
@@ -89,6 +105,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   });
   watchRouting(metrics, router, endpoints);
   watchState(metrics, { endpoints, directory, admission });
+  watchQuota(metrics, usage, () => meters instanceof RedisMeters && !meters.isShared);
 
   const routes = new Routes({
     admission,
@@ -135,6 +152,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     maxBodyBytes: config.maxBodyBytes,
     hold: { holdAfterMs: config.holdAfterMs, everyMs: commentEveryMs },
     hasConsole: config.hasConsole,
+    traffic,
     metrics,
     log,
     draining: draining.signal,
@@ -154,6 +172,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
         cutOff.abort(new GatewayError('shutting_down', 'the gateway is shutting down'));
       });
       await batchesClosed;
+      await usage.close();
       await directory.close();
       await endpoints.close();
       await dispatcher.destroy();

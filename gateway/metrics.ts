@@ -11,6 +11,7 @@ import type { Directory } from './directory.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { ErrorCode } from './errors.ts';
 import { engineFailures } from './forward.ts';
+import type { UsageWatch } from './quota/tenant-usage.ts';
 import { hedgeResults } from './routing/hedge.ts';
 import { pickReasons } from './routing/pick-endpoint.ts';
 import { othersOf, type Router } from './routing/router.ts';
@@ -217,6 +218,28 @@ export function watchBatches(
     'Lines of batches that an engine was sent or that are about to be.',
     () => gate.numInFlight,
   );
+}
+
+/** Adds the gauges of limits. @param isStoreAway  Redis, which shares them, does not answer */
+export function watchQuota({ registry }: Metrics, usage: UsageWatch, isStoreAway: () => boolean): void {
+  new Gauge({
+    name: 'motet_gateway_quota_used_ratio',
+    help: "Part of a tenant's limit that this gateway let through in the last minute, and of concurrency what it holds; the sum over gateways is the tenant's, and 1 is all of it. Of tenants that came with a limit since the start; limits of single keys are not among them.",
+    labelNames: ['tenant', 'limit'],
+    registers: [registry],
+    collect() {
+      this.reset();
+      for (const { tenant, limit, ratio } of usage.ratios) this.set({ tenant, limit }, ratio);
+    },
+  });
+  new Gauge({
+    name: 'motet_gateway_quota_store_away',
+    help: '1 while Redis, in which gateways share limits, does not answer this one; 0 while it does, and without Redis.',
+    registers: [registry],
+    collect() {
+      this.set(Number(isStoreAway()));
+    },
+  });
 }
 
 type State = { endpoints: Endpoints; directory: Directory; admission: Admission };

@@ -68,7 +68,7 @@ export class TenantStatusWriter {
       uids.add(uid);
       const text = canonical(status);
       const held = this.#written.get(uid);
-      if (text === canonical(tenant.status ?? {})) continue;
+      if (text === canonical(ownPart(tenant.status))) continue;
       if (held?.text === text && Date.now() < held.untilMs) {
         setTimeout(() => this.changed(), holdMs).unref();
         continue;
@@ -99,6 +99,27 @@ export class TenantStatusWriter {
     const ends = signal ? AbortSignal.any([this.#closing.signal, signal]) : this.#closing.signal;
     await sleep(ms, undefined, { signal: ends }).catch(() => undefined);
   }
+}
+
+/** What a change of a Tenant asks for. */
+export type TenantChange =
+  /** Its spec, or that it came or went: keys and rights are to be judged again. */
+  | 'spec'
+  /** Of its status what the writer writes: it is to be compared with what it should be. */
+  | 'status'
+  /** What others write, as its usage each minute. */
+  | 'other';
+
+export function changeOf(now: Tenant | undefined, before: Tenant | undefined): TenantChange {
+  const isSame =
+    now?.metadata.uid === before?.metadata.uid && now?.metadata.generation === before?.metadata.generation;
+  if (!isSame) return 'spec';
+  return canonical(ownPart(now?.status)) === canonical(ownPart(before?.status)) ? 'other' : 'status';
+}
+
+function ownPart(status: TenantStatus = {}): TenantStatus {
+  const { usage: _, ...own } = status;
+  return own;
 }
 
 /** Server-side apply: the fields are ours, whoever wrote them before. */

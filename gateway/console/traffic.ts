@@ -69,6 +69,15 @@ export class Traffic {
     }
   }
 
+  /** Requests under way, by tenant; those of whom none is are not there. */
+  inFlightByTenant(): Map<string, number> {
+    const inFlight = new Map<string, number>();
+    for (const { tenant, model } of this.#live) {
+      if (tenant !== undefined && model !== undefined) inFlight.set(tenant, (inFlight.get(tenant) ?? 0) + 1);
+    }
+    return inFlight;
+  }
+
   /** @param caller  null where nobody needs a key */
   of(caller: string | null, nowMs: number): RecentTraffic {
     const live = [...this.#live].filter(

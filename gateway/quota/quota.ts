@@ -15,6 +15,9 @@ export type Entry = {
   settle(usage: TokenUsage | null): void;
 };
 
+/** What a tenant took of its limits so far, and what it holds now. */
+export type Used = { requests: number; tokens: number; inFlight: number };
+
 export const noTokens: TokenUsage = { promptTokens: 0, cachedTokens: 0, completionTokens: 0 };
 
 const unlimited: Entry = { headers: [], refusal: null, settle: () => {} };
@@ -24,6 +27,7 @@ export class Quota {
   readonly #store: MeterStore;
   readonly #gatewayId: string;
   readonly #onRefusal: (tenant: string, limit: string) => void;
+  readonly #used = new Map<string, Used>();
   #numRequests = 0;
 
   constructor(
@@ -49,20 +53,36 @@ export class Quota {
     const metered = meteredOf(tenant, scopes, tokens, leaseId);
     if (metered.length === 0) return unlimited;
     const taken = this.#store.take(metered.map(({ take }) => take));
-    const toEntry = (taken: Taken) => this.#entryOf(tenant, metered, taken);
+    const toEntry = (taken: Taken) => this.#entryOf(tenant, tokens, metered, taken);
     return taken instanceof Promise ? taken.then(toEntry) : toEntry(taken);
+  }
+
+  /** Of each tenant that came with a limit, since the start. */
+  get used(): ReadonlyMap<string, Readonly<Used>> {
+    return this.#used;
   }
 
   close(): Promise<void> {
     return this.#store.close();
   }
 
-  #entryOf(tenant: string, metered: readonly Metered[], taken: Taken): Entry {
+  #usedBy(tenant: string): Used {
+    const used = this.#used.get(tenant) ?? { requests: 0, tokens: 0, inFlight: 0 };
+    this.#used.set(tenant, used);
+    return used;
+  }
+
+  #entryOf(tenant: string, estimated: number, metered: readonly Metered[], taken: Taken): Entry {
     const headers = rateLimitHeaders(metered, taken.readings);
     const refused = refusalOf(metered, taken);
+    const used = this.#usedBy(tenant);
     if (refused === null) {
+      used.requests += 1;
+      used.inFlight += 1;
       const settle = (usage: TokenUsage | null) => {
         const tokens = usage === null ? null : usage.promptTokens + usage.completionTokens;
+        used.tokens += tokens ?? estimated;
+        used.inFlight -= 1;
         taken.settle(settlementsOf(metered, tokens));
       };
       return { headers, refusal: null, settle };

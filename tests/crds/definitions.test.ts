@@ -141,8 +141,18 @@ describe('kubectl get shows what a person wants to know', () => {
     [
       'Tenant',
       { keys: [{ secretRef: { name: 's' } }] },
-      { keys: '0/1', models: 3, ...ready('False', 'SecretNotFound', 'there is no Secret s') },
-      { KEYS: '0/1', MODELS: '3', READY: 'False', REASON: 'SecretNotFound' },
+      {
+        ...{ keys: '0/1', models: 3, ...ready('False', 'SecretNotFound', 'there is no Secret s') },
+        usage: {
+          ...{ requestsPerMinute: 7, tokensPerMinute: 5_000_000_000, inFlight: 1, rejectedPerMinute: 2 },
+          gateways: [],
+        },
+      },
+      {
+        ...{ KEYS: '0/1', MODELS: '3', 'REQUESTS/MIN': '7', 'TOKENS/MIN': '5000000000', 'REJECTED/MIN': '2' },
+        READY: 'False',
+        REASON: 'SecretNotFound',
+      },
       { MESSAGE: 'there is no Secret s' },
     ],
   ];

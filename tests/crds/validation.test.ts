@@ -707,6 +707,29 @@ test('fills in every default', async () => {
   });
 });
 
+test('the usage of a Tenant has one entry of a gateway, and 100 at most', async () => {
+  const { metadata } = await stored('Tenant', { keys: [{ secretRef: { name: 's' } }] }, false);
+  const counts = { requestsPerMinute: 1, tokensPerMinute: 5_000_000_000, inFlight: 0 };
+  const entry = (name: string) => ({
+    name,
+    time: '2026-01-01T00:00:00Z',
+    ...counts,
+    rejected: { timeout: 1 },
+  });
+  const write = (gateways: object[]) =>
+    callApi(kubeConfig, {
+      method: 'PATCH',
+      path: motetPath('Tenant', namespace, metadata.name, 'status'),
+      contentType: 'application/merge-patch+json',
+      body: { status: { usage: { ...counts, rejectedPerMinute: 1, gateways } } },
+    });
+  await write(many(100, (i) => entry(`gateway-${i}`)));
+  await expect(write(many(101, (i) => entry(`gateway-${i}`)))).rejects.toThrow(/at most 100/);
+  await expect(write([entry('a'), entry('a')])).rejects.toThrow(/Duplicate value/);
+  const { time: _, ...timeless } = entry('a');
+  await expect(write([timeless])).rejects.toThrow(/time: Required value/);
+});
+
 describe('what cannot be changed', () => {
   const changes: [Kind, given: object, patch: object, message: RegExp | null][] = [
     [

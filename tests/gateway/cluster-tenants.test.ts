@@ -393,6 +393,59 @@ describe('status', () => {
   });
 });
 
+describe('usage', () => {
+  const usageOf = async (cluster: Cluster, name: string) => (await cluster.tenant(name)).status?.usage;
+
+  test('has an entry of each gateway and their sum, and one that is gone is taken out', longer, async () => {
+    const { cluster, engine } = await twoTeams();
+    await cluster.change('Tenant', 'red', { spec: { limits: { concurrency: 1 } } });
+    const settings = { usageIntervalMs: 1_000 };
+    const gateways = [await cluster.gateway(settings), await cluster.gateway(settings)];
+    for (const gateway of gateways) await served(gateway, 'red-sql', keyOf('red'));
+    // Each gateway has its part of the one request at a time, which is one at least.
+    engine.fake.script = answerForever;
+    const held = new AbortController();
+    onTestFinished(() => held.abort());
+    for (const gateway of gateways) {
+      const body = chatBody({ model: 'red-sql', stream: true });
+      void gateway.chat(body, { ...bearer(keyOf('red')), signal: held.signal }).catch(() => undefined);
+    }
+    const both = await until(
+      async () => {
+        for (const gateway of gateways) await statusOf(gateway, 'red-sql', keyOf('red'));
+        return usageOf(cluster, 'red');
+      },
+      (usage) => usage?.inFlight === 2 && usage.rejectedPerMinute > 0,
+      secretMs,
+    );
+    expect(both!.gateways.map(({ inFlight }) => inFlight)).toEqual([1, 1]);
+    const rejected = both!.gateways.flatMap(({ rejected }) => Object.entries(rejected));
+    expect(new Set(rejected.map(([reason]) => reason))).toEqual(new Set(['tenant-concurrency']));
+    expect(rejected.reduce((sum, [, count]) => sum + count, 0)).toBe(both!.rejectedPerMinute);
+    expect(await usageOf(cluster, 'blue')).toBeUndefined();
+
+    // Keys, rights and conditions are written by another manager, and stay.
+    const { keys, models, conditions } = (await cluster.tenant('red')).status!;
+    expect([keys, models, conditions?.[0]?.status]).toEqual(['1/1', 1, 'True']);
+
+    // Killed, it could not say that it has gone.
+    await gateways[0]!.drain();
+    const one = await until(
+      () => usageOf(cluster, 'red'),
+      (usage) => usage?.gateways.length === 1,
+      secretMs,
+    );
+    expect(one).toMatchObject({ inFlight: 1 });
+    held.abort();
+    const none = await until(
+      () => usageOf(cluster, 'red'),
+      (usage) => usage?.gateways.length === 0,
+      secretMs,
+    );
+    expect(none).toMatchObject({ requestsPerMinute: 0, tokensPerMinute: 0, inFlight: 0 });
+  });
+});
+
 /** How often a gateway of this process has read a Secret since. */
 function countSecretReads(): () => number {
   let count = 0;

@@ -101,6 +101,7 @@ const defaults: Config = {
   gatewayReplicas: 1,
   redis: null,
   secretIntervalMs: 15_000,
+  usageIntervalMs: 60_000,
   isInsecure: false,
   maxBodyBytes: 1 << 20,
   maxInFlightPerEngine: 8,

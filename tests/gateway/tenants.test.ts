@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest';
 import type { Tenant } from '../../crds/types.ts';
+import { changeOf } from '../../gateway/tenant-status.ts';
 import { judgeTenants, type KeyState, readKey, statusOf, tokenRulesOf } from '../../gateway/tenants.ts';
 import { tenant } from './resources.ts';
 
@@ -154,3 +155,22 @@ test('the status names the other tenant whose claims are among its own', () => {
     narrow: { status: 'False', reason: 'TokensAmbiguous', message: expect.stringContaining('Tenant wide') },
   });
 });
+
+test.each<[string, Partial<Tenant> & { generation?: number; uid?: string }, string]>([
+  ['its spec', { generation: 2 }, 'spec'],
+  ['another under its name', { uid: 'other' }, 'spec'],
+  ['what the gateways say of its keys', { status: { keys: '0/1' } }, 'status'],
+  ['its usage', { status: { keys: '1/1', usage: usageOf(7) } }, 'other'],
+  ['nothing', { status: { keys: '1/1', usage: usageOf(5) } }, 'other'],
+])('a change of %s asks for what it needs and no more', (_, { status, ...meta }, expected) => {
+  const before = { ...tenant('a'), status: { keys: '1/1', usage: usageOf(5) } };
+  expect(changeOf({ ...tenant('a', meta), status: status ?? before.status }, before)).toBe(expected);
+});
+
+test('a tenant that comes or goes is judged', () => {
+  expect([changeOf(tenant('a'), undefined), changeOf(undefined, tenant('a'))]).toEqual(['spec', 'spec']);
+});
+
+function usageOf(requestsPerMinute: number) {
+  return { requestsPerMinute, tokensPerMinute: 0, inFlight: 0, rejectedPerMinute: 0, gateways: [] };
+}
