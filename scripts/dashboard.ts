@@ -239,6 +239,27 @@ const queues: Panel[] = [
       ],
     ],
   ),
+  graph(
+    'Used of limits',
+    'percentunit',
+    'Of the last minute, the ten that are nearest to a limit, all gateways together. 90 % for half an hour is told by an alert.',
+    [
+      [
+        orNone(
+          'tenant',
+          `topk(10, ${sumBy('tenant, limit', `motet_gateway_quota_used_ratio{${here}}`)})`,
+          requestsPerSecond,
+        ),
+        '{{tenant}} {{limit}}',
+      ],
+    ],
+  ),
+  graph(
+    'Limits kept alone',
+    'short',
+    '1 while Redis, in which gateways share limits, does not answer one of them. 0 without Redis.',
+    [[`motet_gateway_quota_store_away{${here}}`, '{{pod}}']],
+  ),
   graph('Keys refused', 'reqps', 'Requests without a good key, by reason.', [
     [perSecond('motet_gateway_auth_failures_total', here, 'reason'), '{{reason}}'],
   ]),

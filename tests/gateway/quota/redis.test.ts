@@ -160,10 +160,12 @@ test('a Redis that is killed and comes back fails no request', async () => {
   const load = Array.from({ length: 4 }, async () => {
     while (!isOver) statuses.push(...(await ask([gateway], 1)));
   });
-  const numAlone = async () => {
+  const metric = async (name: string) => {
     const text = await (await fetch(`${gateway.url}/metrics`)).text();
-    return Number(/^motet_gateway_quota_alone_total (\d+)$/m.exec(text)![1]);
+    return Number(new RegExp(`^motet_gateway_quota_${name} (\\d+)$`, 'm').exec(text)![1]);
   };
+  const numAlone = () => metric('alone_total');
+  expect(await metric('store_away')).toBe(0);
 
   for (let round = 1; round <= 2; round += 1) {
     await redis.kill();
@@ -173,11 +175,13 @@ test('a Redis that is killed and comes back fails no request', async () => {
     );
     const before = await numAlone();
     await until(numAlone, (count) => count > before + 10);
+    expect(await metric('store_away')).toBe(1);
     await redis.start();
     await until(
       () => logged(gateway, backText),
       (count) => count === round,
     );
+    expect(await metric('store_away')).toBe(0);
   }
   isOver = true;
   await Promise.all(load);
