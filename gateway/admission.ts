@@ -2,8 +2,9 @@
 // in one bounded queue, in the order of queue/fair-queue.ts. A declared model that no engine holds is waited for in the same
 // queue, since it may be on its way from an engine that went to another.
 //
-// An engine is sent what it says it can run at once and a quarter more, which keeps it busy while answers travel. What else would
-// wait in it waits here, where all tenants and all engines are seen.
+// An engine is sent what it says it can run at once and a quarter more, which keeps it busy while answers travel, and beyond that some
+// of tenants that have fewer there than others (queue/places.ts). What else would wait in it waits here, where all tenants
+// and all engines are seen.
 
 import { lowestPriority, type TokenUsage } from '../engine/protocol.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
@@ -11,6 +12,7 @@ import { GatewayError } from './errors.ts';
 import { type Ask, costOf, expectedCost } from './queue/ask.ts';
 import { type Charge, type Entry, FairQueue } from './queue/fair-queue.ts';
 import { Pace } from './queue/pace.ts';
+import { type Bounds, type Claimant, mayBeSent, mostPlacesOf, placesOf } from './queue/places.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 import type { Pick, RouteAsk, Router } from './routing/router.ts';
 
@@ -53,6 +55,8 @@ export class Admission {
   readonly #onShed: (tenant: string, reason: ShedReason) => void;
   readonly #queue: FairQueue<Waiter>;
   readonly #pace = new Pace();
+  /** Of what each engine was sent, whose it is. */
+  readonly #sent = new WeakMap<Endpoint, Map<string, { weight: number; count: number }>>();
 
   constructor(
     endpoints: Endpoints,
@@ -100,7 +104,7 @@ export class Admission {
     signal: AbortSignal,
   ): Promise<Slot> {
     signal.throwIfAborted();
-    const pick = this.#tryPick(route, target, tried);
+    const pick = this.#tryPick(ask, route, target, tried);
     if (pick !== null) return this.#take(route, pick, this.#queue.charge(ask, performance.now()));
     this.#makeRoom(ask, this.#whyNone(target, tried) === null);
     return this.#wait(ask, route, target, tried, signal);
@@ -110,7 +114,9 @@ export class Admission {
   trySpare(route: RouteAsk, target: Target, where: (endpoint: Endpoint) => boolean): Slot | null {
     if (this.#queue.size > 0) return null;
     const engines = this.#untried(target, new Set()).filter(where);
-    const free = engines.filter((endpoint) => endpoint.inFlight < Math.ceil(this.#mostOf(endpoint) / 2));
+    const free = engines.filter(
+      (endpoint) => endpoint.inFlight < Math.ceil(placesOf(this.#boundsOf(endpoint)) / 2),
+    );
     const pick = this.#router.pick(route, free, this.#limits.maxInFlightPerEngine, Date.now());
     return pick === null ? null : this.#take(route, pick, null);
   }
@@ -205,14 +211,17 @@ export class Admission {
   #admitWaiting(): void {
     if (this.#queue.size === 0) return;
     const nowMs = performance.now();
-    // An adapter has room as long as an engine that says it holds it has; each that is sent may take the last place.
+    // An adapter has room as long as an engine that says it holds it has, be it for some tenants only; each that is sent may take the
+    // last place.
     const rooms = new Map<string, boolean>();
     const hasRoom = (adapter: string) => {
       let room = rooms.get(adapter);
       if (room === undefined) {
         room = this.#endpoints.all.some(
           (endpoint) =>
-            endpoint.isReady && endpoint.cards.has(adapter) && endpoint.inFlight < this.#mostOf(endpoint),
+            endpoint.isReady &&
+            endpoint.cards.has(adapter) &&
+            endpoint.inFlight < mostPlacesOf(this.#boundsOf(endpoint)),
         );
         rooms.set(adapter, room);
       }
@@ -220,11 +229,16 @@ export class Admission {
     };
     for (;;) {
       rooms.clear();
+      // Of a tenant's requests for one adapter that were not sent before all can go or none.
+      const stuck = new Set<string>();
       let chosen: { waiter: Waiter; pick: Pick } | null = null;
-      const charge = this.#queue.sendNext(nowMs, hasRoom, ({ waiter }) => {
+      const charge = this.#queue.sendNext(nowMs, hasRoom, ({ ask, waiter }) => {
         const { route, target, tried } = waiter;
-        const pick = this.#pickAmong(route, this.#untried(target, tried));
+        const kind = tried.size === 0 ? `${ask.tenant}\0${ask.priority}\0${target.name}` : null;
+        if (kind !== null && stuck.has(kind)) return false;
+        const pick = this.#pickAmong(ask, route, this.#untried(target, tried));
         if (pick !== null) chosen = { waiter, pick };
+        else if (kind !== null) stuck.add(kind);
         return pick !== null;
       });
       if (charge === null) return;
@@ -244,25 +258,41 @@ export class Admission {
   }
 
   /** Where it can go at once; null when that has to be waited for. Throws when there is nothing to wait for. */
-  #tryPick(route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>): Pick | null {
+  #tryPick(ask: Ask, route: RouteAsk, target: Target, tried: ReadonlySet<Endpoint>): Pick | null {
     const untried = this.#untried(target, tried);
-    if (untried.length > 0) return this.#pickAmong(route, untried);
+    if (untried.length > 0) return this.#pickAmong(ask, route, untried);
     if (mayAppear(target)) return null;
     throw this.#whyNone(target, tried)!;
   }
 
-  #pickAmong(route: RouteAsk, endpoints: readonly Endpoint[]): Pick | null {
-    const free = endpoints.filter((endpoint) => endpoint.inFlight < this.#mostOf(endpoint));
+  #pickAmong(claimant: Claimant, route: RouteAsk, endpoints: readonly Endpoint[]): Pick | null {
+    const free = endpoints.filter((endpoint) => {
+      const sent = { inFlight: endpoint.inFlight, byTenant: this.#sentTo(endpoint) };
+      return mayBeSent(sent, this.#boundsOf(endpoint), claimant);
+    });
     if (free.length === 0) return null;
     return this.#router.pick(route, free, this.#limits.maxInFlightPerEngine, Date.now());
   }
 
-  /** Requests that this engine is sent at a time. */
-  #mostOf({ adapterList }: Endpoint): number {
+  #boundsOf({ adapterList }: Endpoint): Bounds {
     const { maxInFlightPerEngine } = this.#limits;
-    const numAtOnce = adapterList?.base?.maxSequences;
-    if (numAtOnce === undefined) return maxInFlightPerEngine;
-    return Math.min(maxInFlightPerEngine, numAtOnce + Math.ceil(numAtOnce / 4));
+    return { maxInFlightPerEngine, maxSequences: adapterList?.base?.maxSequences };
+  }
+
+  #sentTo(endpoint: Endpoint): Map<string, { weight: number; count: number }> {
+    let sent = this.#sent.get(endpoint);
+    if (sent === undefined) {
+      sent = new Map();
+      this.#sent.set(endpoint, sent);
+    }
+    return sent;
+  }
+
+  #countSent(endpoint: Endpoint, { tenant, weight }: Claimant, by: 1 | -1): void {
+    const sent = this.#sentTo(endpoint);
+    const count = (sent.get(tenant)?.count ?? 0) + by;
+    if (count === 0) sent.delete(tenant);
+    else sent.set(tenant, { weight, count });
   }
 
   /** Engines that hold the target and were not tried. */
@@ -285,12 +315,14 @@ export class Admission {
     const end = this.#router.begin(route, pick, Date.now());
     endpoint.inFlight += 1;
     endpoint.numSent += 1;
+    if (charge !== null) this.#countSent(endpoint, charge.ask, 1);
     let isHeld = true;
     const release = (usage: TokenUsage | null = null) => {
       if (!isHeld) return;
       isHeld = false;
       endpoint.inFlight -= 1;
       end();
+      if (charge !== null) this.#countSent(endpoint, charge.ask, -1);
       if (charge !== null) this.#queue.settle(charge, usage && costOf(usage));
       this.#admitWaiting();
     };

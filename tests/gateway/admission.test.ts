@@ -189,3 +189,28 @@ test('an engine is sent what it can run at once and a quarter more', async () =>
   slots[0]!.release();
   (await sixth).release();
 });
+
+test('one of a tenant that has fewer in an engine than another does not wait for a place', async () => {
+  const { engines, admission, enter } = busyEngine({
+    ...{ maxInFlightPerEngine: 100, maxQueued: 100, maxQueuedPerTenant: 100 },
+  });
+  Object.assign(engines.all[0]!, { adapterList: { base: { maxSequences: 4 }, data: [] } });
+  const hangUp = new AbortController();
+  const slots = await Promise.all([1, 2, 3, 4, 5].map(() => enter({ tenant: 'flood' })));
+  const waiting = [1, 2, 3].map(() => enter({ tenant: 'flood' }, hangUp.signal));
+  slots.push(await enter({ tenant: 'quiet' }));
+  expect(admission.numQueued).toBe(3);
+  const line = enter({ tenant: 'jobs', priority: -10 }, hangUp.signal);
+  expect(admission.numQueued).toBe(4);
+  // One that came after the flood's that wait, and has what it may have there beyond the bound.
+  for (const tenant of ['b', 'c', 'd']) slots.push(await enter({ tenant }));
+  const last = enter({ tenant: 'e' });
+  expect(admission.numQueued).toBe(5);
+  slots[5]!.release();
+  slots.push(await last);
+  expect(admission.numQueued).toBe(4);
+  hangUp.abort(new Error('gone'));
+  for (const one of [...waiting, line]) await expect(one).rejects.toThrow('gone');
+  for (const slot of slots) slot.release();
+  expect(engines.all[0]!.inFlight).toBe(0);
+});
