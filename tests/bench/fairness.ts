@@ -1,11 +1,12 @@
 /**
  * What is left to others when one tenant floods, and do weights give what they say? Real gateway and real engine (SmolLM2-135M).
  *
- *   node tests/bench/fairness.ts                   1 round of 4 s + 3 x 12 s
+ *   node tests/bench/fairness.ts                   1 round of 4 s + 4 x 12 s
  *   node tests/bench/fairness.ts --rounds 3 --seconds 30
  *
- * Capacity is measured first. Then nine tenants ask, each in an open loop, for 0.6 of a tenth of it, alone and beside a tenth that asks
- * for three times all of it. At last three tenants of weights 1, 2 and 4 that always have requests waiting ask the engine itself, by the
+ * Capacity is measured first. Then nine tenants ask, each in an open loop, for 0.6 of a tenth of it: alone; beside four others that behave
+ * too and have one request each at any time, so that seats are as busy as a flood makes them; and beside a tenth tenant that asks for three
+ * times all of it. At last three tenants of weights 1, 2 and 4 that always have requests waiting ask the engine itself, by the
  * headers that a gateway sets: a gateway outside a cluster has no weights.
  */
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
@@ -24,6 +25,7 @@ const { values: options } = parseArgs({
     rounds: { type: 'string', default: '1' },
     seconds: { type: 'string', default: '12' },
     seed: { type: 'string', default: '1' },
+    weights: { type: 'string', default: 'yes' },
   },
 });
 const [numRounds, seconds, seed] = (['rounds', 'seconds', 'seed'] as const).map((name) => {
@@ -36,6 +38,7 @@ const [numRounds, seconds, seed] = (['rounds', 'seconds', 'seed'] as const).map(
 const numSeats = 8;
 const maxTokens = 16;
 const maxOpenOfFlood = 200;
+const calm = Array.from({ length: 4 }, (_, i) => `calm-${i}`);
 const behaving = Array.from({ length: 9 }, (_, i) => `tenant-${i}`);
 const keyOf = (tenant: string) => `key-of-${tenant}-0123456789`;
 
@@ -123,9 +126,28 @@ async function openLoop(url: string, tenant: string, perSecond: number, ms: numb
 
 const folder = mkdtempSync(join(tmpdir(), 'motet-fairness-'));
 const keysFile = join(folder, 'keys.json');
-writeFileSync(keysFile, ['flood', ...behaving].map((tenant) => `${tenant} ${keyOf(tenant)}`).join('\n'));
+writeFileSync(
+  keysFile,
+  ['flood', ...calm, ...behaving].map((tenant) => `${tenant} ${keyOf(tenant)}`).join('\n'),
+);
 const engine = await startSmollm2(['--max-sequences', String(numSeats)]);
 const gateway = await startGatewayOver([engine.url], ['--api-keys-file', keysFile]);
+
+/** Of a counter of the engine, all its series together. */
+async function counted(name: string): Promise<number> {
+  const text = await (await request(`${engine.url}/metrics`)).body.text();
+  let sum = 0;
+  for (const line of text.split('\n'))
+    if (line.startsWith(`${name}{`)) sum += Number(line.slice(line.lastIndexOf(' ')));
+  return sum;
+}
+
+/** What a counter of the engine rises by in a second, while requests come. */
+async function rateOf(name: string): Promise<number> {
+  const before = await counted(name);
+  await sleep(1_000 * seconds);
+  return ((await counted(name)) - before) / seconds;
+}
 
 interface Row {
   /** Of what the nine asked, what was answered; and of the one that has least. */
@@ -134,35 +156,45 @@ interface Row {
   p50: number;
   p99: number;
   longestMs: number;
+  /** Of all tenants. */
+  tokensPerSecond: number;
+  yieldsPerSecond: number;
 }
 
+/** @param beside  who asks at the same time: a flood of so many requests a second, tenants with one request each at any time */
 async function runNine(
   perSecond: number,
-  flood: number,
+  beside: { flood?: number; calm?: readonly string[] },
   roundSeed: number,
-): Promise<Row & { floodShare: number }> {
+): Promise<Row> {
   const loop = (tenant: string, rate: number, index: number) => {
     const random = seededRandom(100 * roundSeed + index);
     return openLoop(gateway.url, tenant, rate, 1_000 * seconds, () => random.below(2 ** 30) / 2 ** 30);
   };
-  const flooding = flood > 0 ? loop('flood', flood, 99) : null;
+  const others = [
+    ...(beside.flood ? [loop('flood', beside.flood, 99)] : []),
+    ...(beside.calm ?? []).map((tenant) => saturate(gateway.url, asTenant(tenant), 1, 1_000 * seconds)),
+  ];
+  const rates = Promise.all([rateOf('vllm:generation_tokens_total'), rateOf('motet_yields_total')]);
   const nine = await Promise.all(behaving.map((tenant, index) => loop(tenant, perSecond, index)));
+  await Promise.all(others);
+  const [tokensPerSecond, yieldsPerSecond] = await rates;
   const ttfts = nine.flatMap(({ answers }) => answers.map(({ ttftMs }) => ttftMs));
-  const sum = (values: number[]) => values.reduce((total, value) => total + value, 0);
-  const numAsked = sum(nine.map((one) => one.numAsked));
-  const numFlood = (await flooding)?.numInTime ?? 0;
+  const numAsked = nine.reduce((sum, one) => sum + one.numAsked, 0);
   return {
     kept: ttfts.length / numAsked,
     leastKept: Math.min(...nine.map((one) => (one.numAsked === 0 ? 1 : one.answers.length / one.numAsked))),
     p50: percentile(ttfts, 50),
     p99: percentile(ttfts, 99),
     longestMs: Math.max(...ttfts),
-    floodShare: numFlood / (numFlood + sum(nine.map(({ numInTime }) => numInTime))),
+    tokensPerSecond,
+    yieldsPerSecond,
   };
 }
 
 const alone: Row[] = [];
-const flooded: (Row & { floodShare: number })[] = [];
+const calmed: Row[] = [];
+const flooded: Row[] = [];
 const twos: number[] = [];
 const fours: number[] = [];
 try {
@@ -172,8 +204,10 @@ try {
     console.log(
       `round ${round + 1}: capacity ${shortNumber(capacity)} requests/s, each of the nine asks ${shortNumber(perSecond)}`,
     );
-    alone.push(await runNine(perSecond, 0, seed + round));
-    flooded.push(await runNine(perSecond, 3 * capacity, seed + round));
+    alone.push(await runNine(perSecond, {}, seed + round));
+    calmed.push(await runNine(perSecond, { calm }, seed + round));
+    flooded.push(await runNine(perSecond, { flood: 3 * capacity }, seed + round));
+    if (options.weights === 'no') continue;
     const [one, two, four] = await Promise.all(
       [1, 2, 4].map((weight) =>
         saturate(
@@ -200,16 +234,19 @@ const rows: [string, (row: Row) => number][] = [
   ['TTFT ms p50', ({ p50 }) => p50],
   ['TTFT ms p99', ({ p99 }) => p99],
   ['TTFT ms, the longest', ({ longestMs }) => longestMs],
+  ['tokens/s of all tenants', ({ tokensPerSecond }) => tokensPerSecond],
+  ['yields/s', ({ yieldsPerSecond }) => yieldsPerSecond],
 ];
 console.log(`\n${numRounds} rounds of ${seconds} s, ${numSeats} seats, ${maxTokens} tokens an answer\n`);
-console.log('| nine tenants | alone | beside the flood | flood / alone |\n|---|---|---|---|');
-for (const [name, of] of rows) {
-  const [before, after] = [alone.map(of), flooded.map(of)];
-  console.log(
-    `| ${name} | ${showSpread(spread(before))} | ${showSpread(spread(after))} | ${showSpread(ratios(after, before))} |`,
-  );
-}
 console.log(
-  `\nThe flood's share of answers: ${showSpread(spread(flooded.map(({ floodShare }) => floodShare)))}`,
+  '| nine tenants | alone | beside four that behave | beside the flood | flood / alone | flood / four |',
 );
-console.log(`Weights 1:2:4 got 1 : ${showSpread(spread(twos))} : ${showSpread(spread(fours))}`);
+console.log('|---|---|---|---|---|---|');
+for (const [name, of] of rows) {
+  const [before, among, after] = [alone.map(of), calmed.map(of), flooded.map(of)];
+  const spreads = [before, among, after].map(spread);
+  const cells = [...spreads, ratios(after, before), ratios(after, among)].map(showSpread);
+  console.log(`| ${name} | ${cells.join(' | ')} |`);
+}
+if (twos.length > 0)
+  console.log(`\nWeights 1:2:4 got 1 : ${showSpread(spread(twos))} : ${showSpread(spread(fours))}`);
