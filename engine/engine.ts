@@ -35,8 +35,9 @@ import { type Reclaimable, reclaim } from './ladder/reclaim.ts';
 import type { EngineMetrics } from './metrics.ts';
 import type { EngineLoad, Standing } from './protocol.ts';
 import type { SamplingParams } from './sampling.ts';
-import { type Chunk, type SchedulePlan, schedule } from './scheduler.ts';
+import { type Chunk, type SchedulePlan, schedule, type Yield } from './scheduler.ts';
 import { blocksFor, Sequence } from './sequence.ts';
+import { type Claims, claimsOf, numSeatsDue } from './shares.ts';
 import { type FinishReason, StopStrings, stopAtToken } from './stop.ts';
 import { outputWeight, Turns } from './turns.ts';
 
@@ -162,6 +163,8 @@ export interface SequenceHandle {
   /** Ends it with `abort`; its blocks are back when the steps in flight are over. Does nothing when it has ended. */
   cancel(): void;
 }
+
+const noClaims: Claims = new Map();
 
 export class Engine {
   readonly #options: EngineOptions;
@@ -493,7 +496,7 @@ export class Engine {
       const plan = this.#plan();
       if (plan.yielded.length > 0) {
         if (this.#steps.length > 0) return plan;
-        for (const sequence of plan.yielded) this.#preempt(sequence);
+        for (const { sequence, reason } of plan.yielded) this.#yield(sequence, reason);
         continue;
       }
       if (plan.chunks.length === 0 && plan.admitted.length === 0) return plan;
@@ -710,9 +713,14 @@ export class Engine {
     let numFreePages = arena.numFree;
     for (let i = 0; i < this.#holders.length; i++) numFreePages += this.#holders[i]!.numReclaimablePages;
     const isLongWaiting = this.#waiting.some((sequence) => sequence.long);
+    const startable = this.#startable();
+    const claims = startable.length === 0 ? noClaims : claimsOf(this.#running, startable);
+    const numToBeHad =
+      limits.maxSequences - this.#numKeepingSeats() + numSeatsDue(claims, limits.maxSequences);
     return schedule({
-      waiting: this.#turns.order(this.#startable(), limits.maxSequences - this.#numKeepingSeats()),
+      waiting: this.#turns.order(startable, numToBeHad),
       running: this.#running,
+      claims,
       numFreePages,
       numFreeHostPages: isLongWaiting ? this.#numFreeHostPages() : 0,
       prefixCache: blocks,
@@ -775,7 +783,13 @@ export class Engine {
   /** @returns the blocks that are kept since */
   #carryOut(plan: SchedulePlan): MadeBlock[] {
     const { arena, blocks } = this.#options;
-    for (const sequence of plan.preempted) this.#preempt(sequence);
+    for (const sequence of plan.preempted) {
+      // One that gives way does so here too: it goes on in its turn.
+      if (sequence.givesWay) sequence.numYields++;
+      else sequence.wasPreempted = true;
+      this.#preempt(sequence);
+      this.#options.metrics.preemptions.inc();
+    }
     for (const sequence of plan.passedOver) sequence.numStepsPassedOver++;
     for (const { sequence } of plan.admitted) {
       this.#turns.begin(sequence, this.#waiting);
@@ -810,19 +824,21 @@ export class Engine {
     return made;
   }
 
+  #yield(sequence: Sequence, reason: Yield['reason']): void {
+    sequence.numYields++;
+    this.#preempt(sequence);
+    this.#options.metrics.yields.inc({ reason });
+  }
+
   /** It waits again: before those that came after it, and behind those that came before it and still wait for their adapters. No step has it. */
   #preempt(sequence: Sequence): void {
     this.#giveBackBlocks(sequence);
     this.#letGoOfAdapters(this.#live.get(sequence)!);
     sequence.status = 'waiting';
-    // One that gives way does so here too: it goes on in its turn.
-    if (sequence.givesWay) sequence.numYields++;
-    else sequence.wasPreempted = true;
     this.#running.splice(this.#running.indexOf(sequence), 1);
     const after = this.#waiting.findIndex(({ id }) => id > sequence.id);
     this.#waiting.splice(after < 0 ? this.#waiting.length : after, 0, sequence);
     this.#turns.wait(sequence);
-    this.#options.metrics.preemptions.inc();
   }
 
   #beginLong(sequence: Sequence, { shape }: LongState): void {

@@ -10,6 +10,7 @@ import { type Arena, pageOwners } from './ladder/arena.ts';
 import type { BlockPool, CachedTokens } from './ladder/block-pool.ts';
 import type { KvDisk } from './ladder/kv-disk.ts';
 import type { Tier } from './protocol.ts';
+import { yieldReasons } from './scheduler.ts';
 import type { FinishReason } from './stop.ts';
 
 /** What the gauges read. */
@@ -56,6 +57,11 @@ export class EngineMetrics {
   readonly registry = new Registry();
 
   readonly preemptions = this.#counter('vllm:num_preemptions_total', 'Sequences preempted, cumulative.');
+  readonly yields = this.#labelled(
+    'motet_yields_total',
+    'Running sequences that gave their place to one that waited, by why: it was of the lowest priority, or its tenant had more than its share.',
+    ['reason'],
+  );
   readonly promptTokens = this.#counter(
     'vllm:prompt_tokens_total',
     'Prompt tokens computed, of sequences that ended.',
@@ -228,6 +234,7 @@ export class EngineMetrics {
 
   constructor(modelName: string) {
     this.registry.setDefaultLabels({ model_name: modelName, engine: '0' });
+    for (const reason of yieldReasons) this.yields.inc({ reason }, 0);
   }
 
   /** @param gapSeconds  null: nothing was to be computed before it */

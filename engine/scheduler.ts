@@ -16,6 +16,7 @@
  * Sequences of the lowest priority give way (sequence.ts, givesWay): their prompts run behind those of others, they are preempted
  * before others, and when one of a higher priority is first of those that wait and lacks a seat or pages that they have, they yield:
  * a plan then says this and nothing else, and the next one, made at once, has the room. None yields in vain, nor more than twice.
+ * So do the youngest of a tenant that has more than its share of the seats (shares.ts), to one that has less and is next.
  *
  * A sequence that is too long for the device takes what it needs of both arenas when it begins (ladder/long-context.ts), and runs
  * within its own window of pages: it waits for these alone, and nobody is preempted for it. In a step it is the last that enters.
@@ -28,12 +29,15 @@
 import type { BlockHash } from './ladder/block-hash.ts';
 import { lowestPriority } from './protocol.ts';
 import { blocksFor, type Sequence } from './sequence.ts';
+import { type Claims, fairLevel, isBelow, seatsOver } from './shares.ts';
 
 export interface ScheduleInput {
   /** Those that may begin, in the order of their turns: as many as seats are free or may be yielded. */
   waiting: readonly Sequence[];
   /** In the order they were admitted; with those that only wait for their last step to be over. */
   running: readonly Sequence[];
+  /** What tenants have and want of the seats. */
+  claims: Claims;
   /** With those that hold blocks that are only kept. */
   numFreePages: number;
   /** The same of the host arena. */
@@ -77,6 +81,13 @@ export interface Admission {
   ways: readonly BlockWay[];
 }
 
+/** `priority`: it is of the lowest, and who comes is not. `share`: its tenant has too many seats. */
+export const yieldReasons = ['priority', 'share'] as const;
+export interface Yield {
+  sequence: Sequence;
+  reason: (typeof yieldReasons)[number];
+}
+
 export interface SchedulePlan {
   /** In batch order. */
   chunks: Chunk[];
@@ -85,7 +96,7 @@ export interface SchedulePlan {
   /** Members of waiting that begin to run, in order. One whose blocks are on their way may have no chunk yet. */
   admitted: Admission[];
   /** Members of running whose places others need now. The plan has nothing else then. */
-  yielded: Sequence[];
+  yielded: Yield[];
   /** Members of running that give way and whose prompts had to wait for tokens of the budget. */
   passedOver: Sequence[];
 }
@@ -230,18 +241,17 @@ function numPagesPromised(running: readonly Sequence[], blockSizeTokens: number)
 }
 
 /**
- * The youngest of those that give way, as many as it takes until the first that waits has its pages and all of its kind their seats. None
- * when nobody who waits goes before them, or when it would not be enough.
+ * As many as it takes until the first that waits has its pages, and those that wait their seats: the youngest of those that give way;
+ * then, for each that is next and whose tenant is below its share, the youngest of the tenant that is most over its own and whose
+ * priority is no higher. None when nobody who waits goes before them, or when it would not be enough.
  */
-function whoYields(input: ScheduleInput, running: readonly Sequence[]): Sequence[] {
-  const { waiting, blockSizeTokens, prefixCache } = input;
+function whoYields(input: ScheduleInput, running: readonly Sequence[]): Yield[] {
+  const { waiting, blockSizeTokens, prefixCache, maxSequences } = input;
   const goesBefore = ({ standing }: Sequence) => standing.priority > lowestPriority;
   const first = waiting[0];
   if (first === undefined || !goesBefore(first)) return [];
-  // What copies have cannot be given back yet.
-  const mayYield = running.filter((one) => one.givesWay && !one.long && one.numCopiesInFlight === 0);
+  const mayYield = running.filter((one) => one.mayYield);
   if (mayYield.length === 0) return [];
-  const lackSeats = waiting.filter(goesBefore).length - (input.maxSequences - running.length);
   if (first.long && first.long.shape.numHostPages > input.numFreeHostPages) return [];
   const { ways, numTaken } = findWays(first, blockSizeTokens, prefixCache, {
     made: new Set(),
@@ -251,13 +261,46 @@ function whoYields(input: ScheduleInput, running: readonly Sequence[]): Sequence
   const numPages = first.long ? first.long.shape.numDevicePages : numOwnPages;
   const numPromised = numPagesPromised(running, blockSizeTokens);
   let lackPages = numPages + numPromised + input.numWantedPages - input.numFreePages;
-  const yielded: Sequence[] = [];
-  while (lackPages > 0 || yielded.length < lackSeats) {
-    const next = mayYield.pop();
-    if (next === undefined) break;
-    yielded.push(next);
-    lackPages -= prefixCache.numPagesOfItsOwn(next) + numPagesPromised([next], blockSizeTokens);
+  let numFreeSeats = maxSequences - running.length;
+  if (lackPages <= 0 && waiting.length <= numFreeSeats) return [];
+  const claims: Claims = new Map();
+  for (const [tenant, claim] of input.claims) claims.set(tenant, { ...claim });
+  const claimOf = ({ standing }: Sequence) => claims.get(standing.tenant);
+  // Short of pages, no more can run than do.
+  const level = fairLevel(claims, lackPages > 0 ? running.length : maxSequences);
+  const isDue = (sequence: Sequence) => isBelow(claimOf(sequence), level);
+  const yielded: Yield[] = [];
+  const yieldTo = ({ standing }: Sequence, mayTake: boolean): boolean => {
+    let index = mayYield.findLastIndex((one) => one.givesWay);
+    const reason = index >= 0 ? 'priority' : 'share';
+    if (index < 0 && mayTake) {
+      let most = 0;
+      for (let i = 0; i < mayYield.length; i++) {
+        const victim = mayYield[i]!;
+        const over = victim.standing.priority > standing.priority ? 0 : seatsOver(claimOf(victim), level);
+        if (over > 0 && over >= most) [index, most] = [i, over];
+      }
+    }
+    if (index < 0) return false;
+    const [victim] = mayYield.splice(index, 1);
+    if (reason === 'share') claimOf(victim!)!.numRunning--;
+    yielded.push({ sequence: victim!, reason });
+    lackPages -= prefixCache.numPagesOfItsOwn(victim!) + numPagesPromised([victim!], blockSizeTokens);
+    return true;
+  };
+  const isFirstDue = isDue(first);
+  let isBehindLine = false;
+  for (const sequence of waiting) {
+    if (!goesBefore(sequence)) {
+      isBehindLine = true;
+      continue;
+    }
+    if (numFreeSeats > 0) numFreeSeats--;
+    else if (!yieldTo(sequence, !isBehindLine && isDue(sequence))) break;
+    const claim = claimOf(sequence);
+    if (claim) claim.numRunning++;
   }
+  while (lackPages > 0 && yieldTo(first, isFirstDue));
   // Alone it can always begin.
   return lackPages <= 0 || yielded.length === running.length ? yielded : [];
 }

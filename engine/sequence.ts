@@ -30,8 +30,8 @@ export interface ReadyRange {
 /** Nobody's, with no claim before others. */
 export const defaultStanding: Standing = { tenant: '', weight: 1, priority: 0 };
 
-/** After so often it does not give way any more. */
-const maxYields = 2;
+/** After so often it keeps its place, whoever waits. */
+export const maxYields = 2;
 const maxStepsPassedOver = 256;
 
 export type SequenceStatus = 'waiting' | 'running' | 'finished';
@@ -151,7 +151,12 @@ export class Sequence {
     }
   }
 
-  /** While it runs, others go before it. Not for ever, so that it comes to an end. */
+  /** Another may have its place. Not for ever, so that it comes to an end; nor while copies have blocks of it, which cannot be given back yet. */
+  get mayYield(): boolean {
+    return this.numYields < maxYields && this.long === null && this.numCopiesInFlight === 0;
+  }
+
+  /** While it runs, others go before it. Not for ever either. */
   get givesWay(): boolean {
     return (
       this.standing.priority === lowestPriority &&

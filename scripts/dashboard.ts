@@ -324,6 +324,12 @@ const engines: Panel[] = [
       [perSecond('motet_requests_rejected_total', ofBase, 'pod'), '{{pod}} refused'],
     ],
   ),
+  graph(
+    'Places given to others',
+    'ops',
+    'Running sequences that gave their place to one that waited: share, because their tenant had more than its share of the seats; priority, because they had the lowest.',
+    [[perSecond('motet_yields_total', ofBase, 'reason'), '{{reason}}']],
+  ),
   stack('Device arenas', 'bytes', 'What holds the bytes of the device arenas, all engines together.', [
     [sumBy('kind', `motet_arena_bytes{${ofBase}}`), '{{kind}}'],
   ]),

@@ -372,6 +372,35 @@ describe('preemption', () => {
   });
 });
 
+describe('a tenant with more than its share of the seats', () => {
+  const of = (tenant: string) => ({ standing: { tenant, weight: 1, priority: 0 } });
+
+  test('gives one to another within one step, and goes on to the same tokens', async () => {
+    const parts = startEngine({ limits: { maxSequences: 2 } });
+    const prompts = ['the first of many', 'the second of many', 'the third of many'];
+    const flood = prompts.map((prompt) =>
+      start(parts, { ...of('flood'), prompt, params: { maxTokens: 60 } }),
+    );
+    await vi.waitFor(() => expect(parts.runtime.steps.length).toBeGreaterThan(20), { interval: 1 });
+    const numSteps = parts.runtime.steps.length;
+    await start(parts, { ...of('quiet'), prompt: 'quiet', params: { maxTokens: 3 } }).done;
+    // The two steps that were in flight or being planned, its three, and one more that was handed in before it was told.
+    expect(parts.runtime.steps.length - numSteps).toBeLessThanOrEqual(6);
+    const outcomes = await Promise.all(flood.map(({ done }) => done));
+    expect(flood.map(({ handle }) => handle.sequence.numYields)).toEqual([0, 1, 0]);
+    for (const [i, { tokens }] of outcomes.entries())
+      expect(tokens).toEqual(
+        await generateAlone(text(prompts[i]!), { ...defaultSampling(), temperature: 0 }, null, 60),
+      );
+    const yields = await parts.metrics.registry.getSingleMetric('motet_yields_total')!.get();
+    expect(yields.values.map(({ labels, value }) => [labels.reason, value])).toEqual([
+      ['priority', 0],
+      ['share', 1],
+    ]);
+    await idle(parts);
+  });
+});
+
 describe('a sequence of the lowest priority', () => {
   const line = { standing: { tenant: 'jobs', weight: 1, priority: lowestPriority } };
 

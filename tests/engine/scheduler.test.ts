@@ -4,6 +4,7 @@ import { lowestPriority } from '../../engine/protocol.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { type FoundBlock, type ScheduleInput, schedule } from '../../engine/scheduler.ts';
 import { defaultStanding, Sequence } from '../../engine/sequence.ts';
+import { claimsOf } from '../../engine/shares.ts';
 
 let nextId = 0;
 
@@ -12,6 +13,8 @@ function sequence(fields: {
   numTokens: number;
   numComputed?: number;
   priority?: number;
+  tenant?: string;
+  weight?: number;
   maxTotalTokens?: number;
 }) {
   const made = new Sequence({
@@ -19,7 +22,11 @@ function sequence(fields: {
     promptTokens: new Int32Array(fields.numTokens),
     maxTotalTokens: fields.maxTotalTokens ?? 10_000,
     params: defaultSampling(),
-    standing: { ...defaultStanding, priority: fields.priority ?? 0 },
+    standing: {
+      tenant: fields.tenant ?? defaultStanding.tenant,
+      weight: fields.weight ?? defaultStanding.weight,
+      priority: fields.priority ?? defaultStanding.priority,
+    },
   });
   made.numComputedTokens = fields.numComputed ?? 0;
   made.numBlocks = Math.ceil(made.numComputedTokens / 16);
@@ -32,6 +39,7 @@ function plan(input: Partial<ScheduleInput>) {
   return schedule({
     waiting: [],
     running: [],
+    claims: claimsOf(input.running ?? [], input.waiting ?? []),
     numFreePages: 100,
     numFreeHostPages: 100,
     prefixCache: { find: () => null, numPagesOfItsOwn: ({ numBlocks }) => numBlocks },
@@ -44,6 +52,8 @@ function plan(input: Partial<ScheduleInput>) {
 }
 const chunks = (made: ReturnType<typeof plan>) =>
   made.chunks.map((chunk) => [chunk.sequence, chunk.numTokens]);
+
+const yielded = (made: ReturnType<typeof plan>) => made.yielded.map(({ sequence }) => sequence);
 
 const admitted = (made: ReturnType<typeof plan>) => made.admitted.map((admission) => admission.sequence);
 
@@ -200,7 +210,7 @@ describe('sequences of the lowest priority', () => {
   test('yield their seats to as many as wait, the youngest first', () => {
     const running = [runningLine(), decoding(18), runningLine(), runningLine()];
     const made = plan({ running, waiting: [online(), online()], maxSequences: 4 });
-    expect(made.yielded).toEqual([running[3], running[2]]);
+    expect(yielded(made)).toEqual([running[3], running[2]]);
     expect([made.chunks, made.admitted]).toEqual([[], []]);
   });
 
@@ -215,14 +225,14 @@ describe('sequences of the lowest priority', () => {
   test('yield the pages that the first who waits lacks, and none when that is not enough', () => {
     // Two pages each, and 5 for the one that waits.
     const running = [decoding(18), runningLine(), runningLine()];
-    const yielded = (numFreePages: number) =>
+    const numYielded = (numFreePages: number) =>
       plan({ running, waiting: [online(79)], numFreePages }).yielded.length;
-    expect([5, 4, 3, 2, 1, 0].map(yielded)).toEqual([0, 1, 1, 2, 2, 0]);
+    expect([5, 4, 3, 2, 1, 0].map(numYielded)).toEqual([0, 1, 1, 2, 2, 0]);
   });
 
   test('yield all when nothing else runs, since the first then has the arena alone', () => {
     const running = [runningLine()];
-    expect(plan({ running, waiting: [online(79)], numFreePages: 0 }).yielded).toEqual(running);
+    expect(yielded(plan({ running, waiting: [online(79)], numFreePages: 0 }))).toEqual(running);
   });
 
   test('yield twice at most', () => {
@@ -254,6 +264,66 @@ describe('sequences of the lowest priority', () => {
     expect(made.passedOver).toEqual([old]);
     old.numStepsPassedOver = 256;
     expect(chunks(plan({ running: [old, young], maxBatchTokens: 50 }))).toEqual([[old, 50]]);
+  });
+});
+
+describe('tenants', () => {
+  const of = (tenant: string, fields: Partial<Parameters<typeof sequence>[0]> = {}) =>
+    sequence({ numTokens: 18, numComputed: 17, tenant, ...fields });
+  const comes = (tenant: string, fields: Partial<Parameters<typeof sequence>[0]> = {}) =>
+    of(tenant, { numComputed: 0, ...fields });
+  const full = (count: number, tenant: string) => Array.from({ length: count }, () => of(tenant));
+
+  test('over their share yield seats to one that is below its own and next, the youngest first', () => {
+    const running = full(4, 'flood');
+    const waiting = [comes('quiet'), comes('quiet'), comes('quiet'), comes('flood')];
+    const made = plan({ running, waiting, maxSequences: 4 });
+    expect(made.yielded).toEqual([
+      { sequence: running[3], reason: 'share' },
+      { sequence: running[2], reason: 'share' },
+    ]);
+    expect([made.chunks, made.admitted]).toEqual([[], []]);
+  });
+
+  test('have by weight', () => {
+    const running = full(8, 'flood');
+    const heavy = Array.from({ length: 8 }, () => comes('heavy', { weight: 3 }));
+    expect(yielded(plan({ running, waiting: heavy }))).toEqual(running.slice(2).reverse());
+  });
+
+  test('keep what others leave of their shares', () => {
+    const running = [...full(5, 'flood'), of('quiet'), of('calm')];
+    expect(plan({ running, waiting: [comes('flood')], maxSequences: 7 }).yielded).toEqual([]);
+    expect(yielded(plan({ running, waiting: [comes('calm')], maxSequences: 7 }))).toEqual([running[4]]);
+  });
+
+  test('that are not next, or have their share, get no seat of others', () => {
+    const running = full(4, 'flood');
+    expect(plan({ running, waiting: [comes('flood'), comes('quiet')], maxSequences: 4 }).yielded).toEqual([]);
+    const even = [...full(2, 'flood'), ...full(2, 'quiet')];
+    expect(plan({ running: even, waiting: [comes('quiet')], maxSequences: 4 }).yielded).toEqual([]);
+    const odd = [...full(2, 'flood'), of('quiet')];
+    expect(plan({ running: odd, waiting: [comes('quiet')], maxSequences: 3 }).yielded).toEqual([]);
+  });
+
+  test('yield nothing to a lower priority, of one sequence no more than twice, and lines of batches first', () => {
+    const running = full(3, 'flood');
+    const waiting = [comes('quiet', { priority: -1 })];
+    expect(plan({ running, waiting, maxSequences: 3 }).yielded).toEqual([]);
+    running[2]!.numYields = 2;
+    const quiet = [comes('quiet')];
+    expect(yielded(plan({ running, waiting: quiet, maxSequences: 3 }))).toEqual([running[1]]);
+    const line = of('flood', { priority: lowestPriority });
+    const made = plan({ running: [line, ...running], waiting: quiet, maxSequences: 4 });
+    expect(made.yielded).toEqual([{ sequence: line, reason: 'priority' }]);
+  });
+
+  test('over their share yield the pages that another lacks, while they keep their share of what can run', () => {
+    const running = full(3, 'flood');
+    const numYielded = (numFreePages: number) =>
+      plan({ running, waiting: [comes('quiet', { numTokens: 40 })], numFreePages }).yielded.length;
+    // Two pages each, and 3 for the one that waits.
+    expect([3, 2, 1, 0].map(numYielded)).toEqual([0, 1, 1, 0]);
   });
 });
 

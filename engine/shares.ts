@@ -1,0 +1,80 @@
+/**
+ * What of the seats is fair to whom: max-min by weights. Who wants less than its share has all it wants, and what it leaves is shared
+ * by the others, so what is fair changes as tenants come and go. Pure; what waits or runs at the lowest priority is not counted, since
+ * it gives way to all others anyway.
+ *
+ * A tenant is below its share while one more seat would begin within it, and over it when it would have its share with one seat less.
+ * None is both, and none becomes over by what it was given for being below: seats do not go to and fro.
+ */
+import { lowestPriority } from './protocol.ts';
+import type { Sequence } from './sequence.ts';
+
+export interface Claim {
+  weight: number;
+  numRunning: number;
+  numWaiting: number;
+}
+
+/** By tenant. */
+export type Claims = Map<string, Claim>;
+
+/** Sums of shares are not exact. */
+const tolerance = 1e-9;
+
+export function claimsOf(running: readonly Sequence[], waiting: readonly Sequence[]): Claims {
+  const claims: Claims = new Map();
+  const claimOf = ({ tenant, weight }: Sequence['standing']) => {
+    let claim = claims.get(tenant);
+    if (claim === undefined) {
+      claim = { weight, numRunning: 0, numWaiting: 0 };
+      claims.set(tenant, claim);
+    }
+    return claim;
+  };
+  for (const { standing, isFinished, isFull } of running)
+    if (!isFinished && !isFull && standing.priority > lowestPriority) claimOf(standing).numRunning++;
+  for (const { standing } of waiting) if (standing.priority > lowestPriority) claimOf(standing).numWaiting++;
+  return claims;
+}
+
+/** Seats for a weight of 1 when `numSeats` are shared; Infinity: there are enough for all. */
+export function fairLevel(claims: Claims, numSeats: number): number {
+  const wants = [...claims.values()].map(({ weight, numRunning, numWaiting }) => ({
+    weight,
+    count: numRunning + numWaiting,
+  }));
+  wants.sort((a, b) => a.count / a.weight - b.count / b.weight);
+  let weightLeft = wants.reduce((sum, { weight }) => sum + weight, 0);
+  let seatsLeft = numSeats;
+  for (const { weight, count } of wants) {
+    const level = seatsLeft / weightLeft;
+    if (count > level * weight + tolerance) return level;
+    seatsLeft -= count;
+    weightLeft -= weight;
+  }
+  return Number.POSITIVE_INFINITY;
+}
+
+export function isBelow(claim: Claim | undefined, level: number): boolean {
+  return claim !== undefined && claim.numRunning < level * claim.weight - tolerance;
+}
+
+/** What it has over its share, in shares of weight 1; 0 when it would have less than its share with one seat less. */
+export function seatsOver(claim: Claim | undefined, level: number): number {
+  if (claim === undefined) return 0;
+  const { numRunning, weight } = claim;
+  return numRunning - 1 < level * weight - tolerance ? 0 : numRunning / weight - level;
+}
+
+/** Seats that would change hands if those that wait are below their shares. */
+export function numSeatsDue(claims: Claims, numSeats: number): number {
+  const level = fairLevel(claims, numSeats);
+  let numWanted = 0;
+  let numOver = 0;
+  for (const claim of claims.values()) {
+    const { numRunning, numWaiting, weight } = claim;
+    if (isBelow(claim, level)) numWanted += Math.min(numWaiting, Math.ceil(level * weight) - numRunning);
+    numOver += Math.max(0, Math.floor(numRunning - level * weight + tolerance));
+  }
+  return Math.min(numWanted, numOver);
+}
