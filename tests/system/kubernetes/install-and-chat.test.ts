@@ -9,6 +9,7 @@ import { promisify } from 'node:util';
 import type { V1Pod } from '@kubernetes/client-node';
 import OpenAI from 'openai';
 import { afterAll, beforeAll, expect, test } from 'vitest';
+import type { Tenant } from '../../../crds/types.ts';
 import { motetImage, poll, realCluster } from '../../fixtures/cluster.ts';
 import { kubectl } from '../../fixtures/control-plane.ts';
 import {
@@ -35,7 +36,8 @@ let motet: InstalledMotet;
 let before: string[];
 beforeAll(async () => {
   before = await allObjects();
-  motet = await installMotet();
+  // By default a tenant's usage is told once a minute.
+  motet = await installMotet(['gateway.settings.usageIntervalMs=2000']);
 }, 300_000);
 afterAll(() => motet?.uninstall(), 300_000);
 
@@ -81,6 +83,22 @@ test('a tenant sees and calls what it selects, and for it nothing else exists', 
   const nobody = new OpenAI({ baseURL: `${motet.url}/v1`, apiKey: 'a-key-that-nobody-has', maxRetries: 0 });
   await expect(ask(nobody, 'dates')).rejects.toMatchObject({ status: 401 });
 }, 60_000);
+
+test('kubectl get tenants shows what a tenant uses, and its status by which gateway', async () => {
+  const dates = exampleAdapters.find(({ name }) => name === 'dates')!;
+  const usage = await poll(
+    async () => {
+      await answersRightly(motet, dates);
+      return (await motet.get<Tenant>('tenant', 'everybody')).status?.usage;
+    },
+    (usage) => usage !== undefined && usage.requestsPerMinute > 0 && usage.tokensPerMinute > 0,
+  );
+  expect(Math.min(usage!.requestsPerMinute, usage!.tokensPerMinute)).toBeGreaterThan(0);
+  const gateways = await motet.list<V1Pod>('pods', 'app.kubernetes.io/component=gateway');
+  const pods = gateways.map(({ metadata }) => metadata!.name!);
+  for (const { name } of usage!.gateways) expect(pods).toContain(name);
+  expect(await motet.kubectl(['get', 'tenants'])).toMatch(/^NAME +KEYS +MODELS +REQUESTS\/MIN +TOKENS\/MIN /);
+}, 90_000);
 
 /** The block of README.md that begins with this command, without the command. */
 function shownInReadme(command: string): string {
