@@ -1,9 +1,11 @@
 // Tenants before a real API server: whose key enters, what it sees, and what their statuses say.
 
 import { readFileSync } from 'node:fs';
+import { KubeConfig } from '@kubernetes/client-node';
 import { beforeAll, describe, expect, onTestFinished, test } from 'vitest';
 import { type ApiCall, apiChannel } from '../../crds/api.ts';
 import type { Tenant } from '../../crds/types.ts';
+import { nextUsage, patchUsage } from '../../gateway/quota/usage-status.ts';
 import { installCrds } from '../crds/install-crds.ts';
 import { type ControlPlane, sharedControlPlane, startControlPlane } from '../fixtures/control-plane.ts';
 import { answer, answerForever } from '../fixtures/fake-engine.ts';
@@ -395,6 +397,22 @@ describe('status', () => {
 
 describe('usage', () => {
   const usageOf = async (cluster: Cluster, name: string) => (await cluster.tenant(name)).status?.usage;
+
+  test('of two gateways that write in one moment the second is refused, and overwrites nothing', async () => {
+    const cluster = await startCluster(plane);
+    await addTenant(cluster, 'red');
+    const admin = new KubeConfig();
+    admin.loadFromFile(plane.kubeconfig);
+    const seen = await cluster.tenant('red');
+    const used = { requestsPerMinute: 1, tokensPerMinute: 1, inFlight: 0, rejected: {} };
+    const write = (gateway: string) => {
+      const usage = nextUsage(seen.status?.usage, gateway, used, 60_000, new Date())!;
+      return patchUsage(admin, cluster.namespace, seen, usage, AbortSignal.timeout(10_000));
+    };
+    await write('first');
+    await expect(write('second')).rejects.toMatchObject({ status: 409 });
+    expect((await usageOf(cluster, 'red'))?.gateways.map(({ name }) => name)).toEqual(['first']);
+  });
 
   test('has an entry of each gateway and their sum, and one that is gone is taken out', longer, async () => {
     const { cluster, engine } = await twoTeams();
