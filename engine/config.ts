@@ -150,6 +150,11 @@ const settings = {
     [2 ** 20, 2 ** 50],
     10 * 2 ** 30,
   ),
+  'merge-cache': bytes(
+    'files of adapters that requests had merged (adapters_merge), below --cache, in all and of one; the least recently used leave; 0: such requests are refused',
+    [0, 2 ** 50],
+    2 ** 30,
+  ),
   'source-bandwidth': bytes(
     'bytes a second that all downloads together may take; 0: no cap',
     [0, 2 ** 40],
@@ -300,6 +305,8 @@ export interface Config {
   port: number;
   cacheDir: string;
   sourceCacheBytes: number;
+  /** 0: requests cannot have adapters merged. */
+  mergeCacheBytes: number;
   /** How remote sources are reached. */
   access: SourceAccess;
   /** Where claims are mounted. */
@@ -419,6 +426,7 @@ export function parseConfig(
     port: one('port'),
     cacheDir: one('cache') ?? join(env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'motet'),
     sourceCacheBytes: one('source-cache'),
+    mergeCacheBytes: one('merge-cache'),
     access: sourceAccess(env, {
       bytesPerSecond: one('source-bandwidth') || null,
       ca: sourceCa === null ? null : readPem(sourceCa),

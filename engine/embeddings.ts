@@ -6,7 +6,7 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { SequenceHandle, SequenceRequest } from './engine.ts';
 import type { EngineError } from './errors.ts';
-import { adaptersOf, checkTokens, encode, type Served, type ServedModel } from './generate.ts';
+import { adaptersOf, checkTokens, encode, holdServed, type Served, type ServedModel } from './generate.ts';
 import type { EmbeddingsRequest } from './openai.ts';
 import { defaultSampling } from './sampling.ts';
 
@@ -36,7 +36,22 @@ export async function embed(
   origin: Pick<SequenceRequest, 'sender' | 'standing'>,
   signal: AbortSignal,
 ): Promise<Embeddings> {
-  adaptersOf(model, served);
+  const letGo = await holdServed(model, served, signal);
+  try {
+    return await embedAll(model, pooling, { inputs, dimensions }, served, origin, signal);
+  } finally {
+    letGo();
+  }
+}
+
+async function embedAll(
+  model: ServedModel,
+  pooling: Pooling,
+  { inputs, dimensions }: Pick<EmbeddingsRequest, 'inputs' | 'dimensions'>,
+  served: Served,
+  origin: Pick<SequenceRequest, 'sender' | 'standing'>,
+  signal: AbortSignal,
+): Promise<Embeddings> {
   const prompts: ArrayLike<number>[] = [];
   for (const input of inputs) {
     if (prompts.length > 0) await nextTurn();

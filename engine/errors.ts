@@ -37,6 +37,7 @@ export const errorTable = {
   adapter_purged: row(410, 'NotFoundError'),
   purge_incomplete: row(503, 'server_error', true),
   source_unavailable: row(503, 'server_error', true),
+  merge_not_ready: row(503, 'server_error', true),
   too_many_loads: row(503, 'server_error', true),
   arena_full: row(503, 'server_error', true),
   overloaded: row(429, 'rate_limit_error', true),

@@ -6,6 +6,7 @@ import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { Grammar } from '../native/index.ts';
 import type { AdapterTiers } from './adapters/adapter-tiers.ts';
 import { alone, type Composition, compose } from './adapters/composition.ts';
+import { type Merges, mergeProblem } from './adapters/merges.ts';
 import type {
   Detokenizer,
   Engine,
@@ -20,7 +21,7 @@ import { schemaText } from './grammar/output-format.ts';
 import { explainTools, type ToolForm, type ToolUse, toolGrammar } from './grammar/tool-calls.ts';
 import type { ChatMessage, ChatRequest, CompletionRequest } from './openai.ts';
 import { type Choice, type TokenNames, type Usage, usageOf } from './openai-reply.ts';
-import type { Standing, WeightedName } from './protocol.ts';
+import type { MergeRule, Standing, WeightedName } from './protocol.ts';
 import { seedOfChoice } from './sampling.ts';
 import { defaultStanding } from './sequence.ts';
 
@@ -43,12 +44,23 @@ export interface ServedModel {
   baseName: string;
   engine: Engine;
   tiers: AdapterTiers;
+  /** null: none are made. */
+  merges: Merges | null;
   text: TextModel;
   grammars: Grammars;
 }
 
-/** Who answers, which may be another than the request's `model`, which the reply carries: a name, null or '' for the base, or several. */
-export type Served = string | null | readonly WeightedName[];
+/** Several that are merged into one. */
+export interface MergedNames {
+  members: readonly WeightedName[];
+  rule: MergeRule;
+}
+
+/**
+ * Who answers, which may be another than the request's `model`, which the reply carries: a name, null or '' for the base, several, or
+ * what is merged of several.
+ */
+export type Served = string | null | readonly WeightedName[] | MergedNames;
 
 /** Prompts as tokens, and what is asked of them. */
 export interface Job {
@@ -67,7 +79,7 @@ export interface Job {
 const maxCharactersPerToken = 16;
 
 export async function chatJob(model: ServedModel, request: ChatRequest, served: Served): Promise<Job> {
-  adaptersOf(model, served);
+  namedBy(model, served);
   const prompts = [chatTokens(model, request)];
   const { sampling, toolUse } = request;
   const grammar = toolUse ? await toolUseGrammar(model, toolUse) : await grammarOf(model, request);
@@ -108,7 +120,7 @@ export async function completionJob(
   request: CompletionRequest,
   served: Served,
 ): Promise<Job> {
-  adaptersOf(model, served);
+  namedBy(model, served);
   const prompts: ArrayLike<number>[] = [];
   for (const prompt of request.prompts) {
     if (prompts.length > 0) await nextTurn();
@@ -119,10 +131,50 @@ export async function completionJob(
 }
 
 /**
- * The adapters that the names point at now.
- * @throws EngineError model_not_found
+ * Waits until there is what the names stand for, which is at once but for a merge.
+ * @param signal  aborted: nobody waits for the answer any more
+ * @returns lets it go: call it when its sequences are added
+ * @throws EngineError model_not_found, invalid_value, and what Merges throws
  */
-export function adaptersOf({ tiers, baseName }: ServedModel, served: Served): Composition {
+export async function holdServed(
+  model: ServedModel,
+  served: Served,
+  signal: AbortSignal,
+): Promise<() => void> {
+  const members = namedBy(model, served);
+  if (!isMerged(served) || members.length < 2) return () => {};
+  const { letGo } = await mergesOf(model).hold(members, served.rule, signal);
+  return letGo;
+}
+
+/**
+ * Who computes, as the names stand now.
+ * @throws EngineError model_not_found; merge_not_ready when holdServed was not waited for
+ */
+export function adaptersOf(model: ServedModel, served: Served): Composition {
+  const members = namedBy(model, served);
+  // Of one adapter there is nothing to merge: PEFT takes the sum then, too.
+  if (!isMerged(served) || members.length < 2) return members;
+  const merged = mergesOf(model).find(members, served.rule);
+  if (merged) return alone(merged);
+  throw new EngineError('merge_not_ready', 'the merge is not kept any more', { param: 'adapters_merge' });
+}
+
+function isMerged(served: Served): served is MergedNames {
+  return typeof served === 'object' && served !== null && 'rule' in served;
+}
+
+function mergesOf({ merges }: ServedModel): Merges {
+  if (merges) return merges;
+  const message = 'adapters_merge: expected none, since this engine has no --merge-cache';
+  throw new EngineError('invalid_value', message, { param: 'adapters_merge' });
+}
+
+/**
+ * The adapters that the names point at now; of a merge its members.
+ * @throws EngineError model_not_found; invalid_value, when they cannot be merged
+ */
+export function namedBy({ tiers, baseName }: ServedModel, served: Served): Composition {
   const find = (name: string, param: string) => {
     const adapter = tiers.get(name);
     if (adapter) return adapter;
@@ -130,7 +182,11 @@ export function adaptersOf({ tiers, baseName }: ServedModel, served: Served): Co
   };
   if (served === null || served === '' || served === baseName) return alone(null);
   if (typeof served === 'string') return alone(find(served, 'model'));
-  return compose(served.map(({ name, weight }) => ({ adapter: find(name, 'adapters'), weight })));
+  const names = isMerged(served) ? served.members : served;
+  const members = names.map(({ name, weight }) => ({ name, adapter: find(name, 'adapters'), weight }));
+  const problem = isMerged(served) ? mergeProblem(members) : null;
+  if (problem === null) return compose(members);
+  throw new EngineError('invalid_value', `adapters_merge: ${problem}`, { param: 'adapters_merge' });
 }
 
 export function chatTokens(

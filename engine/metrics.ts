@@ -6,6 +6,7 @@ import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import type { Runtime } from '../native/index.ts';
 import type { FetchEvent } from './adapters/adapter-cache.ts';
 import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
+import type { Merges } from './adapters/merges.ts';
 import { type Arena, pageOwners } from './ladder/arena.ts';
 import type { BlockPool, CachedTokens } from './ladder/block-pool.ts';
 import type { KvDisk } from './ladder/kv-disk.ts';
@@ -197,6 +198,16 @@ export class EngineMetrics {
     'Adapters that the queue waited for and that could not be brought to the device, by error code.',
     ['code'],
   );
+  readonly #mergeRequests = this.#labelled(
+    'motet_merge_requests_total',
+    'Requests for adapters that are merged, by what became of the merge: kept (it was there), made (it was waited for), refused.',
+    ['result'],
+  );
+  readonly #mergeSeconds = this.#histogram(
+    'motet_merge_seconds',
+    'Making one merge of adapters, in seconds.',
+    fetchBounds,
+  );
   readonly #success = new Counter({
     name: 'vllm:request_success_total',
     help: 'Sequences that ended, by reason.',
@@ -265,17 +276,30 @@ export class EngineMetrics {
     if (numOutputTokens > 1) this.#timePerOutputToken.observe(decodeSeconds / (numOutputTokens - 1));
   }
 
+  /** Once. @param merges  null: none are made */
+  watchMerges(merges: Merges | null): void {
+    this.#gauge('motet_merges', 'Merges of adapters that are kept.', () => merges?.numKept ?? 0);
+    this.#gauge('motet_merge_bytes', 'Files of merges that are kept, in bytes.', () => merges?.numBytes ?? 0);
+    for (const result of ['kept', 'made', 'refused'] as const) this.#mergeRequests.inc({ result }, 0);
+    if (!merges) return;
+    merges.onRequest = (result) => this.#mergeRequests.inc({ result });
+    merges.onMade = (seconds) => this.#mergeSeconds.observe(seconds);
+  }
+
+  #gauge(name: string, help: string, read: () => number): void {
+    new Gauge({
+      name,
+      help,
+      registers: [this.registry],
+      collect() {
+        this.set(read());
+      },
+    });
+  }
+
   /** Adds the gauges. Once, when the parts exist. */
   watch({ arena, blocks, hostArena, tiers, engine, blockSizeTokens, unixSeconds }: MetricSources): void {
-    const gauge = (name: string, help: string, read: () => number) =>
-      new Gauge({
-        name,
-        help,
-        registers: [this.registry],
-        collect() {
-          this.set(read());
-        },
-      });
+    const gauge = (name: string, help: string, read: () => number) => this.#gauge(name, help, read);
     const numOn = (tier: 'device' | 'host') =>
       [...tiers.adapters].filter((adapter) => adapter[tier] !== null).length;
     const residentNames = () =>

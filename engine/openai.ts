@@ -6,14 +6,19 @@
 import type { IncomingHttpHeaders } from 'node:http';
 import { z } from 'zod';
 import { EngineError, invalidValue } from './errors.ts';
+import type { Served } from './generate.ts';
 import { type GrammarSource, parseOutputFormat } from './grammar/output-format.ts';
 import { parseToolUse, type ToolUse } from './grammar/tool-calls.ts';
 import {
   adaptersHeader,
+  type MergeRule,
+  mergeHeader,
   modelHeader,
   type Problem,
   parseAdapters,
+  parseMerge,
   readAdapters,
+  readMerge,
   type WeightedName,
 } from './protocol.ts';
 import { defaultSampling, maxLogprobs, randomSeed, type SamplingParams } from './sampling.ts';
@@ -39,6 +44,8 @@ interface Generation {
   model: string | null;
   /** In place of the model; null: not given. */
   adapters: readonly WeightedName[] | null;
+  /** How they are merged; null: they are a sum. */
+  merge: MergeRule | null;
   sampling: SamplingParams;
   /** Choices per prompt. */
   n: number;
@@ -68,6 +75,7 @@ export interface CompletionRequest extends Generation {
 export interface EmbeddingsRequest {
   model: string | null;
   adapters: readonly WeightedName[] | null;
+  merge: MergeRule | null;
   /** Text or token ids. */
   inputs: (string | number[])[];
   /** The first so many of each vector; null: all. */
@@ -125,6 +133,7 @@ const samplingFields = {
 const generationFields = {
   model: text.nullish(),
   adapters: z.unknown().optional(),
+  adapters_merge: z.unknown().optional(),
   n: integerIn(1, maxChoices).nullish(),
   stream: flag.nullish(),
   stream_options: z.object({ include_usage: flag.nullish() }, { error: 'expected an object' }).nullish(),
@@ -181,6 +190,7 @@ const input = text.min(1);
 const embeddingsBody = z.object({
   model: text.nullish(),
   adapters: z.unknown().optional(),
+  adapters_merge: z.unknown().optional(),
   input: z.union(
     [
       input,
@@ -277,7 +287,7 @@ export function parseEmbeddings(body: unknown, hiddenSize: number): EmbeddingsRe
   const fields = parse(embeddingsBody.extend({ dimensions }), body);
   return {
     model: fields.model ?? null,
-    adapters: toAdapters(fields.adapters),
+    ...toAdapters(fields),
     inputs: toPrompts(fields.input),
     dimensions: fields.dimensions ?? null,
     isBase64: fields.encoding_format === 'base64',
@@ -322,24 +332,45 @@ export function parseDetokenize(body: unknown): { tokens: number[] } {
  */
 export function parseServed(
   headers: IncomingHttpHeaders,
-  body: { model: string | null; adapters: readonly WeightedName[] | null },
-): string | null | readonly WeightedName[] {
-  const adapters = headers[adaptersHeader];
-  if (adapters !== undefined) return accepted(adaptersHeader, parseAdapters(String(adapters)));
-  const model = headers[modelHeader];
-  if (model === undefined) return body.adapters ?? body.model;
+  body: {
+    model: string | null;
+    adapters: readonly WeightedName[] | null;
+    merge: MergeRule | null;
+  },
+): Served {
+  const { [adaptersHeader]: adapters, [mergeHeader]: merge, [modelHeader]: model } = headers;
+  if (adapters !== undefined) {
+    const members = accepted(adaptersHeader, parseAdapters(String(adapters)));
+    if (merge !== undefined) return { members, rule: accepted(mergeHeader, parseMerge(String(merge))) };
+    if (body.merge !== null)
+      throw invalidValue('adapters_merge', `expected ${mergeHeader} beside ${adaptersHeader}`, merge);
+    return members;
+  }
+  if (merge !== undefined) throw invalidValue(mergeHeader, `expected ${adaptersHeader} beside it`, adapters);
+  if (model === undefined) return bodyServed(body);
   if (body.adapters !== null)
     throw invalidValue('adapters', `expected none beside ${modelHeader}`, body.adapters);
   return parseModelHeader(String(model));
 }
 
-function toAdapters(value: unknown): readonly WeightedName[] | null {
-  return value === undefined || value === null ? null : accepted('adapters', readAdapters(value));
+function bodyServed({ model, adapters, merge }: Parameters<typeof parseServed>[1]): Served {
+  if (adapters !== null && merge !== null) return { members: adapters, rule: merge };
+  return adapters ?? model;
 }
 
-function accepted(field: string, adapters: WeightedName[] | Problem): readonly WeightedName[] {
-  if (Array.isArray(adapters)) return adapters;
-  const { at, expected, got } = adapters;
+function toAdapters(fields: { adapters?: unknown; adapters_merge?: unknown }) {
+  const adapters = fields.adapters == null ? null : accepted('adapters', readAdapters(fields.adapters));
+  const merge =
+    fields.adapters_merge == null ? null : accepted('adapters_merge', readMerge(fields.adapters_merge));
+  if (fields.adapters_merge != null && adapters === null)
+    throw invalidValue('adapters_merge', 'expected adapters beside it', fields.adapters);
+  return { adapters, merge };
+}
+
+function accepted<T>(field: string, read: T | Problem): T {
+  // An array has an `at` that is not its own.
+  if (read === null || typeof read !== 'object' || !Object.hasOwn(read, 'at')) return read as T;
+  const { at, expected, got } = read as Problem;
   throw new EngineError('invalid_value', `${field}${at}: expected ${expected}, got ${got}`, { param: field });
 }
 
@@ -457,7 +488,7 @@ function refuse(field: string, instead: string): never {
 function toGeneration(fields: z.infer<z.ZodObject<typeof generationFields>>, n: number) {
   return {
     model: fields.model ?? null,
-    adapters: toAdapters(fields.adapters),
+    ...toAdapters(fields),
     n,
     stream: fields.stream ?? false,
     includeUsage: fields.stream_options?.include_usage ?? false,

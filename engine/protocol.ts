@@ -10,8 +10,10 @@ export type Tier = 'device' | 'host' | 'disk';
 export interface AdapterStatus {
   /** `sha256:<hex>` over canonical config and weights: what the adapter is. */
   digest: string;
-  /** Served names that point at it. Empty: unloading, waiting for its last request. */
+  /** Served names that point at it. Empty: unloading, waiting for its last request, or a merge. */
   names: string[];
+  /** Of what requests had merged: by which rule, as `mergeHeader` has it, and of what. Not there in others. */
+  merge?: { rule: string; members: { digest: string; weight: number }[] };
   /** The highest that has its bytes: a request for one that is not on the device waits until it is. */
   tier: Tier;
   /** Never leaves the device. Not there in engines that keep all on the device. */
@@ -86,6 +88,8 @@ export interface EngineLoad extends PendingWork {
 
 export interface AdapterList {
   object: 'list';
+  /** Whether requests may have adapters merged (`mergeHeader`). Not there in engines that make none. */
+  merges?: boolean;
   /** The device arena. */
   arena: ArenaUse;
   /** Not there when the engine has none. */
@@ -236,6 +240,90 @@ export function readAdapters(list: unknown): WeightedName[] | Problem {
     expected: `names of at most ${maxAdaptersLength} characters together, as headers write them`,
     got: `${length}`,
   };
+}
+
+/**
+ * A request header beside `adaptersHeader`: its adapters do not answer as a sum, but as one adapter that is merged of them,
+ * `ties; density=0.5; majority-sign=total`. The engine makes it once and keeps it for a while.
+ */
+export const mergeHeader = 'x-motet-merge';
+
+export const mergeMethods = ['ties', 'dare_ties', 'dare_linear', 'magnitude_prune'] as const;
+export type MergeMethod = (typeof mergeMethods)[number];
+
+/** How the sign of an element is elected: by the sum of the values, or by their number. */
+export const majoritySigns = ['total', 'frequency'] as const;
+
+/** How adapters are merged. In bodies: `adapters_merge: {"method", "density", "majority_sign"}`. */
+export interface MergeRule {
+  method: MergeMethod;
+  /** Share of the values of each tensor that stays, above 0 and at most 1. */
+  density: number;
+  /** Of `ties` and `dare_ties`. */
+  majoritySign: (typeof majoritySigns)[number];
+}
+
+const defaultDensity = 0.5;
+const maxMergeLength = 256;
+const mergeParameter =
+  /^(?:density=((?:\d{1,20}(?:\.\d{0,30})?|\.\d{1,30})(?:e-?\d{1,3})?)|majority-sign=(\w{1,20}))$/;
+
+export function formatMerge({ method, density, majoritySign }: MergeRule): string {
+  const sign = electsSigns(method) ? `; majority-sign=${majoritySign}` : '';
+  return `${method}; density=${density}${sign}`;
+}
+
+/** Reads the header. */
+export function parseMerge(header: string): MergeRule | Problem {
+  const expected = 'METHOD; density=NUMBER; majority-sign=total|frequency, the last two if need be';
+  if (header.length > maxMergeLength) return { at: '', expected, got: `${header.length} characters` };
+  const [method, ...parameters] = header.split(';').map((part) => part.trim());
+  const body: Record<string, unknown> = { method };
+  for (const parameter of parameters) {
+    const [, density, sign] = mergeParameter.exec(parameter) ?? [];
+    const field = density !== undefined ? 'density' : 'majority_sign';
+    if ((density ?? sign) === undefined || field in body) return { at: '', expected, got: 'something else' };
+    body[field] = sign ?? Number(density);
+  }
+  return readMerge(body) ?? { at: '.method', expected: `one of ${mergeMethods.join(', ')}`, got: 'linear' };
+}
+
+/** Reads it from a body. @returns null for `linear`: the sum that adapters are without a rule */
+export function readMerge(value: unknown): MergeRule | Problem | null {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+    const expected = 'an object {"method", "density", "majority_sign"}';
+    return {
+      at: '',
+      expected,
+      got: Array.isArray(value) ? 'a list' : value === null ? 'null' : typeof value,
+    };
+  }
+  const { method, density, majority_sign: sign } = value as Record<string, unknown>;
+  const found = mergeMethods.find((one) => one === method);
+  if (found === undefined && method !== 'linear') {
+    const expected = `one of linear, ${mergeMethods.join(', ')}`;
+    return { at: '.method', expected, got: lengthOf(method) };
+  }
+  if (found === undefined && density != null)
+    return { at: '.density', expected: 'none for linear', got: numberOf(density) };
+  if (sign != null && !(found !== undefined && electsSigns(found)))
+    return { at: '.majority_sign', expected: `none for ${method}`, got: lengthOf(sign) };
+  if (found === undefined) return null;
+  const share = density ?? defaultDensity;
+  if (typeof share !== 'number' || !(share > 0 && share <= 1))
+    return { at: '.density', expected: 'a number above 0 and at most 1', got: numberOf(share) };
+  const majoritySign = majoritySigns.find((one) => one === (sign ?? 'total'));
+  if (majoritySign === undefined)
+    return {
+      at: '.majority_sign',
+      expected: `one of ${majoritySigns.join(', ')}`,
+      got: lengthOf(sign),
+    };
+  return { method: found, density: share, majoritySign };
+}
+
+export function electsSigns(method: MergeMethod): boolean {
+  return method === 'ties' || method === 'dare_ties';
 }
 
 function decoded(text: string): string | null {

@@ -1,9 +1,10 @@
 /**
  * Removes an adapter and everything that was made with it: its names, the sequences on it, its pages in both arenas, KV blocks in
- * every tier, and our copy of its files; then writes zeros over all pages that are free. Nothing of it is left but its source,
+ * every tier, our copy of its files, and the merges that it took part in; then writes zeros over all pages that are free. Nothing of it is left but its source,
  * which is not ours. AdapterSwap asks for such a guarantee (2024, deletion of data that an adapter learnt).
  */
-import type { AdapterTiers } from './adapters/adapter-tiers.ts';
+import type { Adapter, AdapterTiers } from './adapters/adapter-tiers.ts';
+import type { Merges } from './adapters/merges.ts';
 import type { Engine } from './engine.ts';
 import { EngineError } from './errors.ts';
 import type { Arena } from './ladder/arena.ts';
@@ -19,6 +20,7 @@ export interface KvKeeper {
 export interface PurgeParts {
   engine: Engine;
   tiers: AdapterTiers;
+  merges: Merges | null;
   arena: Arena;
   hostArena: Arena | null;
   sources: Pick<Sources, 'adapters'>;
@@ -30,11 +32,19 @@ export interface PurgeParts {
  * @throws EngineError adapter_not_loaded, when there was nothing of it; what a keeper throws, when all the rest is done
  */
 export async function purgeAdapter(parts: PurgeParts, digest: string): Promise<PurgeReport> {
-  const { engine, tiers, arena, hostArena, sources, kvKeepers } = parts;
+  const { engine, tiers, merges, arena, hostArena, sources, kvKeepers } = parts;
   const ended = new EngineError('adapter_purged', `the adapter ${digest} was removed while this request ran`);
-  const { names, deviceBytes, hostBytes } = await tiers.purge(digest, (adapter) =>
-    engine.endSequences(adapter, ended),
-  );
+  const endSequences = (adapter: Adapter) => engine.endSequences(adapter, ended);
+  const purged = await tiers.purge(digest, endSequences);
+  const { names } = purged;
+  // Nobody is given one of these from now on. One that has a name is an adapter that somebody prepared, and stays.
+  for (const { digest: made, merge, names } of [...tiers.adapters]) {
+    if (names.size > 0 || !merge?.members.some((member) => member.digest === digest)) continue;
+    const { deviceBytes, hostBytes } = await tiers.purge(made, endSequences);
+    purged.deviceBytes += deviceBytes;
+    purged.hostBytes += hostBytes;
+  }
+  await merges?.settle();
   const kvBytes = { device: 0, host: 0, disk: 0 };
   const failures: unknown[] = [];
   for (const keeper of kvKeepers) {
@@ -52,7 +62,7 @@ export async function purgeAdapter(parts: PurgeParts, digest: string): Promise<P
   const report: PurgeReport = {
     digest,
     names,
-    adapterBytes: { device: deviceBytes, host: hostBytes, disk: diskBytes },
+    adapterBytes: { device: purged.deviceBytes, host: purged.hostBytes, disk: diskBytes },
     kvBytes,
   };
   const numBytes = [...Object.values(report.adapterBytes), ...Object.values(kvBytes)].reduce(

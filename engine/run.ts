@@ -16,6 +16,7 @@ import {
 } from '../native/index.ts';
 import { readAdapterFile } from './adapters/adapter-file.ts';
 import { AdapterTiers } from './adapters/adapter-tiers.ts';
+import { Merges } from './adapters/merges.ts';
 import { CallerIdentity } from './caller-identity.ts';
 import { type Config, ConfigError, parseConfig } from './config.ts';
 import { checkDevice } from './device.ts';
@@ -203,6 +204,16 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     wallClock,
     log,
   });
+  const merges =
+    config.mergeCacheBytes > 0
+      ? await Merges.open({
+          tiers,
+          folder: join(config.cacheDir, 'merges'),
+          maxBytes: config.mergeCacheBytes,
+          log,
+          now,
+        })
+      : null;
   metrics.watch({
     arena,
     blocks,
@@ -213,6 +224,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     unixSeconds: () => wallClock() / 1000,
   });
   metrics.watchWeights(runtime);
+  metrics.watchMerges(merges);
   engine.start(tiers);
 
   const grammars = new Grammars({
@@ -227,6 +239,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
   const server = createServer({
     engine,
     tiers,
+    merges,
     text,
     grammars,
     arena,
@@ -256,6 +269,7 @@ async function serve(takeSignals: TakeSignals): Promise<void> {
     await Promise.race([closed, new Promise((resolve) => setTimeout(resolve, 1000))]);
     server.closeAllConnections();
     await Promise.all([engine.close(), tiers.close(), sources.close()]);
+    await merges?.close();
     runtime.close();
     log.info('stopped');
     process.exit(0);

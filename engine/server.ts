@@ -13,7 +13,6 @@ import { embed, type Pooling } from './embeddings.ts';
 import type { SequenceHandle } from './engine.ts';
 import { EngineError, errorBody, errorTable, toEngineError } from './errors.ts';
 import {
-  adaptersOf,
   addJob,
   chatJob,
   chatTokens,
@@ -21,8 +20,10 @@ import {
   collect,
   completionJob,
   encode,
+  holdServed,
   type Job,
   jobUsage,
+  namedBy,
   type ServedModel,
 } from './generate.ts';
 import { ToolCallReader } from './grammar/tool-calls.ts';
@@ -300,10 +301,19 @@ async function reply(
 ): Promise<void> {
   if (response.destroyed) return;
   const job = { ...asked, ...originOf(request) };
-  if (job.request.stream) return stream(options, job, format, tellsUsage(request), response);
-  const { choices, cancel } = collect(options, job);
-  response.on('close', cancel);
-  const { choices: ended, usage } = await choices;
+  const hangUp = new AbortController();
+  response.on('close', () => hangUp.abort());
+  const letGo = await holdServed(options, job.served, hangUp.signal);
+  let collected: ReturnType<typeof collect>;
+  try {
+    if (response.destroyed) return;
+    if (job.request.stream) return stream(options, job, format, tellsUsage(request), response);
+    collected = collect(options, job);
+  } finally {
+    letGo();
+  }
+  response.on('close', collected.cancel);
+  const { choices: ended, usage } = await collected.choices;
   if (response.destroyed) return;
   if (tellsUsage(request)) response.set(usageHeader, usageText(usage));
   response.json(format.whole(replyHead(options, job, format), ended, usage, options.text));
@@ -457,7 +467,7 @@ function modelList({ baseName, tiers, engine, modelSource }: ServerOptions, star
 
 /** @param sender  which gateway asks; null: nobody says */
 function adapterList(
-  { arena, baseName, blocks, engine, hostArena, tiers }: ServerOptions,
+  { arena, baseName, blocks, engine, hostArena, merges, tiers }: ServerOptions,
   sender: string | null,
 ): AdapterList {
   const prefixCacheOf = (voice: string) => {
@@ -466,6 +476,7 @@ function adapterList(
   };
   return {
     object: 'list',
+    ...(merges && { merges: true }),
     arena: arenaUse(arena, blocks.numReclaimablePages),
     ...(hostArena && { hostArena: arenaUse(hostArena, 0) }),
     base: { name: baseName, prefixCache: prefixCacheOf(baseVoice), maxSequences: engine.maxSequences },
@@ -490,7 +501,7 @@ function arenaUse(arena: Arena, numCached: number): ArenaUse {
 /** vLLM's shape. */
 function tokenize(options: ServerOptions, { body, headers }: Request) {
   const request = parseTokenize(body);
-  adaptersOf(options, parseServed(headers, { ...request, adapters: null }));
+  namedBy(options, parseServed(headers, { ...request, adapters: null, merge: null }));
   const tokens =
     'messages' in request
       ? chatTokens(options, request)

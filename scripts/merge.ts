@@ -7,15 +7,13 @@
 // sign is elected: total (default) or frequency. The same adapters and words give the same bytes. Prints the new digest.
 
 import { parseArgs } from 'node:util';
-import { type MergeRule, majoritySigns, mergeMethods } from '../engine/adapters/merge.ts';
 import { type MergeMember, mergeFolders } from '../engine/adapters/merge-folders.ts';
-
-/** As many as a request composes. */
-const maxMembers = 8;
+import { type MergeRule, majoritySigns, maxComposed, mergeMethods } from '../engine/protocol.ts';
 
 try {
   const { members, rule, out } = parse(process.argv.slice(2));
-  process.stdout.write(`${await mergeFolders(members, rule, out)}\n`);
+  const { digest } = await mergeFolders(members, rule, out);
+  process.stdout.write(`${digest}\n`);
 } catch (error) {
   process.stderr.write(`merge: ${(error as Error).message}\n`);
   process.exit(2);
@@ -36,8 +34,10 @@ function parse(args: string[]): { members: MergeMember[]; rule: MergeRule; out: 
   const density = Number(values.density);
   if (!(density > 0 && density <= 1))
     throw new Error(`--density: expected a number above 0 and at most 1, got ${values.density}`);
-  if (positionals.length < 2 || positionals.length > maxMembers)
-    throw new Error(`expected 2 to ${maxMembers} adapters, each as FOLDER=WEIGHT, got ${positionals.length}`);
+  if (positionals.length < 2 || positionals.length > maxComposed)
+    throw new Error(
+      `expected 2 to ${maxComposed} adapters, each as FOLDER=WEIGHT, got ${positionals.length}`,
+    );
   return {
     members: positionals.map(parseMember),
     rule: {

@@ -14,6 +14,7 @@ import { touch } from '../ladder/policy.ts';
 import type { AdapterStatus, Tier } from '../protocol.ts';
 import { type Place, Slots } from '../slots.ts';
 import {
+  isRegistered,
   type LoadReason,
   NobodyWaits,
   Residency,
@@ -72,8 +73,17 @@ export interface AdapterTiersOptions extends Omit<ResidencyOptions, 'onChange'> 
   log: Logger;
 }
 
+/** How an adapter was made of others. */
+export interface Merge {
+  /** As `mergeHeader` has it. */
+  rule: string;
+  members: readonly { digest: string; weight: number }[];
+}
+
 /** A registered adapter. */
 export interface Adapter extends Resident {
+  /** null: it is not kept as one. */
+  merge: Merge | null;
   /** Brings its files again when no arena has it. */
   source: AdapterSource;
   /** As the client named it in the first load. */
@@ -126,6 +136,8 @@ export class AdapterTiers {
   onWaited: (seconds: number) => void = () => {};
   /** Called when an adapter that sequences wait for cannot be brought up. */
   onFailed: (adapter: Adapter, error: EngineError) => void = () => {};
+  /** Called when an adapter is registered no more, and its bytes have left both arenas. */
+  onGone: (adapter: Adapter) => void = () => {};
 
   constructor(options: AdapterTiersOptions) {
     this.#options = options;
@@ -257,6 +269,36 @@ export class AdapterTiers {
     }
   }
 
+  /**
+   * Registers an adapter that has no name, and keeps it until `unkeep`. It comes to the device when a sequence waits for it.
+   * @param source  with a digest
+   * @throws EngineError adapter_purged, adapter_digest_mismatch, or what fetch and readFile throw
+   */
+  async keep(source: AdapterSource, merge: Merge): Promise<Adapter> {
+    const { readFile, now } = this.#options;
+    const { file, verify } = await this.#withFolder(source, (folder) =>
+      this.#slots.run(async () => {
+        const beginMs = now();
+        return { file: await readFile(folder.path), verify: (now() - beginMs) / 1000 };
+      }),
+    );
+    checkDigest(source, file.digest);
+    // Somebody may load the same by name.
+    while (this.#loading.has(file.digest)) await this.#loading.get(file.digest)!.catch(() => {});
+    if (this.#purging.has(file.digest)) throw purged(file.digest);
+    const adapter = this.#byDigest.get(file.digest) ?? this.#newAdapter(file, source, { fetch: 0, verify });
+    this.#byDigest.set(file.digest, adapter);
+    adapter.isKept = true;
+    adapter.merge = merge;
+    return adapter;
+  }
+
+  /** It goes when its last sequence has ended, if no name points at it. */
+  unkeep(adapter: Adapter): void {
+    adapter.isKept = false;
+    this.#freeIfUnused(adapter);
+  }
+
   /** The name is gone at once; the bytes follow when its last sequence ends. */
   unload(name: string): void {
     const adapter = this.#byName.get(name);
@@ -292,6 +334,7 @@ export class AdapterTiers {
       if (!adapter) return { names: [], deviceBytes: 0, hostBytes: 0 };
       const gone = new Promise<Omit<Purged, 'names'>>((resolve) => this.#onDropped.set(adapter, resolve));
       const names = this.unloadDigest(digest);
+      adapter.isKept = false;
       endSequences(adapter);
       this.#freeIfUnused(adapter);
       return { names, ...(await gone) };
@@ -305,6 +348,7 @@ export class AdapterTiers {
     return [...this.#byDigest.values()].map((adapter) => ({
       digest: adapter.digest,
       names: [...adapter.names].sort(),
+      ...(adapter.merge && { merge: { ...adapter.merge, members: [...adapter.merge.members] } }),
       tier: this.residency.tierOf(adapter),
       pinned: adapter.isPinned,
       rank: adapter.file.rank,
@@ -386,8 +430,18 @@ export class AdapterTiers {
     loadSeconds: Adapter['loadSeconds'],
     place: Place,
   ): Promise<Adapter> {
-    const adapter: Adapter = {
+    const adapter = this.#newAdapter(file, source, loadSeconds);
+    await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, 'name', place));
+    this.#byDigest.set(file.digest, adapter);
+    this.onLoaded(loadSeconds.verify + adapter.seconds.disk);
+    return adapter;
+  }
+
+  #newAdapter(file: AdapterFile, source: AdapterSource, loadSeconds: Adapter['loadSeconds']): Adapter {
+    return {
       digest: file.digest,
+      merge: null,
+      isKept: false,
       file,
       numPages: this.#options.loader.adapterPages(file.modules),
       usedBytes: this.#options.loader.adapterBytes(file.modules),
@@ -409,10 +463,6 @@ export class AdapterTiers {
       numRequests: 0,
       numNaming: 0,
     };
-    await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, 'name', place));
-    this.#byDigest.set(file.digest, adapter);
-    this.onLoaded(loadSeconds.verify + adapter.seconds.disk);
-    return adapter;
   }
 
   /** Brings a registered adapter to the device, from where it is. */
@@ -527,15 +577,16 @@ export class AdapterTiers {
     this.#freeIfUnused(adapter);
   }
 
-  /** Its bytes go when it has no name and gets none, has no sequence, and is not on its way. */
+  /** Its bytes go when nobody keeps it, it has no name and gets none, has no sequence, and is not on its way. */
   #freeIfUnused(adapter: Adapter): void {
     if (adapter.numInFlight < 0) throw new InvariantError(`adapter ${adapter.digest} released too often`);
-    if (adapter.numInFlight > 0 || adapter.names.size > 0 || adapter.numNaming > 0) return;
+    if (adapter.numInFlight > 0 || isRegistered(adapter) || adapter.numNaming > 0) return;
     if (adapter.isMoving || this.#bringing.has(adapter)) return;
     if (this.#byDigest.get(adapter.digest) === adapter) this.#byDigest.delete(adapter.digest);
     const dropped = this.residency.drop(adapter);
     this.#onDropped.get(adapter)?.(dropped);
     this.#onDropped.delete(adapter);
+    this.onGone(adapter);
   }
 }
 
@@ -545,7 +596,7 @@ export class AdapterTiers {
  * that one goes first.
  */
 function inOrder(queue: readonly (readonly Adapter[])[]): Set<Adapter> {
-  const isNamed = (adapters: readonly Adapter[]) => adapters.every(({ names }) => names.size > 0);
+  const isNamed = (adapters: readonly Adapter[]) => adapters.every(isRegistered);
   const inOrder = new Set<Adapter>();
   let place = 0;
   for (const adapters of [...queue.filter((own) => !isNamed(own)), ...queue.filter(isNamed)]) {

@@ -27,10 +27,16 @@ export function compose(members: Iterable<Member>): Composition {
     .sort((a, b) => (a.adapter.digest < b.adapter.digest ? -1 : 1));
 }
 
-/** Names it as the prefix cache does: '' for the base, a digest for an adapter, else `digest@weight+digest@weight`. */
+/**
+ * Names it as the prefix cache does: '' for the base, a digest for an adapter, `digest@weight+digest@weight` for a sum. A merge has the
+ * digests of those that it was made of behind its own: what is removed with one of them is found by any.
+ */
 export function voiceOf(composition: Composition): string {
   const [first] = composition;
-  if (composition.length === 1 && first!.weight === 1) return first!.adapter.digest;
+  if (composition.length === 1 && first!.weight === 1) {
+    const { digest, merge } = first!.adapter;
+    return merge ? [digest, ...merge.members.map((member) => member.digest)].join('+') : digest;
+  }
   return composition.map(({ adapter, weight }) => `${adapter.digest}@${weight}`).join('+');
 }
 

@@ -8,15 +8,25 @@ import { type FileHandle, mkdir, open, rename, rm, writeFile } from 'node:fs/pro
 import { join } from 'node:path';
 import { EngineError } from '../errors.ts';
 import type { SafetensorsTensor } from '../model/safetensors.ts';
+import type { MergeRule } from '../protocol.ts';
 import { type AdapterPart, digestOfFolder, elementType, readAdapterParts } from './adapter-file.ts';
-import { type MergeRule, mergeTensors, type TaskTensor } from './merge.ts';
+import { mergeTensors, type TaskTensor } from './merge.ts';
 
 export interface MergeMember {
   folder: string;
   weight: number;
+  /** What it must be, and what it is called when something is wrong with it; absent: whatever it is, and its folder. */
+  digest?: string;
 }
 
-interface Member extends MergeMember {
+export interface MadeAdapter {
+  digest: string;
+  sizeBytes: number;
+}
+
+interface Member {
+  name: string;
+  weight: number;
   digest: string;
   file: FileHandle;
   parts: Map<string, AdapterPart>;
@@ -33,20 +43,27 @@ type Side = 'a' | 'b';
 
 /**
  * @param out is made, whole or not at all; must not be there
- * @returns the digest of the new adapter
- * @throws EngineError adapter_invalid when they cannot be merged; Error when `out` is there, and what reading and writing throws
+ * @param maxBytes of the tensors
+ * @throws EngineError adapter_invalid when they cannot be merged, adapter_digest_mismatch; Error when `out` is there, and what
+ *         reading and writing throws
  */
 export async function mergeFolders(
   given: readonly MergeMember[],
   rule: MergeRule,
   out: string,
-): Promise<string> {
+  maxBytes = Number.POSITIVE_INFINITY,
+): Promise<MadeAdapter> {
   if (existsSync(out)) throw new Error(`${out}: expected a folder that is not there yet`);
   const members: Member[] = [];
   try {
     for (const one of given) members.push(await openMember(one));
     const modules = modulesOf(members);
-    return await writeWhole(out, modules, rule);
+    const sizeBytes = modules.reduce((sum, module) => sum + sizeOf(module, 'a') + sizeOf(module, 'b'), 0);
+    if (sizeBytes > maxBytes) {
+      const message = `the merge: expected at most ${maxBytes} bytes, got adapters that make ${sizeBytes}`;
+      throw new EngineError('adapter_invalid', message);
+    }
+    return { digest: await writeWhole(out, modules, rule), sizeBytes };
   } finally {
     await Promise.all(members.map(({ file }) => file.close()));
   }
@@ -67,11 +84,19 @@ async function writeWhole(out: string, modules: readonly Merged[], rule: MergeRu
   }
 }
 
-async function openMember({ folder, weight }: MergeMember): Promise<Member> {
-  const parts = await readAdapterParts(folder);
+async function openMember({ folder, weight, digest: expected }: MergeMember): Promise<Member> {
+  const parts = new Map((await readAdapterParts(folder)).map((part) => [part.moduleName, part]));
   const digest = await digestOfFolder(folder);
+  if (expected !== undefined && digest !== expected) {
+    const message = `an adapter to merge: expected digest ${expected}, got ${digest}`;
+    throw new EngineError('adapter_digest_mismatch', message);
+  }
   const file = await open(join(folder, 'adapter_model.safetensors'));
-  return { folder, weight, digest, file, parts: new Map(parts.map((part) => [part.moduleName, part])) };
+  return { name: expected ?? folder, weight, digest, file, parts };
+}
+
+function sizeOf({ from }: Merged, side: Side): number {
+  return 4 * from[0]!.part[side].shape.reduce((a, b) => a * b, 1);
 }
 
 function modulesOf(members: readonly Member[]): Merged[] {
@@ -87,8 +112,8 @@ function modulesOf(members: readonly Member[]): Merged[] {
         const [expected, got] = [first!, other].map(({ part }) => part[side].shape);
         if (String(expected) === String(got)) continue;
         const message =
-          `module '${moduleName}': expected lora_${side.toUpperCase()} of shape [${expected}] in ${other.member.folder}, ` +
-          `as in ${first!.member.folder}, got [${got}]; adapters of different ranks or base models are not merged`;
+          `module '${moduleName}': expected lora_${side.toUpperCase()} of shape [${expected}] in ${other.member.name}, ` +
+          `as in ${first!.member.name}, got [${got}]; adapters of different ranks or base models are not merged`;
         throw new EngineError('adapter_invalid', message);
       }
     }
@@ -106,7 +131,7 @@ async function writeWeights(path: string, modules: readonly Merged[], rule: Merg
   ]);
   for (const { module, side } of tensors) {
     const { shape } = module.from[0]!.part[side];
-    const end = sizeBytes + 4 * shape.reduce((a, b) => a * b, 1);
+    const end = sizeBytes + sizeOf(module, side);
     header[nameOf(module.moduleName, side)] = { dtype: 'F32', shape, data_offsets: [sizeBytes, end] };
     sizeBytes = end;
   }

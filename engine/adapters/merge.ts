@@ -10,19 +10,7 @@
  *   dare_ties        as ties, of random values
  */
 import { createHash } from 'node:crypto';
-
-export const mergeMethods = ['ties', 'dare_ties', 'dare_linear', 'magnitude_prune'] as const;
-export type MergeMethod = (typeof mergeMethods)[number];
-
-/** How the sign of an element is elected: by the sum of the values, or by their number. */
-export const majoritySigns = ['total', 'frequency'] as const;
-
-export interface MergeRule {
-  method: MergeMethod;
-  /** Share of the values of each tensor that stays, above 0 and at most 1. */
-  density: number;
-  majoritySign: (typeof majoritySigns)[number];
-}
+import { electsSigns, type MergeRule } from '../protocol.ts';
 
 export interface TaskTensor {
   values: Float32Array;
@@ -38,7 +26,7 @@ export function mergeTensors(tensors: readonly TaskTensor[], rule: MergeRule): F
     isRandom ? keepRandom(tensor, rule.density) : keepLargest(tensor.values, rule.density),
   );
   const weights = tensors.map(({ weight }) => weight);
-  return rule.method === 'ties' || rule.method === 'dare_ties'
+  return electsSigns(rule.method)
     ? meanOfElected(kept, weights, rule.majoritySign)
     : weightedSum(kept, weights);
 }

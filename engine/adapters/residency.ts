@@ -33,8 +33,9 @@ export interface AdapterLoader {
 export interface Resident {
   readonly digest: string;
   readonly file: AdapterFile;
-  /** Empty: its last sequences end, and it stays where it is until then, since its files may be others by now. */
   readonly names: Set<string>;
+  /** Somebody keeps it who needs no name for it. */
+  isKept: boolean;
   /** In either arena; and how many bytes of those pages are its own. */
   readonly numPages: number;
   readonly usedBytes: number;
@@ -58,6 +59,11 @@ export interface Resident {
   since: number;
   /** Of its last way up: the wait for pages, and from its files or from the host arena; 0: it never went that way. */
   readonly seconds: { pages: number; disk: number; host: number };
+}
+
+/** Not so: its last sequences end, and it stays where it is until then, since its files may be others by now. */
+export function isRegistered({ names, isKept }: Pick<Resident, 'names' | 'isKept'>): boolean {
+  return names.size > 0 || isKept;
 }
 
 /** Bytes that went from one tier to another. */
@@ -392,7 +398,7 @@ export class Residency {
       if (isIdle(other) || isBehind(other, adapter)) numStaying -= other.numPages;
     }
     const order = [...this.#onDevice]
-      .filter((other) => other.numRunning > 0 && !other.isPinned && other.names.size > 0)
+      .filter((other) => other.numRunning > 0 && !other.isPinned && isRegistered(other))
       .filter((other) => other.queuePlace > adapter.queuePlace)
       .sort((a, b) => a.numRunning - b.numRunning || a.lastUsedMs - b.lastUsedMs);
     for (const other of order) {
@@ -415,7 +421,7 @@ export class Residency {
   #leavingHost(below: number): Reclaimable {
     const rankOf = (adapter: Resident) => hostRank(adapter, this.#options);
     const mayLeave = (adapter: Resident) =>
-      !adapter.isMoving && (adapter.names.size > 0 || adapter.device !== null) && rankOf(adapter) < below;
+      !adapter.isMoving && (isRegistered(adapter) || adapter.device !== null) && rankOf(adapter) < below;
     return leaving(this.#onHost, mayLeave, rankOf, (adapter) => {
       this.#leaveHost(adapter);
       this.onEviction('host');
@@ -484,7 +490,7 @@ function isIdle(adapter: Resident): boolean {
 
 /** Only sequences further back in the queue wait for it. */
 function isBehind(other: Resident, adapter: Resident): boolean {
-  return isResting(other) && other.names.size > 0 && other.queuePlace > adapter.queuePlace;
+  return isResting(other) && isRegistered(other) && other.queuePlace > adapter.queuePlace;
 }
 
 /** Those of `all` that may leave, the lowest rank first. */

@@ -29,6 +29,7 @@ describe('engine settings', () => {
       modelDigest: null,
       device: 'cpu',
       sourceCacheBytes: 10 * 2 ** 30,
+      mergeCacheBytes: 2 ** 30,
     });
   });
 

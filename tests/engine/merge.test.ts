@@ -1,5 +1,6 @@
 import { describe, expect, test } from 'vitest';
-import { type MergeRule, mergeTensors } from '../../engine/adapters/merge.ts';
+import { mergeTensors } from '../../engine/adapters/merge.ts';
+import type { MergeRule } from '../../engine/protocol.ts';
 
 const tensors = [
   [0.0, 0.3, -0.27, -0.89, -0.45, -0.99, 0.06, 1.34, -0.49, -0.62, 0.49, 0.36],

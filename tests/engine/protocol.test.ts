@@ -2,10 +2,14 @@
 import { describe, expect, test } from 'vitest';
 import {
   formatAdapters,
+  formatMerge,
   formatStanding,
+  type MergeRule,
   parseAdapters,
+  parseMerge,
   parseStanding,
   readAdapters,
+  readMerge,
   type WeightedName,
 } from '../../engine/protocol.ts';
 
@@ -113,5 +117,40 @@ describe('the adapters of a composition in a body', () => {
     [Array.from({ length: 8 }, (_, i) => ({ name: `${i}${'β'.repeat(100)}`, weight: 1 })), '', '4831'],
   ])('%j is refused', (list, at, got) => {
     expect(readAdapters(list)).toMatchObject({ at, got });
+  });
+});
+
+describe('how adapters are merged', () => {
+  test.each<MergeRule>([
+    { method: 'ties', density: 0.5, majoritySign: 'frequency' },
+    { method: 'dare_ties', density: 1, majoritySign: 'total' },
+    { method: 'dare_linear', density: 1 / 3, majoritySign: 'total' },
+    { method: 'magnitude_prune', density: 1e-7, majoritySign: 'total' },
+  ])('comes back as it was written in a header: %j', (rule) => {
+    expect(parseMerge(formatMerge(rule))).toEqual(rule);
+  });
+
+  test('has half of the values and the sign of their sum, where nothing else is said', () => {
+    const expected = { method: 'ties', density: 0.5, majoritySign: 'total' };
+    expect(parseMerge(' ties ')).toEqual(expected);
+    expect(readMerge({ method: 'ties', density: null })).toEqual(expected);
+    expect(readMerge({ method: 'linear' })).toBe(null);
+  });
+
+  test.each([
+    ['linear', '.method'],
+    ['', '.method'],
+    ['ties; density=0', '.density'],
+    ['ties; density=1.5', '.density'],
+    ['ties; density=0x1', ''],
+    ['ties; density=0.5; density=0.5', ''],
+    ['ties; majority-sign=most', '.majority_sign'],
+    ['dare_linear; majority-sign=total', '.majority_sign'],
+    ['ties; secret=1', ''],
+    [`ties${' '.repeat(300)}`, ''],
+  ])('is refused by name in a header: %s', (header, at) => {
+    const problem = parseMerge(header);
+    expect(problem).toMatchObject({ at, expected: expect.any(String) });
+    expect(JSON.stringify(problem)).not.toContain('secret');
   });
 });

@@ -124,10 +124,7 @@ test('leaves no byte of the adapter, of its KV or of its files, and others go on
   runtime.clearPages('host', spare);
   expect(secrets.size).toBeGreaterThan(500);
 
-  const report = await purgeAdapter(
-    { engine, tiers, arena, hostArena, sources, kvKeepers: parts.kvKeepers },
-    digest,
-  );
+  const report = await purgeAdapter({ ...parts, sources }, digest);
   expect(await ended.promise).toMatchObject({ code: 'adapter_purged', status: 410 });
   expect(report).toMatchObject({ digest, names: ['a'] });
   const numBytes = adapter.numPages * runtime.pageBytes;

@@ -8,10 +8,14 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, beforeAll, expect, test } from 'vitest';
+import { pino } from 'pino';
+import { afterAll, beforeAll, expect, test, vi } from 'vitest';
 import type { Adapter } from '../../engine/adapters/adapter-tiers.ts';
-import { compose } from '../../engine/adapters/composition.ts';
+import { alone, compose } from '../../engine/adapters/composition.ts';
+import { mergeFolders } from '../../engine/adapters/merge-folders.ts';
+import { Merges } from '../../engine/adapters/merges.ts';
 import type { PreparedModel } from '../../engine/model/prepare.ts';
+import type { MergeRule } from '../../engine/protocol.ts';
 import { writeRandomAdapter } from '../bench/random-adapter.ts';
 import { goldensFolder } from '../fixtures/golden.ts';
 import { loadAdapter, open, prepare } from '../fixtures/models.ts';
@@ -233,4 +237,54 @@ test('the engine gives each of many mixed requests the tokens it gives alone', a
   await parts.engine.close();
   await parts.tiers.close();
   expect(parts.fatal).toEqual([]);
+});
+
+test('a merge that a request has made is the adapter that is prepared of the same, on every engine', async () => {
+  for (const [i, name] of ['x', 'y'].entries())
+    await writeRandomAdapter(join(folder, name), model.dims, 4, ['q_proj', 'down_proj'], 7000 + i);
+  const rules: MergeRule[] = [
+    { method: 'ties', density: 0.6, majoritySign: 'total' },
+    { method: 'dare_linear', density: 0.4, majoritySign: 'total' },
+    { method: 'dare_ties', density: 0.4, majoritySign: 'frequency' },
+  ];
+  const outputs = new Set<string>();
+  for (const engineName of ['one', 'another']) {
+    const runtime = await open(model, { deviceMemoryBytes: 64 << 20, hostMemoryBytes: 16 << 20 });
+    const parts = startRealEngine(runtime, model);
+    const { tiers } = parts;
+    const merges = await Merges.open({
+      tiers,
+      folder: join(folder, `merges of ${engineName}`),
+      maxBytes: 64 << 20,
+      log: pino({ level: 'silent' }),
+      now: () => performance.now(),
+    });
+    const [x, y] = await Promise.all(['x', 'y'].map((name) => tiers.load(name, join(folder, name), false)));
+    const members = compose([
+      { adapter: y!, weight: -0.5 },
+      { adapter: x!, weight: 1.5 },
+    ]);
+    for (const rule of rules) {
+      const hold = await merges.hold(members, rule, new AbortController().signal);
+      const out = join(folder, `${engineName} ${rule.method}`);
+      const given = members.map(({ adapter, weight }) => ({ folder: adapter.source.uri, weight }));
+      const prepared = await mergeFolders(given, rule, out);
+      expect(prepared.digest).toBe(hold.adapter.digest);
+      const request = { promptTokens: tokens, maxTokens: 8 };
+      const got = await generate(parts, { ...request, adapters: alone(hold.adapter) });
+      // Its bytes are not what the merge left: they are read from the prepared files.
+      hold.letGo();
+      tiers.unkeep(hold.adapter);
+      await vi.waitFor(() => expect(tiers.withDigest(prepared.digest) === undefined).toBe(true));
+      const loaded = await tiers.load('prepared', out, true);
+      expect(await generate(parts, { ...request, adapter: loaded })).toEqual(got);
+      tiers.unload('prepared');
+      outputs.add(`${rule.method} ${got}`);
+    }
+    expect(parts.fatal).toEqual([]);
+    await parts.engine.close();
+    await merges.close();
+    runtime.close();
+  }
+  expect(outputs.size).toBe(rules.length);
 });
