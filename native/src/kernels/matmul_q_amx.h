@@ -117,7 +117,7 @@ struct Amx {
   struct Block {
     const QuantizedRows& x;
     const uint8_t* unpacked;
-    const int32_t* wide;  // of each group: not 0 when a row has a high part
+    const int32_t* wide;  // of each group: not 0 when a row may have a high part
     int64_t first;        // place of the first row's first group
     int rows;
 
@@ -181,8 +181,8 @@ struct Amx {
   static void rows(const Many& m, int64_t row, int rows) {
     int32_t wide[kChunkFeatures / kActivationGroup] = {};
     const int32_t* highs = m.x->peak_highs + m.x->at(row, m.g_begin);
-    for (int64_t g = 0; g < m.num_groups; ++g)
-      for (int r = 0; r < rows; ++r) wide[g] |= highs[g * rows + r];
+    // Of fewer than 16 rows the others are of the next group: at worst it is looked at for nothing.
+    for (int64_t g = 0; g < m.num_groups; ++g) wide[g] = bits(load_i32(highs + g * rows) == i32_zero()) != 0xffff;
     for (int t = 0; t < m.num_tiles; ++t) {
       if (rows > 8) block<16>(m, t, row, rows, wide);
       else block<8>(m, t, row, rows, wide);
