@@ -19,7 +19,10 @@ export function selects(
 }
 
 /** Whether an adapter belongs to a group. */
-export function isMember({ spec: group }: AdapterGroup, { metadata, spec }: LoraAdapter): boolean {
+export function isMember(
+  { spec: group }: Pick<AdapterGroup, 'spec'>,
+  { metadata, spec }: Pick<LoraAdapter, 'metadata'> & { spec: Pick<LoraAdapter['spec'], 'baseModel'> },
+): boolean {
   return spec.baseModel === group.baseModel && selects(group.selector, metadata.labels ?? {});
 }
 

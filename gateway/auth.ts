@@ -1,8 +1,9 @@
-// Who comes: the holder of a bearer key, or of a token (identity/tokens.ts). Keys come from a file (config.ts) or from
-// Tenants (tenants.ts); where they come from no key, everybody may enter, and config.ts sees to it that this was meant.
+// Who comes: the holder of a bearer key, or of a token (identity/tokens.ts). Keys come from a file (config.ts), a
+// tenants file (identity/tenants-file.ts) or Tenants (tenants.ts); where they come from none, everybody may enter, and config.ts sees to
+// it that this was meant.
 
-import { hash } from 'node:crypto';
 import { GatewayError } from './errors.ts';
+import { digestOfKey } from './identity/keys.ts';
 import { isTokenShaped } from './identity/oidc.ts';
 import type { Tokens } from './identity/tokens.ts';
 import type { Limits } from './quota/limits.ts';
@@ -60,9 +61,4 @@ export function bearerOf(authorization: string | undefined): string {
     throw new GatewayError('missing_api_key', 'Authorization: expected `Bearer KEY`, got no bearer key');
   }
   return given;
-}
-
-/** SHA-256, in hexadecimal. */
-export function digestOfKey(key: string): string {
-  return hash('sha256', key);
 }

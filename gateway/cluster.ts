@@ -19,21 +19,19 @@ import type { ModelCard } from '../engine/protocol.ts';
 import { type Authenticate, type Caller, callersByDigest, createAuthenticate } from './auth.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import { ConfigError } from './config.ts';
-import { basesFirst, type Directory } from './directory.ts';
+import { basesFirst, cardsOf, type Directory } from './directory.ts';
 import { followPod, trimPod } from './discovery.ts';
 import type { Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
-import { groupTarget, isTooLarge, membersFor } from './groups/group.ts';
 import type { OidcSettings } from './identity/oidc.ts';
 import { type TokenRules, Tokens } from './identity/tokens.ts';
-import { buildModels, isHopeless, type Model, mayUse } from './models.ts';
+import { buildModels, isHopeless, type Model, mayUse, seenBy, targetsFor } from './models.ts';
 import { AskWriter, type OnDemand } from './on-demand/ask-writer.ts';
 import { AutoLoader, planAutoLoad } from './on-demand/auto-load.ts';
 import { defaultStanding, type Standing } from './queue/ask.ts';
 import type { Scope } from './quota/limits.ts';
 import type { TenantUsage } from './quota/tenant-usage.ts';
 import { patchUsage, UsageWriter } from './quota/usage-status.ts';
-import { mayAppear, resolveModel } from './resolve-model.ts';
 import { type Aborted, AbortWriter } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
 import { SecretKeys } from './secret-keys.ts';
@@ -165,7 +163,9 @@ export class Cluster implements Directory {
 
   targetsOf(name: string, caller: string | null): readonly WeightedTarget[] | null {
     const model = this.#modelsByName.get(name);
-    return model !== undefined && this.#mayUse(caller, model) ? this.#targetsFor(caller, model) : null;
+    return model !== undefined && this.#mayUse(caller, model)
+      ? targetsFor(model, this.#adaptersOf(caller))
+      : null;
   }
 
   async autoLoad(name: string, caller: string | null): Promise<void> {
@@ -191,21 +191,14 @@ export class Cluster implements Directory {
 
   cards(caller: string | null): ModelCard[] {
     return this.models(caller)
-      .flatMap((model) => this.#cardOf(model))
+      .flatMap((model) => cardsOf(model, this.#endpoints.all))
       .sort(basesFirst);
   }
 
   models(caller: string | null): Model[] {
     return [...this.#modelsByName.values()]
       .filter((model) => this.#mayUse(caller, model))
-      .map((model) => {
-        const { group } = model;
-        if (group === undefined) return model;
-        const members = membersFor(group, this.#adaptersOf(caller));
-        return isTooLarge(group, members)
-          ? model
-          : { ...model, targets: [groupTarget(model.name, group, members)] };
-      });
+      .map((model) => seenBy(model, this.#adaptersOf(caller)));
   }
 
   scopesOf(caller: string | null): Scope[] {
@@ -280,44 +273,8 @@ export class Cluster implements Directory {
     return caller === null ? undefined : this.#tenancy.watch.get(caller)?.spec.access.adapters;
   }
 
-  /** @throws group_too_large */
-  #targetsFor(caller: string | null, { name, targets, group }: Model): readonly WeightedTarget[] {
-    if (group === undefined) return targets;
-    return [groupTarget(name, group, membersFor(group, this.#adaptersOf(caller)))];
-  }
-
   #countModels({ spec }: Tenant): number {
     return [...this.#modelsByName.values()].filter((model) => mayUse(spec.access, model)).length;
-  }
-
-  /**
-   * The card of an engine that holds the model; for a route or a group one that is made of its targets'. Empty: none holds it, nor would
-   * one if somebody asked.
-   */
-  #cardOf({ name, kind, created, parent, targets }: Model): ModelCard[] {
-    const cards = targets
-      .filter(({ weight }) => weight > 0)
-      .flatMap((target) => {
-        const resolution = resolveModel(target, this.#endpoints.all, Date.now());
-        if (resolution.kind !== 'served') return [];
-        const names = target.members ?? [target];
-        return names.map(({ name }) => resolution.endpoints[0]!.cards.get(name)!);
-      });
-    const mayWake = targets.some((target) => target.asks !== undefined && mayAppear(target));
-    if (cards.length > 0 ? kind !== 'route' && kind !== 'group' : !mayWake) return cards;
-    const lengths = cards.map(({ max_model_len }) => max_model_len).filter((length) => length !== null);
-    return [
-      {
-        id: name,
-        object: 'model',
-        created,
-        owned_by: 'motet',
-        root: name,
-        parent,
-        max_model_len: lengths.length === 0 ? null : Math.min(...lengths),
-        permission: [],
-      },
-    ];
   }
 
   #onModelChange(now: KubernetesObject | undefined, before: KubernetesObject | undefined): void {

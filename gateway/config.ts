@@ -48,6 +48,13 @@ export const settings = {
     .optional()
     .describe('the same for a token that is replaced in its file, as the kubelet does'),
   'api-keys-file': z.string().optional().describe('file of bearer keys, one `NAME KEY` a line'),
+  'tenants-file': z
+    .string()
+    .min(1)
+    .optional()
+    .describe(
+      'file of tenants with their keys, rights, limits and weights, and of groups: YAML or JSON, as in examples/tenants; read again when it changes',
+    ),
   'limits-file': z
     .string()
     .optional()
@@ -216,6 +223,8 @@ export type Config = {
   port: number;
   /** Name of a key -> the key. Null: no keys are configured, everybody may enter. */
   apiKeys: Map<string, string> | null;
+  /** Who may enter and use what, in a file that is followed; null: it is said elsewhere. */
+  tenantsFile: string | null;
   /** Name of a key -> its limits; `*` is for those that are not named. Empty: none has any. */
   limits: ReadonlyMap<string, Limits>;
   /** Gateways that share the limits. */
@@ -274,6 +283,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
       throw new ConfigError('expected --engine-key-file or --engine-token-file, got both');
     readSetting('engine-token-file', engineTokenFile);
   }
+  const tenantsFile = parseTenantsFile(values);
   const limitsFile = values['limits-file'];
   if (limitsFile !== undefined && apiKeys === null)
     throw new ConfigError('--limits-file: expected --api-keys-file beside it, whose names it has');
@@ -282,10 +292,17 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     throw new ConfigError('--engine (MOTET_ENGINES): expected at least one URL, or --kubernetes');
   }
   const oidc = parseOidc(values);
-  if (cluster === null && apiKeys === null && oidc === null && !values.insecure && !isLoopback(values.host)) {
+  if (
+    cluster === null &&
+    apiKeys === null &&
+    tenantsFile === null &&
+    oidc === null &&
+    !values.insecure &&
+    !isLoopback(values.host)
+  ) {
     throw new ConfigError(
       `no API keys are configured, so anyone who reaches ${values.host} could use every model. ` +
-        'Give --api-keys-file, or listen on 127.0.0.1, or say --insecure if that is meant.',
+        'Give --api-keys-file or --tenants-file, or listen on 127.0.0.1, or say --insecure if that is meant.',
     );
   }
   return {
@@ -296,6 +313,7 @@ export function parseConfig(args: string[], env: NodeJS.ProcessEnv): Config {
     host: values.host,
     port: values.port,
     apiKeys,
+    tenantsFile,
     limits:
       limitsFile === undefined
         ? new Map()
@@ -343,7 +361,7 @@ type Values = z.infer<z.ZodObject<typeof settings>>;
 const namespaceFile = '/var/run/secrets/kubernetes.io/serviceaccount/namespace';
 
 function parseCluster(values: Values): Config['cluster'] {
-  for (const other of ['engine', 'api-keys-file'] as const) {
+  for (const other of ['engine', 'api-keys-file', 'tenants-file'] as const) {
     if (values[other] === undefined || values[other].length === 0) continue;
     throw new ConfigError(
       `--${other}: expected nothing beside --kubernetes; engines are pods, keys are Tenants`,
@@ -359,6 +377,22 @@ function parseCluster(values: Values): Config['cluster'] {
     );
   }
   return { namespace, kubeconfig };
+}
+
+/** It is read where it is followed: gateway/identity/follow-tenants.ts. */
+function parseTenantsFile(values: Values): string | null {
+  const path = values['tenants-file'];
+  if (path === undefined) return null;
+  for (const [other, why] of [
+    ['api-keys-file', 'a tenant of the file has its keys there'],
+    ['limits-file', 'a tenant of the file has its limits there'],
+    ['insecure', 'nobody but its tenants may enter'],
+  ] as const) {
+    if (values[other] === undefined || values[other] === false) continue;
+    throw new ConfigError(`--${other}: expected nothing beside --tenants-file; ${why}`);
+  }
+  readSetting('tenants-file', path);
+  return path;
 }
 
 function parseOidc(values: Values): OidcSettings | null {

@@ -1,17 +1,21 @@
-// Who may enter, and what a name means to whom. There are two: the settings' (below), where a name is whatever an engine
-// of the list says it is, and the cluster's (cluster.ts), where resources say it.
+// Who may enter, and what a name means to whom. There are three: the settings' (below), where a name is whatever an engine
+// of the list says it is, and everybody with a key may use it; that of a tenants file (identity/file-directory.ts); and the cluster's
+// (cluster.ts), where resources say what there is.
 
 import type { ModelCard } from '../engine/protocol.ts';
-import { type Authenticate, callersByDigest, createAuthenticate, digestOfKey } from './auth.ts';
+import { type Authenticate, callersByDigest, createAuthenticate } from './auth.ts';
 import type { WeightedTarget } from './choose-target.ts';
 import type { VisibleModel } from './console/console-data.ts';
-import type { Endpoints } from './endpoints.ts';
+import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
+import { digestOfKey } from './identity/keys.ts';
 import type { Tokens } from './identity/tokens.ts';
+import type { Model } from './models.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
 import { defaultStanding, type Standing } from './queue/ask.ts';
 import type { Limits, Scope } from './quota/limits.ts';
 import type { TenantUsage } from './quota/tenant-usage.ts';
+import { mayAppear, resolveModel } from './resolve-model.ts';
 import type { Aborted } from './routes/abort-writer.ts';
 import type { RouteRules } from './routes/route.ts';
 
@@ -98,6 +102,39 @@ export function listedDirectory(
     staleSeconds: () => ({}),
     close: async () => {},
   };
+}
+
+/**
+ * The card of an engine that holds the model; for a route or a group one that is made of its targets'. Empty: none holds it, nor would
+ * one if somebody asked.
+ */
+export function cardsOf(
+  { name, kind, created, parent, targets }: Model,
+  endpoints: readonly Endpoint[],
+): ModelCard[] {
+  const cards = targets
+    .filter(({ weight }) => weight > 0)
+    .flatMap((target) => {
+      const resolution = resolveModel(target, endpoints, Date.now());
+      if (resolution.kind !== 'served') return [];
+      const names = target.members ?? [target];
+      return names.map(({ name }) => resolution.endpoints[0]!.cards.get(name)!);
+    });
+  const mayWake = targets.some((target) => target.asks !== undefined && mayAppear(target));
+  if (cards.length > 0 ? kind !== 'route' && kind !== 'group' : !mayWake) return cards;
+  const lengths = cards.map(({ max_model_len }) => max_model_len).filter((length) => length !== null);
+  return [
+    {
+      id: name,
+      object: 'model',
+      created,
+      owned_by: 'motet',
+      root: name,
+      parent,
+      max_model_len: lengths.length === 0 ? null : Math.min(...lengths),
+      permission: [],
+    },
+  ];
 }
 
 /** Every model of the engines that are ready, each once. */

@@ -13,12 +13,14 @@ import { startBatches } from './batches/start.ts';
 import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
 import { Traffic } from './console/traffic.ts';
-import { listedDirectory } from './directory.ts';
+import { type Directory, listedDirectory } from './directory.ts';
 import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders, withSender } from './engine-headers.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
 import { CompositionNames } from './groups/composition.ts';
+import { fileDirectory } from './identity/file-directory.ts';
+import { FollowedTenants } from './identity/follow-tenants.ts';
 import { Tokens } from './identity/tokens.ts';
 import { createMetrics, watchQuota, watchRouting, watchState } from './metrics.ts';
 import { commentEveryMs } from './on-demand/hold.ts';
@@ -55,30 +57,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   );
   const endpoints = new Endpoints(engineHeaders, config.pollIntervalMs, config.silentAfterMs, log);
   for (const url of config.engineUrls) endpoints.offer(listedEngine(url));
-  const tokenRules = { own: config.oidc, byTenant: null };
-  const directory =
-    config.cluster === null
-      ? listedDirectory(
-          endpoints,
-          config.apiKeys,
-          config.limits,
-          new Tokens({ rules: () => tokenRules, log }),
-        )
-      : new Cluster(
-          {
-            kubeConfig: loadKubeConfig(config.cluster.kubeconfig),
-            namespace: config.cluster.namespace,
-            isOpen: config.isInsecure,
-            oidc: config.oidc,
-            secretIntervalMs: config.secretIntervalMs,
-            // A pod has its name to itself.
-            gatewayName:
-              config.cluster.kubeconfig === null ? hostname() : `${hostname()}-${gatewayId.slice(0, 8)}`,
-            usageIntervalMs: config.usageIntervalMs,
-          },
-          endpoints,
-          log,
-        );
+  const directory = await openDirectory(config, endpoints, gatewayId, log);
   const shared = config.redis && { ...config.redis, numGateways: config.gatewayReplicas };
   const meters = shared
     ? new RedisMeters(shared, gatewayId, log, () => metrics.quotaAlone.inc())
@@ -179,6 +158,32 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
       await quota.close();
     },
   };
+}
+
+async function openDirectory(
+  config: Config,
+  endpoints: Endpoints,
+  gatewayId: string,
+  log: Logger,
+): Promise<Directory> {
+  const { cluster, tenantsFile, oidc, apiKeys, limits } = config;
+  if (cluster !== null) {
+    const options = {
+      kubeConfig: loadKubeConfig(cluster.kubeconfig),
+      namespace: cluster.namespace,
+      isOpen: config.isInsecure,
+      oidc,
+      secretIntervalMs: config.secretIntervalMs,
+      // A pod has its name to itself.
+      gatewayName: cluster.kubeconfig === null ? hostname() : `${hostname()}-${gatewayId.slice(0, 8)}`,
+      usageIntervalMs: config.usageIntervalMs,
+    };
+    return new Cluster(options, endpoints, log);
+  }
+  if (tenantsFile !== null)
+    return fileDirectory(endpoints, await FollowedTenants.open(tenantsFile, oidc, log), log);
+  const tokenRules = { own: oidc, byTenant: null };
+  return listedDirectory(endpoints, apiKeys, limits, new Tokens({ rules: () => tokenRules, log }));
 }
 
 async function main(): Promise<void> {

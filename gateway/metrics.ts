@@ -328,7 +328,7 @@ export function watchState({ registry, engineErrors }: Metrics, state: State): v
   });
   new Gauge({
     name: 'motet_gateway_watch_stale_seconds',
-    help: 'Seconds since the API server was last heard about a resource; 0 while it is. What was known then holds.',
+    help: 'Seconds since the API server was last heard about a resource, or the tenants file could be taken over; 0 while it is. What was known then holds.',
     labelNames: ['resource'],
     registers,
     collect() {

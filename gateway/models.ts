@@ -2,11 +2,11 @@
 // AdapterRoutes and AdapterGroups share one space of names. Of two resources with one name the older has it; the operator keeps the same
 // rule. What a tenant may not use does not exist for it.
 
-import { selects } from '../crds/label-selector.ts';
+import { type LabelSelector, selects } from '../crds/label-selector.ts';
 import { conditionTypes, loraAdapterReasons, servedNameOf, servedNamesOf } from '../crds/names.ts';
 import type { AdapterGroup, AdapterRoute, BaseModel, LoraAdapter, TenantSpec } from '../crds/types.ts';
 import type { WeightedTarget } from './choose-target.ts';
-import { type GroupRules, groupRules, membersFor } from './groups/group.ts';
+import { type GroupRules, groupRules, groupTarget, isTooLarge, membersFor } from './groups/group.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
 import { type RouteRules, routeRules, steppedWeights } from './routes/route.ts';
 
@@ -152,6 +152,27 @@ export function mayUse(access: TenantSpec['access'], { kind, labels, group }: Mo
     case 'group':
       return selects(access.groups, labels) && membersFor(group!, access.adapters).length > 0;
   }
+}
+
+/**
+ * Who may answer for a caller that may use the model.
+ *
+ * @param adapters  what selects the adapters that the caller may use; null: it may use all
+ * @throws group_too_large
+ */
+export function targetsFor(
+  { name, targets, group }: Model,
+  adapters: LabelSelector | undefined | null,
+): readonly WeightedTarget[] {
+  return group === undefined ? targets : [groupTarget(name, group, membersFor(group, adapters))];
+}
+
+/** The model with those targets; a group of which the caller may use too much stays without. */
+export function seenBy(model: Model, adapters: LabelSelector | undefined | null): Model {
+  const { name, group } = model;
+  if (group === undefined) return model;
+  const members = membersFor(group, adapters);
+  return isTooLarge(group, members) ? model : { ...model, targets: [groupTarget(name, group, members)] };
 }
 
 function ownersOfNames(claims: { resource: Named; names: string[] }[]): Map<string, Named> {

@@ -13,6 +13,8 @@ export type Target = {
   name: string;
   /** The BaseModel whose engines may be asked. Null: there are no resources, and a name is what engines say it is. */
   baseModel: string | null;
+  /** Without BaseModels: what engines must say is its base, null of a base itself. Default, whatever they say. */
+  parent?: string | null;
   /** The operator says that no engine will have it before somebody changes something. Default false. */
   isHopeless?: boolean;
   /** Resources behind it that are there only while somebody asks. Default none. */
@@ -34,14 +36,17 @@ export type Resolution =
 export const rememberMs = 10 * 60_000;
 
 export function resolveModel(target: Target, endpoints: readonly Endpoint[], nowMs: number): Resolution {
-  const { baseModel } = target;
+  const { baseModel, parent } = target;
   const members: readonly { name: string }[] = target.members ?? [target];
   const candidates =
     baseModel === null ? endpoints : endpoints.filter((endpoint) => endpoint.baseModel === baseModel);
   const seen = candidates.filter(({ lastSeenMs }) => lastSeenMs !== null && nowMs - lastSeenMs <= rememberMs);
   const having = seen.filter(
     ({ cards, adapterList }) =>
-      members.every((member) => cards.has(member.name)) &&
+      members.every(({ name }) => {
+        const card = cards.get(name);
+        return card !== undefined && (parent === undefined || card.parent === parent);
+      }) &&
       // Other servers know no compositions: they would answer as if nothing had been said.
       (target.members === undefined || adapterList !== null),
   );

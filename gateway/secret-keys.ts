@@ -5,7 +5,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { V1Secret } from '@kubernetes/client-node';
 import { ApiError } from '../crds/api.ts';
-import { type KeyState, readKey } from './tenants.ts';
+import { type KeyState, readKey } from './identity/keys.ts';
 
 export type SecretKeysOptions = {
   read: (name: string, signal: AbortSignal) => Promise<V1Secret>;

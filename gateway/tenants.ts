@@ -2,23 +2,12 @@
 // only ever kept as its digest.
 
 import { type Condition, conditionTypes, tenantReasons } from '../crds/names.ts';
-import type { Tenant, TenantStatus } from '../crds/types.ts';
-import { digestOfKey, type Holder } from './auth.ts';
+import type { Tenant, TenantSpec, TenantStatus } from '../crds/types.ts';
+import type { Holder } from './auth.ts';
+import type { KeyState } from './identity/keys.ts';
 import type { OidcSettings } from './identity/oidc.ts';
-import { ambiguousTenants, ruleOf, type TokenRules } from './identity/tokens.ts';
+import { ambiguousTenants, ruleOf, type TokenRule, type TokenRules } from './identity/tokens.ts';
 import { byAge } from './models.ts';
-
-/** What is known of one entry of one Secret. */
-export type KeyState =
-  /** Nothing yet: the Secret could not be read so far. */
-  | { kind: 'unread' }
-  | { kind: 'no_secret' }
-  | { kind: 'no_entry' }
-  /** The API server does not let the gateway read the Secret. */
-  | { kind: 'forbidden' }
-  /** `problem` says what is wrong with the value, and shows nothing of it. */
-  | { kind: 'invalid'; problem: string }
-  | { kind: 'key'; digest: string };
 
 /** What a condition says. */
 export type Problem = { reason: string; message: string };
@@ -31,19 +20,6 @@ export type Verdict = {
   /** Some Secret could not be read so far, so that this is not the last word. */
   isUnread: boolean;
 };
-
-/** @param value  of the Secret's entry, decoded */
-export function readKey(value: Buffer | undefined): KeyState {
-  if (value === undefined) return { kind: 'no_entry' };
-  const key = value.toString('utf8').trim();
-  const invalid = (problem: string): KeyState => ({ kind: 'invalid', problem });
-  if (key.length < 16) return invalid(`expected at least 16 characters, got ${key.length}`);
-  if (key.length > 512) return invalid(`expected at most 512 characters, got ${key.length}`);
-  if (/\s/.test(key)) return invalid('expected no white space inside the key');
-  // A header could not carry it as it is.
-  if (!/^[\x21-\x7e]+$/.test(key)) return invalid('expected printable ASCII characters');
-  return { kind: 'key', digest: digestOfKey(key) };
-}
 
 /** Which tokens are whose. @param own  the gateway's own issuer */
 export function tokenRulesOf(tenants: readonly Tenant[], own: OidcSettings | null): TokenRules {
@@ -60,8 +36,10 @@ export function judgeTenants(
   { byTenant }: TokenRules = { own: null, byTenant: [] },
 ): Verdict[] {
   const ownerOfKey = new Map<string, Tenant>();
-  const withTokens = new Set(byTenant?.map((rule) => rule.tenant));
-  const othersOf = ambiguousTenants(byTenant ?? []);
+  const ofTokens = tokenProblems(
+    tenants.map(({ metadata, spec: { oidc } }) => ({ name: metadata.name!, ...(oidc && { oidc }) })),
+    byTenant ?? [],
+  );
   return [...tenants].sort(byAge).map((tenant) => {
     const verdict: Verdict = { tenant, holders: [], problems: [], isUnread: false };
     for (const { secretRef, limits } of tenant.spec.keys) {
@@ -80,12 +58,25 @@ export function judgeTenants(
         else verdict.problems.push(taken(secretRef, owner));
       }
     }
-    const name = tenant.metadata.name!;
-    const other = othersOf.get(name);
-    if (tenant.spec.oidc !== undefined && !withTokens.has(name)) verdict.problems.push(issuerMissing);
-    if (other !== undefined) verdict.problems.push(ambiguous(other));
+    verdict.problems.push(...(ofTokens.get(tenant.metadata.name!) ?? []));
     return verdict;
   });
+}
+
+/** What is wrong with the tokens of tenants, by name. @param rules  that came of these tenants */
+export function tokenProblems(
+  tenants: readonly { name: string; oidc?: TenantSpec['oidc'] }[],
+  rules: readonly TokenRule[],
+): Map<string, Problem[]> {
+  const withTokens = new Set(rules.map(({ tenant }) => tenant));
+  const othersOf = ambiguousTenants(rules);
+  return new Map(
+    tenants.map(({ name, oidc }) => {
+      const other = othersOf.get(name);
+      const isMissing = oidc !== undefined && !withTokens.has(name);
+      return [name, [...(isMissing ? [issuerMissing] : []), ...(other ? [ambiguous(other)] : [])]];
+    }),
+  );
 }
 
 /**

@@ -208,7 +208,8 @@ function firstMessages(name: string): unknown {
 /** One line for a shell: JSON has no single quotes of its own, and those of the text are written as '\''. */
 function curlLine(url: string, path: string, body: object): string {
   const quoted = JSON.stringify(body).replaceAll("'", "'\\''");
-  const key = process.env.MOTET_API_KEYS_FILE ? ` -H 'authorization: Bearer YOUR-KEY'` : '';
+  const { MOTET_API_KEYS_FILE, MOTET_TENANTS_FILE } = process.env;
+  const key = MOTET_API_KEYS_FILE || MOTET_TENANTS_FILE ? ` -H 'authorization: Bearer YOUR-KEY'` : '';
   return `  curl -s ${url}/v1/${path}${key} -H 'content-type: application/json' -d '${quoted}'`;
 }
 

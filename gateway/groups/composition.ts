@@ -42,28 +42,26 @@ export function compositionTarget(
   names: CompositionNames,
 ): WeightedTarget {
   const [first, ...others] = [...members].sort((a, b) => (a.target.name < b.target.name ? -1 : 1));
-  const { baseModel } = first!.target;
-  const stranger = others.find(({ target }) => target.baseModel !== baseModel);
+  const { baseModel, parent } = first!.target;
+  const stranger = others.find(({ target }) => target.baseModel !== baseModel || target.parent !== parent);
   if (stranger !== undefined) {
     const pair = `${first!.target.name} and ${stranger.target.name} have two`;
     throw refusal(`expected adapters of one base model, but ${pair}`);
   }
   const all = [first!, ...others];
-  return together(names.nameOf(all.map(({ target }) => target.name)), baseModel, all);
+  return together(names.nameOf(all.map(({ target }) => target.name)), all);
 }
 
-/** One target of all of them: it needs what each of them needs. */
-export function together(
-  name: string,
-  baseModel: string | null,
-  members: readonly WeightedMember[],
-): WeightedTarget {
+/** One target of all of them, which have one base: it needs what each of them needs. @param members  at least one */
+export function together(name: string, members: readonly WeightedMember[]): WeightedTarget {
+  const { baseModel, parent } = members[0]!.target;
   const asks = new Map(
     members.flatMap(({ target }) => (target.asks ?? []).map((ask) => [`${ask.kind}/${ask.name}`, ask])),
   );
   return {
     name,
     baseModel,
+    ...(parent !== undefined && { parent }),
     weight: 1,
     members: members.map(({ target, weight }) => ({ name: target.name, weight })),
     ...(members.some(({ target }) => target.isHopeless) && { isHopeless: true }),

@@ -14,18 +14,21 @@ import { together } from './composition.ts';
 /** An adapter that the group selects. */
 export type Member = { labels: Readonly<Record<string, string>>; target: Target };
 
-export type GroupRules = Pick<AdapterGroup['spec'], 'baseModel' | 'weights' | 'maxMembers'> & {
+export type GroupRules = Pick<AdapterGroup['spec'], 'weights' | 'maxMembers'> & {
   /** By name. */
   members: readonly Member[];
 };
 
+/** What is asked of an adapter to know of which groups it is. */
+export type GroupedAdapter = Pick<LoraAdapter, 'metadata'> & { spec: Pick<LoraAdapter['spec'], 'baseModel'> };
+
 /** @param targetOf  null for an adapter of which no name is its own */
 export function groupRules(
-  group: AdapterGroup,
-  loraAdapters: readonly LoraAdapter[],
+  group: Pick<AdapterGroup, 'spec'>,
+  loraAdapters: readonly GroupedAdapter[],
   targetOf: (adapter: string) => Target | undefined,
 ): GroupRules {
-  const { baseModel, weights, maxMembers } = group.spec;
+  const { weights, maxMembers } = group.spec;
   const members = loraAdapters
     .filter((adapter) => isMember(group, adapter))
     .flatMap(({ metadata }) => {
@@ -33,7 +36,7 @@ export function groupRules(
       return target === undefined ? [] : [{ labels: metadata.labels ?? {}, target }];
     })
     .sort((a, b) => (a.target.name < b.target.name ? -1 : 1));
-  return { baseModel, weights, maxMembers, members };
+  return { weights, maxMembers, members };
 }
 
 /** @param adapters  what selects the adapters that the caller may use; null: it may use all */
@@ -52,7 +55,7 @@ export function isTooLarge({ maxMembers }: GroupRules, members: readonly Member[
  * @throws group_too_large
  */
 export function groupTarget(name: string, group: GroupRules, members: readonly Member[]): WeightedTarget {
-  const { baseModel, weights, maxMembers } = group;
+  const { weights, maxMembers } = group;
   if (isTooLarge(group, members)) {
     const message = `model: expected a group of which you may use at most ${maxMembers} adapters, got ${members.length}`;
     throw new GatewayError('group_too_large', message, { param: 'model' });
@@ -60,7 +63,6 @@ export function groupTarget(name: string, group: GroupRules, members: readonly M
   const weight = weights === 'equal' ? 1 / members.length : 1;
   return together(
     name,
-    baseModel,
     members.map(({ target }) => ({ target, weight })),
   );
 }

@@ -13,8 +13,8 @@ import {
   jwtVerify,
 } from 'jose';
 import { Agent, request } from 'undici';
-import { digestOfKey } from '../auth.ts';
 import { GatewayError } from '../errors.ts';
+import { digestOfKey } from './keys.ts';
 
 /** What a token that was checked says, for as long as it is good. */
 export type Identity = { readonly issuer: string; readonly claims: Readonly<JWTPayload> };

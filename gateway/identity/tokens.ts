@@ -3,8 +3,8 @@
 // choose would give one tenant the rights of another.
 
 import type { Caller } from '../auth.ts';
-import { digestOfKey } from '../auth.ts';
 import { GatewayError } from '../errors.ts';
+import { digestOfKey } from './keys.ts';
 import {
   claimedIssuer,
   type Identity,

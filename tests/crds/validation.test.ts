@@ -1,6 +1,7 @@
 import type { KubeConfig } from '@kubernetes/client-node';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { ApiError, callApi, motetPath } from '../../crds/api.ts';
+import { checkSpec, specSchema } from '../../crds/check-spec.ts';
 import {
   type AdapterGroup,
   type AdapterRoute,
@@ -592,6 +593,8 @@ const cases: Record<Kind, Case[]> = {
 };
 
 const kinds = Object.keys(cases) as Kind[];
+/** Those that crds/check-spec.ts judges too, where there is no API server: its verdict is to be the same. */
+const checkedKinds: Kind[] = ['Tenant', 'AdapterGroup'];
 
 describe.for(kinds)('%s', (kind) => {
   test('is accepted with every field given', async () => {
@@ -602,7 +605,14 @@ describe.for(kinds)('%s', (kind) => {
   test.for(cases[kind].map((one) => ({ title: titleOf(one), one })))(
     '$title',
     async ({ one: [path, value, message] }) => {
-      const refused = await refusal(kind, withValue(objectOf(kind), path, value));
+      const object = withValue(objectOf(kind), path, value);
+      const refused = await refusal(kind, object);
+      if (checkedKinds.includes(kind) && path.startsWith('spec')) {
+        const { spec } = object as { spec?: unknown };
+        const check = () => checkSpec(spec, specSchema(kind), 'spec');
+        if (message === null) expect(check).not.toThrow();
+        else expect(check).toThrow(/^spec/);
+      }
       if (message === null) return expect(refused).toBeNull();
       expect(refused).toMatch(message);
       // It names the field: `spec.targets[0].weight`, or the one around it for a rule that spans several.

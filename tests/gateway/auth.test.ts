@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest';
-import { callersByDigest, digestOfKey } from '../../gateway/auth.ts';
+import { callersByDigest } from '../../gateway/auth.ts';
+import { digestOfKey } from '../../gateway/identity/keys.ts';
 import { startFakeEngine } from '../fixtures/fake-engine.ts';
 import { chatBody, errorOf, gatewayFor } from './start-gateway.ts';
 

@@ -158,3 +158,29 @@ test('the help names every setting, as a flag and as a variable', () => {
   for (const name of Object.keys(settings)) expect(helpText()).toContain(`--${name} `);
   expect(helpText()).toContain('[MOTET_FIRST_BYTE_TIMEOUT_MS]');
 });
+
+test('a tenants file stands alone: keys, limits and a cluster have their own places', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'motet-config-'));
+  onTestFinished(() => rmSync(folder, { recursive: true }));
+  const [tenants, keys] = [join(folder, 'tenants.yaml'), join(folder, 'keys')];
+  writeFileSync(tenants, 'tenants: {}');
+  writeFileSync(keys, 'a key-0123456789abcdef');
+  const given = ['--tenants-file', tenants];
+  expect(parseConfig([...engine, ...given, '--host', '0.0.0.0'], {})).toMatchObject({
+    tenantsFile: tenants,
+    apiKeys: null,
+  });
+  for (const [more, message] of [
+    [['--api-keys-file', keys], '--api-keys-file: expected nothing beside --tenants-file'],
+    [['--insecure'], '--insecure: expected nothing beside --tenants-file'],
+    [['--limits-file', keys], '--limits-file: expected nothing beside --tenants-file'],
+    [['--kubernetes', '--namespace', 'x'], '--engine: expected nothing beside --kubernetes'],
+  ] as const) {
+    expect(() => parseConfig([...engine, ...given, ...more], {})).toThrow(message);
+  }
+  const inCluster = ['--kubernetes', '--namespace', 'x', ...given];
+  expect(() => parseConfig(inCluster, {})).toThrow('--tenants-file: expected nothing beside --kubernetes');
+  expect(() => parseConfig([...engine, '--tenants-file', join(folder, 'none')], {})).toThrow(
+    '--tenants-file: cannot read',
+  );
+});

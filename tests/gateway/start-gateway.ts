@@ -96,6 +96,7 @@ const defaults: Config = {
   host: '127.0.0.1',
   port: 0,
   apiKeys: null,
+  tenantsFile: null,
   oidc: null,
   limits: new Map(),
   gatewayReplicas: 1,

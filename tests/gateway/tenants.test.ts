@@ -1,7 +1,8 @@
 import { expect, test } from 'vitest';
 import type { Tenant } from '../../crds/types.ts';
+import { type KeyState, readKey } from '../../gateway/identity/keys.ts';
 import { changeOf } from '../../gateway/tenant-status.ts';
-import { judgeTenants, type KeyState, readKey, statusOf, tokenRulesOf } from '../../gateway/tenants.ts';
+import { judgeTenants, statusOf, tokenRulesOf } from '../../gateway/tenants.ts';
 import { tenant } from './resources.ts';
 
 const text = 'key-0123456789abcdef';

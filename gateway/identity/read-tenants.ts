@@ -1,0 +1,69 @@
+// A thread of its own that reads the tenants file each time that it is told its path: a large file takes a second to parse, and a
+// gateway answers requests meanwhile. Nothing that is in the file can harm more than this thread.
+
+import { hash } from 'node:crypto';
+import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
+import { dirname, resolve } from 'node:path';
+import { parentPort } from 'node:worker_threads';
+import { SpecError } from '../../crds/check-spec.ts';
+import { holdersOf, maxFileBytes, parseTenantsFile, type ReadFile } from './tenants-file.ts';
+
+/**
+ * What the thread says of it: the file, or what is wrong with it. `files`: those with keys, if so much is known. `digest`: of all
+ * that was read.
+ */
+export type Reading = { files: string[] | null } & ({ file: ReadFile; digest: string } | { problem: string });
+
+const maxKeyFileBytes = 4 << 10;
+
+/** @param path  absolute */
+function readTenants(path: string): Reading {
+  let files: string[] | null = null;
+  try {
+    const { keys, ...parsed } = parseTenantsFile(textOf(readBounded(path, maxFileBytes)));
+    const at = (file: string) => resolve(dirname(path), file);
+    files = [...new Set(keys.flatMap(({ file }) => (file === undefined ? [] : [at(file)])))];
+    const content = (file: string) => {
+      try {
+        return readBounded(at(file), maxKeyFileBytes);
+      } catch {
+        return null;
+      }
+    };
+    const file = { ...parsed, ...holdersOf(keys, content) };
+    return { files, file, digest: hash('sha256', JSON.stringify(file)) };
+  } catch (error) {
+    // Of an error that nobody wrote for a person, the message could have a piece of the file.
+    const { code = (error as Error).name } = error as NodeJS.ErrnoException;
+    return { files, problem: error instanceof SpecError ? error.message : `it cannot be read (${code})` };
+  }
+}
+
+/** @throws SpecError when it is no file, or too large */
+function readBounded(path: string, maxBytes: number): Buffer {
+  // A pipe would be waited for.
+  const file = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
+  try {
+    if (!fstatSync(file).isFile()) throw new SpecError('', 'expected a file, got something else');
+    const buffer = Buffer.alloc(maxBytes + 1);
+    let length = 0;
+    for (;;) {
+      const numRead = readSync(file, buffer, length, buffer.length - length, null);
+      length += numRead;
+      if (length > maxBytes) throw new SpecError('', `expected at most ${maxBytes} bytes, got more`);
+      if (numRead === 0) return buffer.subarray(0, length);
+    }
+  } finally {
+    closeSync(file);
+  }
+}
+
+function textOf(content: Buffer): string {
+  try {
+    return new TextDecoder('utf-8', { fatal: true }).decode(content);
+  } catch {
+    throw new SpecError('', 'expected UTF-8, got other bytes');
+  }
+}
+
+parentPort!.on('message', (path: string) => parentPort!.postMessage(readTenants(path)));
