@@ -37,7 +37,7 @@ import type { EngineLoad, Standing } from './protocol.ts';
 import type { SamplingParams } from './sampling.ts';
 import { type Chunk, type SchedulePlan, schedule, type Yield } from './scheduler.ts';
 import { blocksFor, Sequence } from './sequence.ts';
-import { type Claims, claimsOf, numSeatsDue } from './shares.ts';
+import { type Claims, claimsOf, numSeatsToGive } from './shares.ts';
 import { type FinishReason, StopStrings, stopAtToken } from './stop.ts';
 import { outputWeight, Turns } from './turns.ts';
 
@@ -715,12 +715,15 @@ export class Engine {
     const isLongWaiting = this.#waiting.some((sequence) => sequence.long);
     const startable = this.#startable();
     const claims = startable.length === 0 ? noClaims : claimsOf(this.#running, startable);
+    const { maxSequences } = limits;
+    const recentWeight = claims.size < 2 ? 0 : this.#turns.recentWeight;
     const numToBeHad =
-      limits.maxSequences - this.#numKeepingSeats() + numSeatsDue(claims, limits.maxSequences);
+      maxSequences - this.#numKeepingSeats() + numSeatsToGive(claims, maxSequences, recentWeight);
     return schedule({
       waiting: this.#turns.order(startable, numToBeHad),
       running: this.#running,
       claims,
+      recentWeight,
       numFreePages,
       numFreeHostPages: isLongWaiting ? this.#numFreeHostPages() : 0,
       prefixCache: blocks,

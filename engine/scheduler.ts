@@ -16,7 +16,7 @@
  * Sequences of the lowest priority give way (sequence.ts, givesWay): their prompts run behind those of others, they are preempted
  * before others, and when one of a higher priority is first of those that wait and lacks a seat or pages that they have, they yield:
  * a plan then says this and nothing else, and the next one, made at once, has the room. None yields in vain, nor more than twice.
- * So do the youngest of a tenant that has more than its share of the seats (shares.ts), to one that has less and is next.
+ * So do the youngest of a tenant that has more than its share of the seats (shares.ts), to one that has less, or had lately, and is next.
  *
  * A sequence that is too long for the device takes what it needs of both arenas when it begins (ladder/long-context.ts), and runs
  * within its own window of pages: it waits for these alone, and nobody is preempted for it. In a step it is the last that enters.
@@ -29,7 +29,8 @@
 import type { BlockHash } from './ladder/block-hash.ts';
 import { lowestPriority } from './protocol.ts';
 import { blocksFor, type Sequence } from './sequence.ts';
-import { type Claims, fairLevel, isBelow, seatsOver } from './shares.ts';
+import { type Claims, fairLevel, isBelow, keepsShare, seatsOver } from './shares.ts';
+import { hasCredit } from './turns.ts';
 
 export interface ScheduleInput {
   /** Those that may begin, in the order of their turns: as many as seats are free or may be yielded. */
@@ -38,6 +39,8 @@ export interface ScheduleInput {
   running: readonly Sequence[];
   /** What tenants have and want of the seats. */
   claims: Claims;
+  /** Weights of all tenants that are here or were lately. */
+  recentWeight: number;
   /** With those that hold blocks that are only kept. */
   numFreePages: number;
   /** The same of the host arena. */
@@ -243,7 +246,7 @@ function numPagesPromised(running: readonly Sequence[], blockSizeTokens: number)
 /**
  * As many as it takes until the first that waits has its pages, and those that wait their seats: the youngest of those that give way;
  * then, for each that is next and whose tenant is below its share, the youngest of the tenant that is most over its own and whose
- * priority is no higher. None when nobody who waits goes before them, or when it would not be enough.
+ * priority is no higher; then of one that got more lately. None when nobody who waits goes before them, or when it would not be enough.
  */
 function whoYields(input: ScheduleInput, running: readonly Sequence[]): Yield[] {
   const { waiting, blockSizeTokens, prefixCache, maxSequences } = input;
@@ -267,17 +270,28 @@ function whoYields(input: ScheduleInput, running: readonly Sequence[]): Yield[] 
   for (const [tenant, claim] of input.claims) claims.set(tenant, { ...claim });
   const claimOf = ({ standing }: Sequence) => claims.get(standing.tenant);
   // Short of pages, no more can run than do.
-  const level = fairLevel(claims, lackPages > 0 ? running.length : maxSequences);
+  const numSeats = lackPages > 0 ? running.length : maxSequences;
+  const level = fairLevel(claims, numSeats);
   const isDue = (sequence: Sequence) => isBelow(claimOf(sequence), level);
+  /** Shares that the other's tenant has too much, for this one; a little when it only had more lately; 0: it keeps its seats. */
+  const overFor = (sequence: Sequence, isBelowShare: boolean, other: Sequence): number => {
+    if (other.standing.priority > sequence.standing.priority) return 0;
+    const claim = claimOf(other);
+    if (isBelowShare && !hasCredit(other, sequence)) {
+      const over = seatsOver(claim, level);
+      if (over > 0) return over;
+    }
+    if (!hasCredit(sequence, other) || !keepsShare(claim, numSeats, input.recentWeight)) return 0;
+    return Number.EPSILON * (claim!.numRunning / claim!.weight);
+  };
   const yielded: Yield[] = [];
-  const yieldTo = ({ standing }: Sequence, mayTake: boolean): boolean => {
+  const yieldTo = (sequence: Sequence, isBelowShare: boolean, isNext: boolean): boolean => {
     let index = mayYield.findLastIndex((one) => one.givesWay);
     const reason = index >= 0 ? 'priority' : 'share';
-    if (index < 0 && mayTake) {
+    if (index < 0 && isNext) {
       let most = 0;
       for (let i = 0; i < mayYield.length; i++) {
-        const victim = mayYield[i]!;
-        const over = victim.standing.priority > standing.priority ? 0 : seatsOver(claimOf(victim), level);
+        const over = overFor(sequence, isBelowShare, mayYield[i]!);
         if (over > 0 && over >= most) [index, most] = [i, over];
       }
     }
@@ -296,11 +310,11 @@ function whoYields(input: ScheduleInput, running: readonly Sequence[]): Yield[] 
       continue;
     }
     if (numFreeSeats > 0) numFreeSeats--;
-    else if (!yieldTo(sequence, !isBehindLine && isDue(sequence))) break;
+    else if (!yieldTo(sequence, isDue(sequence), !isBehindLine)) break;
     const claim = claimOf(sequence);
     if (claim) claim.numRunning++;
   }
-  while (lackPages > 0 && yieldTo(first, isFirstDue));
+  while (lackPages > 0 && yieldTo(first, isFirstDue, true));
   // Alone it can always begin.
   return lackPages <= 0 || yielded.length === running.length ? yielded : [];
 }

@@ -5,6 +5,10 @@
  *
  * A tenant is below its share while one more seat would begin within it, and over it when it would have its share with one seat less.
  * None is both, and none becomes over by what it was given for being below: seats do not go to and fro.
+ *
+ * That is of now. Who asks seldom may ask for several at once, and by its share of now would wait for one who asks for all, always: so one
+ * that got notably less lately (turns.ts, hasCredit) gets seats beyond its share of now, down to what the other would have if all that
+ * were here lately were here now.
  */
 import { lowestPriority } from './protocol.ts';
 import type { Sequence } from './sequence.ts';
@@ -66,15 +70,17 @@ export function seatsOver(claim: Claim | undefined, level: number): number {
   return numRunning - 1 < level * weight - tolerance ? 0 : numRunning / weight - level;
 }
 
-/** Seats that would change hands if those that wait are below their shares. */
-export function numSeatsDue(claims: Claims, numSeats: number): number {
-  const level = fairLevel(claims, numSeats);
-  let numWanted = 0;
-  let numOver = 0;
-  for (const claim of claims.values()) {
-    const { numRunning, numWaiting, weight } = claim;
-    if (isBelow(claim, level)) numWanted += Math.min(numWaiting, Math.ceil(level * weight) - numRunning);
-    numOver += Math.max(0, Math.floor(numRunning - level * weight + tolerance));
-  }
-  return Math.min(numWanted, numOver);
+/** What is left to it when others that had less lately want all: its share among all tenants that are here or were lately. */
+export function keepsShare(claim: Claim | undefined, numSeats: number, recentWeight: number): boolean {
+  if (claim === undefined || recentWeight === 0) return false;
+  return claim.numRunning - 1 >= (numSeats * claim.weight) / recentWeight - tolerance;
+}
+
+/** Seats that tenants may have to give, at most. */
+export function numSeatsToGive(claims: Claims, numSeats: number, recentWeight: number): number {
+  if (claims.size < 2) return 0;
+  let count = 0;
+  for (const { numRunning, weight } of claims.values())
+    count += Math.max(0, Math.floor(numRunning - (numSeats * weight) / recentWeight + tolerance));
+  return count;
 }

@@ -4,7 +4,8 @@
  *   1. Priorities, a band each: the highest first, but a band that waits rises by one for every `passesPerRise` sequences of others that
  *      begin meanwhile. When one of its own begins it falls back. Of bands that are level the lower one has waited longer.
  *   2. In a band, tenants: the smallest counter of tokens over weight. A token of a prompt that is computed counts one, one that is
- *      drawn `outputWeight`, as it comes. A tenant that comes to wait is lifted to the least of those that wait, so nobody saves up.
+ *      drawn `outputWeight`, as it comes. A tenant that comes to wait is lifted to `maxCredit` below the least of those that wait: who had
+ *      little lately is first with what it brings at once, and nobody saves up more.
  *   3. Of a tenant, adapters: the same once more, without weights. Of an adapter, in turn; what was preempted stands where it stood.
  *
  * Bounds, which tests/engine/turns.test.ts holds. While one of a band waits, at most `maxPassesOfBand` of other bands begin between two
@@ -24,6 +25,12 @@ export const passesPerRise = 8;
 export const maxPassesOfBand =
   passesPerRise * (highestPriority - lowestPriority) + (highestPriority - lowestPriority);
 export const maxPassedOver = 256;
+/** Tokens, by weight: what some requests cost, and at most what a newcomer gets before others have their turns again. */
+export const maxCredit = 1024;
+/** So many tokens of others after it had something here a tenant counts as one that was here lately. */
+const recentTokens = 4 * maxCredit;
+/** What one of two equals may get before the other in turns. */
+const notableCredit = maxCredit / 4;
 /** Counters that are kept of those that have nothing here. */
 const maxAccounts = 4096;
 
@@ -44,6 +51,7 @@ interface Account {
 }
 
 interface Tenant extends Account {
+  weight: number;
   adapters: Ledger<Account>;
 }
 
@@ -88,7 +96,7 @@ class Ledger<A extends Account> {
   }
 
   wait(account: A): void {
-    if (account.numWaiting === 0) account.counter = Math.max(account.counter, this.#least());
+    if (account.numWaiting === 0) account.counter = Math.max(account.counter, this.#least() - maxCredit);
     account.numWaiting++;
   }
 
@@ -98,10 +106,19 @@ class Ledger<A extends Account> {
     this.#last = account;
   }
 
-  /** Nothing is left of it. Its counter stays when it is above what a newcomer would have. */
+  /** Those that have something here, or had lately; others are forgotten, as newcomers have no more. */
+  *recent(): Generator<A> {
+    const least = this.#least() - recentTokens;
+    for (const [key, account] of this.#accounts) {
+      if (account.numLive > 0 || account.counter > least) yield account;
+      else this.#accounts.delete(key);
+    }
+  }
+
+  /** Nothing is left of it. Its counter stays for a while: it may be above what a newcomer would have. */
   rest(account: A): void {
     this.#accounts.delete(account.key);
-    if (account.counter > this.#least()) this.#accounts.set(account.key, account);
+    if (account.counter > this.#least() - recentTokens) this.#accounts.set(account.key, account);
     if (this.#accounts.size <= maxAccounts) return;
     for (const [key, { numLive }] of this.#accounts) {
       if (numLive > 0) continue;
@@ -128,6 +145,18 @@ export class Turns {
     let count = 0;
     for (const { tenants } of this.#bands.values()) count += tenants.size;
     return count;
+  }
+
+  /** Of all tenants that are here, or were lately, without those that have the lowest priority alone. */
+  get recentWeight(): number {
+    const weights = new Map<string, number>();
+    for (const { priority, tenants } of this.#bands.values()) {
+      if (priority === lowestPriority) continue;
+      for (const { key, weight } of tenants.recent()) weights.set(key, weight);
+    }
+    let sum = 0;
+    for (const weight of weights.values()) sum += weight;
+    return sum;
   }
 
   /** It comes to wait, for the first time or again. */
@@ -212,16 +241,27 @@ export class Turns {
     const { priority } = standing;
     let band = this.#bands.get(priority);
     if (band === undefined) {
-      const tenants = new Ledger<Tenant>((key) => ({ ...account(key), adapters: new Ledger(account) }));
+      const tenants = new Ledger<Tenant>((key) => ({
+        ...account(key),
+        weight: 1,
+        adapters: new Ledger(account),
+      }));
       band = { priority, tenants, numWaiting: 0, numPasses: 0, plannedPasses: 0 };
       this.#bands.set(priority, band);
     }
     const tenant = band.tenants.open(standing.tenant);
+    tenant.weight = standing.weight;
     const adapter = tenant.adapters.open(adapterKey);
     tenant.numLive++;
     adapter.numLive++;
     return { band, tenant, adapter };
   }
+}
+
+/** Its tenant got notably less lately than the other's, which is of the same priority. */
+export function hasCredit({ accounts: own }: Sequence, { accounts: other }: Sequence): boolean {
+  if (own === null || other === null || own.band !== other.band) return false;
+  return own.tenant.counter + notableCredit < other.tenant.counter;
 }
 
 /** @param b  came earlier */

@@ -40,6 +40,7 @@ function plan(input: Partial<ScheduleInput>) {
     waiting: [],
     running: [],
     claims: claimsOf(input.running ?? [], input.waiting ?? []),
+    recentWeight: 0,
     numFreePages: 100,
     numFreeHostPages: 100,
     prefixCache: { find: () => null, numPagesOfItsOwn: ({ numBlocks }) => numBlocks },

@@ -3,7 +3,14 @@ import { describe, expect, test } from 'vitest';
 import { highestPriority, lowestPriority, type Standing } from '../../engine/protocol.ts';
 import { defaultSampling } from '../../engine/sampling.ts';
 import { defaultStanding, Sequence } from '../../engine/sequence.ts';
-import { maxPassedOver, maxPassesOfBand, outputWeight, passesPerRise, Turns } from '../../engine/turns.ts';
+import {
+  maxCredit,
+  maxPassedOver,
+  maxPassesOfBand,
+  outputWeight,
+  passesPerRise,
+  Turns,
+} from '../../engine/turns.ts';
 import { seededRandom } from '../fixtures/seeded-random.ts';
 
 let nextId = 0;
@@ -82,15 +89,20 @@ describe('tenants', () => {
     expect(queue.serve()).toBe(flood[1]);
   });
 
-  test('save nothing up while they are away', () => {
+  test('save up their credit while they are away, and no more', () => {
     const queue = new Queue();
     queue.add(sequence({ tenant: 'back' }));
     queue.serve();
-    queue.add(...Array.from({ length: 40 }, () => sequence({ tenant: 'here' })));
-    for (let i = 0; i < 20; i++) queue.serve();
-    queue.add(...Array.from({ length: 20 }, () => sequence({ tenant: 'back' })));
-    const served = Array.from({ length: 10 }, () => queue.serve().standing.tenant);
-    expect(served.filter((tenant) => tenant === 'back')).toHaveLength(5);
+    queue.add(...Array.from({ length: 400 }, () => sequence({ tenant: 'here' })));
+    for (let i = 0; i < 300; i++) queue.serve();
+    queue.add(...Array.from({ length: 200 }, () => sequence({ tenant: 'back' })));
+    const cost = queue.waiting[0]!.numPromptTokens + outputWeight * 5;
+    const served = Array.from({ length: 100 }, () => queue.serve().standing.tenant);
+    const numFirst = served.indexOf('here');
+    expect(numFirst).toBeGreaterThanOrEqual(Math.floor(maxCredit / cost));
+    expect(numFirst).toBeLessThanOrEqual(Math.ceil(maxCredit / cost) + 1);
+    const numHere = served.filter((tenant) => tenant === 'here').length;
+    expect(Math.abs(2 * numHere - (served.length - numFirst))).toBeLessThanOrEqual(2);
   });
 
   test('alternate within one step, before anything is counted', () => {
@@ -123,13 +135,18 @@ describe('priorities', () => {
   });
 });
 
-test('what stops waiting without a turn leaves nothing behind', () => {
+test('a tenant that left counts as one that was here lately, until others had much', () => {
   const queue = new Queue();
   const [a, b] = [sequence({ tenant: 'a' }), sequence({ tenant: 'b' })];
   queue.add(a, b);
   queue.turns.end(queue.waiting.shift()!, true);
+  expect(queue.turns.recentWeight).toBe(2);
   expect(queue.serve()).toBe(b);
-  expect(queue.turns.numTenants).toBeLessThanOrEqual(1);
+  queue.add(sequence({ tenant: 'b' }));
+  queue.serve(4 * maxCredit);
+  queue.add(sequence({ tenant: 'b' }));
+  expect(queue.turns.recentWeight).toBe(1);
+  expect(queue.turns.numTenants).toBe(1);
 });
 
 test('counters of tenants that left are bounded', () => {
