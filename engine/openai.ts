@@ -11,14 +11,14 @@ import { type GrammarSource, parseOutputFormat } from './grammar/output-format.t
 import { parseToolUse, type ToolUse } from './grammar/tool-calls.ts';
 import {
   adaptersHeader,
+  fieldOf,
   type MergeRule,
   mergeHeader,
   modelHeader,
   type Problem,
   parseAdapters,
   parseMerge,
-  readAdapters,
-  readMerge,
+  readComposed,
   type WeightedName,
 } from './protocol.ts';
 import { defaultSampling, maxLogprobs, randomSeed, type SamplingParams } from './sampling.ts';
@@ -359,12 +359,11 @@ function bodyServed({ model, adapters, merge }: Parameters<typeof parseServed>[1
 }
 
 function toAdapters(fields: { adapters?: unknown; adapters_merge?: unknown }) {
-  const adapters = fields.adapters == null ? null : accepted('adapters', readAdapters(fields.adapters));
-  const merge =
-    fields.adapters_merge == null ? null : accepted('adapters_merge', readMerge(fields.adapters_merge));
-  if (fields.adapters_merge != null && adapters === null)
-    throw invalidValue('adapters_merge', 'expected adapters beside it', fields.adapters);
-  return { adapters, merge };
+  const read = readComposed(fields);
+  if (read === null) return { adapters: null, merge: null };
+  if ('adapters' in read) return read;
+  const { at, expected, got } = read;
+  throw new EngineError('invalid_value', `${at}: expected ${expected}, got ${got}`, { param: fieldOf(read) });
 }
 
 function accepted<T>(field: string, read: T | Problem): T {

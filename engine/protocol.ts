@@ -322,6 +322,35 @@ export function readMerge(value: unknown): MergeRule | Problem | null {
   return { method: found, density: share, majoritySign };
 }
 
+/** Several adapters that answer together. */
+export interface Composed {
+  adapters: WeightedName[];
+  /** null: they are a sum. */
+  merge: MergeRule | null;
+}
+
+/**
+ * Reads `adapters` and `adapters_merge` of a body. `at` of a problem begins with the field.
+ * @returns null when it has neither
+ */
+export function readComposed(body: {
+  adapters?: unknown;
+  adapters_merge?: unknown;
+}): Composed | Problem | null {
+  const adapters = body.adapters == null ? null : readAdapters(body.adapters);
+  if (adapters !== null && !Array.isArray(adapters)) return { ...adapters, at: `adapters${adapters.at}` };
+  const merge = body.adapters_merge == null ? null : readMerge(body.adapters_merge);
+  if (merge !== null && 'at' in merge) return { ...merge, at: `adapters_merge${merge.at}` };
+  if (adapters !== null) return { adapters, merge };
+  if (body.adapters_merge == null) return null;
+  return { at: 'adapters_merge', expected: 'adapters beside it', got: 'none' };
+}
+
+/** The field of a body where a problem is. */
+export function fieldOf({ at }: Problem): string {
+  return at.split(/[.[]/, 1)[0]!;
+}
+
 export function electsSigns(method: MergeMethod): boolean {
   return method === 'ties' || method === 'dare_ties';
 }

@@ -6,12 +6,13 @@
 
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { Dispatcher } from 'undici';
-import { formatAdapters, formatStanding, modelHeader, usageHeader } from '../engine/protocol.ts';
+import { formatStanding, modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
 import { Exchange, type Head } from './exchange.ts';
+import { voiceOf } from './groups/composition.ts';
 import type { Ask } from './queue/ask.ts';
 import type { LengthPredictor } from './queue/length-predictor.ts';
 import { noTokens } from './quota/quota.ts';
@@ -158,11 +159,13 @@ async function tryEngines(
   deliver: (answer: Answer, attempt: Attempt) => Promise<GatewayError | null>,
 ): Promise<GatewayError | null> {
   const { admission, router } = parts;
-  const { name, members } = req.target;
-  const route = routeAsk(members === undefined ? name : formatAdapters(members), req.body, {
+  const { name, members, merge } = req.target;
+  const voice = voiceOf(name, members, merge);
+  const route = routeAsk(voice, req.body, {
     ...req,
     outputTokens: req.ask.outputTokens,
-    members: members?.map((member) => member.name),
+    // A merge is one adapter, which its engine may have by now.
+    members: merge === undefined ? members?.map((member) => member.name) : [voice],
   });
   router.noteRequest();
   const hedgeAfterMs = req.isStream === true ? router.hedgeAfterMs() : 0;

@@ -1,9 +1,8 @@
 // The public API's bodies as far as the gateway reads them: it needs the model's name and a field or two. The body
 // goes to the engine byte for byte, so a field that only the engine knows needs no change here.
 
-import { readAdapters, type WeightedName } from '../engine/protocol.ts';
+import { fieldOf, type MergeRule, readComposed, type WeightedName } from '../engine/protocol.ts';
 import { GatewayError } from './errors.ts';
-import { acceptAdapters } from './groups/composition.ts';
 import { isNestedDeeper } from './protocols/nesting.ts';
 
 /** A longer name is cut in messages, so that an error is not a way to make the gateway repeat a whole body. */
@@ -26,6 +25,8 @@ export type Asked = {
   model: string;
   /** Those that answer together in place of the model. Default none. */
   adapters?: readonly WeightedName[];
+  /** How those are merged. Default: they are a sum. */
+  merge?: MergeRule;
   /** Who the client says asks; null when it does not say. */
   user: string | null;
   isStream: boolean;
@@ -37,8 +38,8 @@ export type Asked = {
 
 export function parseAsked(body: Uint8Array): Asked {
   const value = parseJsonObject(body);
-  const adapters = adaptersIn(value);
-  if (adapters !== null) value.model ??= adapters.map(({ name }) => name).join('+');
+  const together = togetherIn(value);
+  if (together.adapters) value.model ??= together.adapters.map(({ name }) => name).join('+');
   if (!('model' in value)) {
     throw new GatewayError('missing_required_parameter', 'model: expected the name of a model, got nothing', {
       param: 'model',
@@ -58,7 +59,7 @@ export function parseAsked(body: Uint8Array): Asked {
   const { user, stream, n, max_tokens, max_completion_tokens } = value;
   return {
     model,
-    ...(adapters !== null && { adapters }),
+    ...together,
     user: typeof user === 'string' && user !== '' ? user : null,
     isStream: stream === true,
     maxTokens: positiveInteger(max_completion_tokens) ?? positiveInteger(max_tokens),
@@ -67,8 +68,15 @@ export function parseAsked(body: Uint8Array): Asked {
 }
 
 /** An engine would take them from the body: what a body says of them is never passed over. */
-function adaptersIn({ adapters }: Record<string, unknown>): readonly WeightedName[] | null {
-  return adapters === undefined || adapters === null ? null : acceptAdapters(readAdapters(adapters));
+function togetherIn(body: Record<string, unknown>): Pick<Asked, 'adapters' | 'merge'> {
+  const read = readComposed(body);
+  if (read === null) return {};
+  if ('adapters' in read)
+    return { adapters: read.adapters, ...(read.merge !== null && { merge: read.merge }) };
+  const { at, expected, got } = read;
+  throw new GatewayError('invalid_value', `${at}: expected ${expected}, got ${got}`, {
+    param: fieldOf(read),
+  });
 }
 
 /** Null for what is none: that is the engine's to refuse. */

@@ -1,7 +1,7 @@
 // Which engines can answer as a target, as a pure function of what the engines last said of themselves.
 // An engine that left is remembered for a while: its models are then "away" (503, come back), not "unknown" (404).
 
-import type { WeightedName } from '../engine/protocol.ts';
+import type { MergeRule, WeightedName } from '../engine/protocol.ts';
 import type { Endpoint } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import type { OnDemand } from './on-demand/ask-writer.ts';
@@ -21,6 +21,8 @@ export type Target = {
   asks?: readonly OnDemand[];
   /** Of a group: the adapters that answer together. An engine has it when it has each of them. */
   members?: readonly WeightedName[];
+  /** How those are merged. Default: they are a sum. */
+  merge?: MergeRule;
 };
 
 export type Resolution =
@@ -48,7 +50,8 @@ export function resolveModel(target: Target, endpoints: readonly Endpoint[], now
         return card !== undefined && (parent === undefined || card.parent === parent);
       }) &&
       // Other servers know no compositions: they would answer as if nothing had been said.
-      (target.members === undefined || adapterList !== null),
+      (target.members === undefined || adapterList !== null) &&
+      (target.merge === undefined || adapterList?.merges === true),
   );
   const ready = having.filter(({ isReady }) => isReady);
 

@@ -1,8 +1,9 @@
 // The lines of an input file: where each is, and whether it is a request that can be sent. Nothing of a line is kept but
 // where it is and what it is ordered by, so that a file of any size is read in little memory.
 
-import { formatAdapters, readAdapters, type WeightedName } from '../../engine/protocol.ts';
+import { fieldOf, type MergeRule, readComposed, type WeightedName } from '../../engine/protocol.ts';
 import { GatewayError } from '../errors.ts';
+import { voiceOf } from '../groups/composition.ts';
 import { isNestedDeeper } from '../protocols/nesting.ts';
 import type { Files } from './files.ts';
 import type { BatchRecord, LineError } from './objects.ts';
@@ -17,6 +18,8 @@ export type ParsedLine = {
   model: string;
   /** Those that answer together in place of the model. Default none. */
   adapters?: readonly WeightedName[];
+  /** How those are merged. Default: they are a sum. */
+  merge?: MergeRule;
   body: Record<string, unknown>;
 };
 
@@ -70,7 +73,7 @@ export async function readInput(
       customIds.add(line.customId);
       const index = lines.length;
       const prefix = prefixKey(line.body);
-      lines.push({ index, offset, length, voice: voiceOf(line), prefix, numFailed: 0 });
+      lines.push({ index, offset, length, voice: voiceOfLine(line), prefix, numFailed: 0 });
     }
   }
   if (lines.length === 0 && errors.length === 0 && !isLeft()) {
@@ -152,26 +155,31 @@ export function parseLine(bytes: Buffer, endpoint: string): ParsedLine | LinePro
     return problem('mismatched_url', `url: expected ${endpoint}, the endpoint of the batch`, 'url');
   }
   if (!isObject(body)) return problem('invalid_body', 'body: expected a JSON object', 'body');
-  const adapters = body.adapters === undefined || body.adapters === null ? null : readAdapters(body.adapters);
-  if (adapters !== null && !Array.isArray(adapters)) {
-    const { at, expected, got } = adapters;
-    const message = `body.adapters${at}: expected ${expected}, got ${got}`;
-    return problem('invalid_adapters', message, 'body.adapters');
+  const together = readComposed(body);
+  if (together !== null && !('adapters' in together)) {
+    const { at, expected, got } = together;
+    const message = `body.${at}: expected ${expected}, got ${got}`;
+    return problem('invalid_adapters', message, `body.${fieldOf(together)}`);
   }
-  const model = body.model ?? adapters?.map(({ name }) => name).join('+');
+  const model = body.model ?? together?.adapters.map(({ name }) => name).join('+');
   if (typeof model !== 'string' || model === '') {
     return problem('missing_model', 'body.model: expected the name of a model', 'body.model');
   }
   if (body.stream !== undefined && body.stream !== null && body.stream !== false) {
     return problem('stream_not_supported', 'body.stream: expected false in a batch', 'body.stream');
   }
-  return { customId: custom_id, model, ...(adapters !== null && { adapters }), body };
+  return {
+    customId: custom_id,
+    model,
+    ...(together !== null && { adapters: together.adapters }),
+    ...(together?.merge && { merge: together.merge }),
+    body,
+  };
 }
 
-/** Lines of one voice share KV: of one model, or of the same adapters with the same weights. */
-function voiceOf({ model, adapters }: ParsedLine): string {
-  if (adapters === undefined) return model;
-  return formatAdapters([...adapters].sort((a, b) => (a.name < b.name ? -1 : 1)));
+function voiceOfLine({ model, adapters, merge }: ParsedLine): string {
+  const members = adapters && [...adapters].sort((a, b) => (a.name < b.name ? -1 : 1));
+  return voiceOf(model, members, merge);
 }
 
 export function isProblem(line: ParsedLine | LineProblem): line is LineProblem {

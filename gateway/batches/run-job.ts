@@ -3,7 +3,7 @@
 // anywhere: whoever owns the job next begins here again and comes to the same end.
 
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { WeightedName } from '../../engine/protocol.ts';
+import type { MergeRule, WeightedName } from '../../engine/protocol.ts';
 import { asGatewayError, errorBody, GatewayError } from '../errors.ts';
 import type { Files } from './files.ts';
 import type { Gate } from './gate.ts';
@@ -30,6 +30,7 @@ export type LineRequest = {
   path: string;
   model: string;
   adapters?: readonly WeightedName[];
+  merge?: MergeRule;
   body: Buffer;
   requestId: string;
   signal: AbortSignal;

@@ -102,11 +102,11 @@ export async function openStore(where: string, s3: Pick<S3StoreOptions, 'access'
 /** Sends a line as an online request of its tenant is sent. */
 function answerLine(around: Around): AnswerLine {
   const { directory, forward, metrics } = around;
-  return async ({ tenant, path, model, adapters, body, requestId, signal }) => {
+  return async ({ tenant, path, model, adapters, merge, body, requestId, signal }) => {
     const facts: Parameters<typeof findTarget>[1] = { ...(tenant !== null && { tenant }) };
     const asker = { tenant, user: null, header: () => undefined };
     const target = adapters
-      ? await findComposition(adapters, facts, around)
+      ? await findComposition(adapters, merge, facts, around)
       : await findTarget(model, facts, around, asker);
     const headers = {
       ...{ 'content-type': 'application/json', 'x-request-id': requestId },

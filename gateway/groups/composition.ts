@@ -1,7 +1,13 @@
 // Who answers a request that names several adapters itself, each with a weight: all of them at once, as of a group. The caller
 // needs the right to each.
 
-import type { Problem, WeightedName } from '../../engine/protocol.ts';
+import {
+  formatAdapters,
+  formatMerge,
+  type MergeRule,
+  type Problem,
+  type WeightedName,
+} from '../../engine/protocol.ts';
 import type { WeightedTarget } from '../choose-target.ts';
 import { GatewayError } from '../errors.ts';
 import type { Target } from '../resolve-model.ts';
@@ -35,10 +41,12 @@ function joined(adapters: readonly string[]): string {
 
 /**
  * @param members  at least one
+ * @param merge  how they are merged; undefined: they are a sum
  * @throws invalid_value when no engine can have them all, or one is no single adapter
  */
 export function compositionTarget(
   members: readonly WeightedMember[],
+  merge: MergeRule | undefined,
   names: CompositionNames,
 ): WeightedTarget {
   const [first, ...others] = [...members].sort((a, b) => (a.target.name < b.target.name ? -1 : 1));
@@ -49,7 +57,18 @@ export function compositionTarget(
     throw refusal(`expected adapters of one base model, but ${pair}`);
   }
   const all = [first!, ...others];
-  return together(names.nameOf(all.map(({ target }) => target.name)), all);
+  const target = together(names.nameOf(all.map(({ target }) => target.name)), all);
+  return merge === undefined ? target : { ...target, merge };
+}
+
+/** Who has the same KV is called the same. */
+export function voiceOf(
+  name: string,
+  members: readonly WeightedName[] | undefined,
+  merge: MergeRule | undefined,
+): string {
+  if (members === undefined) return name;
+  return formatAdapters(members) + (merge === undefined ? '' : ` ${formatMerge(merge)}`);
 }
 
 /** One target of all of them, which have one base: it needs what each of them needs. @param members  at least one */

@@ -5,7 +5,13 @@
 
 import { isMember, type LabelSelector, selects } from '../../crds/label-selector.ts';
 import type { AdapterGroup, LoraAdapter } from '../../crds/types.ts';
-import { adaptersHeader, formatAdapters, modelHeader } from '../../engine/protocol.ts';
+import {
+  adaptersHeader,
+  formatAdapters,
+  formatMerge,
+  mergeHeader,
+  modelHeader,
+} from '../../engine/protocol.ts';
 import type { WeightedTarget } from '../choose-target.ts';
 import { GatewayError } from '../errors.ts';
 import type { Target } from '../resolve-model.ts';
@@ -68,7 +74,11 @@ export function groupTarget(name: string, group: GroupRules, members: readonly M
 }
 
 /** The headers that tell an engine who is to answer, where the name in the body does not. */
-export function whoAnswers(model: string, { name, members }: Target): Record<string, string> {
-  if (members !== undefined) return { [adaptersHeader]: formatAdapters(members) };
+export function whoAnswers(model: string, { name, members, merge }: Target): Record<string, string> {
+  if (members !== undefined)
+    return {
+      [adaptersHeader]: formatAdapters(members),
+      ...(merge !== undefined && { [mergeHeader]: formatMerge(merge) }),
+    };
   return name === model ? {} : { [modelHeader]: name };
 }

@@ -35,7 +35,7 @@ export function parseEmbed(value: Record<string, unknown>, baseModels: readonly 
   return {
     path: enginePaths.embeddings,
     asked: { ...who, user: null, isStream: false, maxTokens: null, numChoices: 1 },
-    body: Buffer.from(JSON.stringify({ ...who, input: inputs, encoding_format: 'float' })),
+    body: Buffer.from(JSON.stringify({ model: who.model, input: inputs, encoding_format: 'float' })),
     translation: embedTranslation,
   };
 }

@@ -10,7 +10,7 @@
 // Source: predibase/lorax, router/src/lib.rs and server.rs; clients/python/lorax/types.py.
 
 import { z } from 'zod';
-import { enginePaths, readAdapters } from '../../engine/protocol.ts';
+import { enginePaths, type MergeRule, majoritySigns, readAdapters } from '../../engine/protocol.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import type { Translation } from '../forward.ts';
 import { acceptAdapters } from '../groups/composition.ts';
@@ -39,7 +39,6 @@ const refused: Record<string, string> = {
   frequency_penalty: 'expected none: use /v1/completions',
 };
 
-/** Those that are prepared as an adapter of their own are not made here. */
 const strategies = ['linear', 'ties', 'dare_linear', 'dare_ties'] as const;
 
 /** Of every body: who is to answer. */
@@ -50,6 +49,9 @@ export const adapterParameters = {
       ids: z.array(z.string()),
       weights: z.array(z.number()).nullish(),
       merge_strategy: z.enum(strategies).nullish(),
+      // As LoRAX has it, linear takes no notice of what others need.
+      density: z.number().nullish(),
+      majority_sign_method: z.enum(majoritySigns).nullish(),
     })
     .nullish(),
 };
@@ -104,7 +106,7 @@ export function parseLorax(
   const who = whoIsAsked(given, baseModels);
   const format = given.response_format;
   const body = {
-    ...who,
+    model: who.model,
     prompt: inputs,
     stream: isStream,
     ...(isStream && { stream_options: { include_usage: true } }),
@@ -168,24 +170,40 @@ type AdapterParameters = z.infer<z.ZodObject<typeof adapterParameters>>;
 export function whoIsAsked(
   given: AdapterParameters,
   baseModels: readonly string[],
-): Pick<Asked, 'model' | 'adapters'> {
-  const adapters = mergedAdapters(given);
-  if (adapters === null) return { model: given.adapter_id || onlyBase(baseModels) };
-  return { model: adapters.map(({ name }) => name).join('+'), adapters };
+): Pick<Asked, 'model' | 'adapters' | 'merge'> {
+  const { adapter_id, merged_adapters: merged } = given;
+  if (!merged) return { model: adapter_id || onlyBase(baseModels) };
+  if (adapter_id) throw invalid('merged_adapters', 'expected none beside adapter_id');
+  const adapters = mergedAdapters(merged);
+  const merge = mergeOf(merged);
+  return {
+    model: adapters.map(({ name }) => name).join('+'),
+    adapters,
+    ...(merge !== null && { merge }),
+  };
+}
+
+type MergedAdapters = NonNullable<AdapterParameters['merged_adapters']>;
+
+/** Null for `linear`. */
+function mergeOf({
+  merge_strategy: method,
+  density,
+  majority_sign_method: majoritySign,
+}: MergedAdapters): MergeRule | null {
+  if (!method || method === 'linear') return null;
+  if (!(typeof density === 'number' && density > 0 && density <= 1)) {
+    const expected = `expected a number above 0 and at most 1 for ${method}, got ${density ?? 'none'}`;
+    throw invalid('merged_adapters.density', expected);
+  }
+  return { method, density, majoritySign: majoritySign ?? 'total' };
 }
 
 /**
- * A weighted sum of deltas, weights of 1 where none are given. LoRAX sums the As and the Bs apart, which is no sum of deltas, and
+ * With weights of 1 where none are given. LoRAX's linear sums the As and the Bs apart, which is no sum of deltas, and
  * refuses adapters of different ranks; the sum itself needs neither.
  */
-function mergedAdapters({ adapter_id, merged_adapters: merged }: AdapterParameters) {
-  if (!merged) return null;
-  const { ids, weights, merge_strategy: strategy } = merged;
-  if (adapter_id) throw invalid('merged_adapters', 'expected none beside adapter_id');
-  if (strategy && strategy !== 'linear') {
-    const expected = `expected "linear", got "${strategy}", which is not supported`;
-    throw invalid('merged_adapters.merge_strategy', expected);
-  }
+function mergedAdapters({ ids, weights }: MergedAdapters) {
   if (weights?.length && weights.length !== ids.length)
     throw invalid(
       'merged_adapters.weights',

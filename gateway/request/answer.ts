@@ -2,7 +2,13 @@
 
 import type { IncomingMessage } from 'node:http';
 import type { Logger } from 'pino';
-import { adaptersHeader, enginePaths, modelHeader, type TokenUsage } from '../../engine/protocol.ts';
+import {
+  adaptersHeader,
+  enginePaths,
+  mergeHeader,
+  modelHeader,
+  type TokenUsage,
+} from '../../engine/protocol.ts';
 import type { WeightedTarget } from '../choose-target.ts';
 import type { Directory } from '../directory.ts';
 import { asGatewayError, errorBody, GatewayError } from '../errors.ts';
@@ -85,10 +91,10 @@ function costOf({ usage, attempts, errorCode }: Facts): TokenUsage | null {
 async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise<void> {
   const { req, res, facts, ends } = arrival;
   const { path, body, translation } = call;
-  const { model, adapters, user, isStream } = call.asked;
+  const { model, adapters, merge, user, isStream } = call.asked;
   const asker = { tenant: facts.tenant ?? null, user, header: (name: string) => headerOf(req, name) };
   const target = adapters
-    ? await findComposition(adapters, facts, parts)
+    ? await findComposition(adapters, merge, facts, parts)
     : await findTarget(model, facts, parts, asker);
 
   const headers: Record<string, string> = { 'x-request-id': facts.requestId };
@@ -97,7 +103,8 @@ async function answer(arrival: Arrival, call: Call, parts: AnswerParts): Promise
     if (value !== undefined) headers[name] = value;
   }
   Object.assign(headers, whoAnswers(model, target));
-  if (headers[adaptersHeader] !== undefined) res.setHeader(adaptersHeader, headers[adaptersHeader]);
+  for (const name of [adaptersHeader, mergeHeader])
+    if (headers[name] !== undefined) res.setHeader(name, headers[name]);
   const span = startRequestSpan(path, model, headers);
   if (span !== null) ends.push(() => endRequestSpan(span, res.statusCode, facts));
 

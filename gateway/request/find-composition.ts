@@ -1,7 +1,8 @@
 // Who answers a request that names several adapters with weights.
 
-import type { WeightedName } from '../../engine/protocol.ts';
+import type { MergeRule, WeightedName } from '../../engine/protocol.ts';
 import type { WeightedTarget } from '../choose-target.ts';
+import { GatewayError } from '../errors.ts';
 import { compositionTarget, refusal } from '../groups/composition.ts';
 import { modelNotFound } from '../openai.ts';
 import { mayAppear, notServed, resolveModel, type Target } from '../resolve-model.ts';
@@ -18,6 +19,7 @@ const param = 'adapters';
  */
 export async function findComposition(
   adapters: readonly WeightedName[],
+  merge: MergeRule | undefined,
   facts: Pick<Facts, 'tenant' | 'model' | 'target'>,
   { directory, forward, compositionNames }: FindParts,
 ): Promise<WeightedTarget> {
@@ -33,7 +35,7 @@ export async function findComposition(
   const members: { target: Target; weight: number }[] = [];
   for (const [index, { name, weight }] of adapters.entries())
     members.push({ target: await find(name, `[${index}].name`), weight });
-  const target = compositionTarget(members, compositionNames);
+  const target = compositionTarget(members, merge, compositionNames);
   const kindOf = (one: Target) => resolveModel(one, endpoints.all, Date.now()).kind;
   if (kindOf(target) !== 'served') await lookAgain([target], endpoints);
   const unknown = members.find((member) => kindOf(member.target) === 'unknown' && !mayAppear(member.target));
@@ -41,6 +43,12 @@ export async function findComposition(
   facts.model = target.name;
   facts.target = target.name;
   const kind = kindOf(target);
+  const { merge: _, ...sum } = target;
+  if (kind === 'unknown' && merge !== undefined && kindOf(sum) === 'served') {
+    const message =
+      'adapters_merge: expected none, since none of the engines that have the adapters merges any';
+    throw new GatewayError('invalid_value', message, { param: 'adapters_merge' });
+  }
   if (kind !== 'served' && !mayAppear(target)) throw notServed(target.name, target, kind);
   if (target.asks !== undefined) directory.ask(target.asks);
   return target;

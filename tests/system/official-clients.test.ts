@@ -224,6 +224,21 @@ describe('LoRAX for Python', () => {
     expect([one, two]).toEqual([answer, choices[0]!.text]);
   });
 
+  test.each([
+    ['ties', { method: 'ties', density: 0.3, majority_sign: 'frequency' }],
+    ['dare', { method: 'dare_linear', density: 0.3 }],
+  ])('has adapters merged by %s, as an OpenAI client has them', async (name, adapters_merge) => {
+    const adapters = [
+      { name: 'sql', weight: 0.5 },
+      { name: 'dates', weight: 1 },
+    ];
+    const { choices } = await clientOf().completions.create({
+      ...{ model: 'base', prompt, max_tokens: 8, temperature: 0 },
+      ...({ adapters, adapters_merge } as object),
+    });
+    expect(flow('merged')[name]).toBe(choices[0]!.text);
+  });
+
   test('gets JSON by a schema', () => {
     expect(flow('json_schema').parsed).toEqual(booking);
   });

@@ -12,7 +12,7 @@ import { chatBody, errorOf, until } from '../start-gateway.ts';
 describe('the target of a composition', () => {
   const target = (name: string, baseModel = 'base', more = {}) => ({ name, baseModel, ...more });
   const compose = (members: Parameters<typeof compositionTarget>[0]) =>
-    compositionTarget(members, new CompositionNames());
+    compositionTarget(members, undefined, new CompositionNames());
 
   test('is the same for any order of names', () => {
     const [a, b] = [

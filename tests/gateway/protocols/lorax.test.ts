@@ -244,7 +244,16 @@ describe('parameters', () => {
     ['merged_adapters', { merged_adapters: { ids: ['a'], weights: [1] }, adapter_id: 'b' }],
     [
       'merged_adapters.merge_strategy',
-      { merged_adapters: { ids: ['a'], weights: [1], merge_strategy: 'ties' } },
+      { merged_adapters: { ids: ['a'], weights: [1], merge_strategy: 'slerp' } },
+    ],
+    ['merged_adapters.density', { merged_adapters: { ids: ['a', 'b'], merge_strategy: 'ties' } }],
+    [
+      'merged_adapters.density',
+      { merged_adapters: { ids: ['a', 'b'], merge_strategy: 'dare_linear', density: 0 } },
+    ],
+    [
+      'merged_adapters.majority_sign_method',
+      { merged_adapters: { ids: ['a'], majority_sign_method: 'most' } },
     ],
     ['merged_adapters.weights', { merged_adapters: { ids: ['a', 'b'], weights: [1] } }],
     ['adapters[1].weight', { merged_adapters: { ids: ['a', 'b'], weights: [1, 0] } }],
@@ -276,6 +285,25 @@ describe('parameters', () => {
       ],
     });
     expect(asked({ ids: ['a', 'b'], weights: [] }).adapters?.map(({ weight }) => weight)).toEqual([1, 1]);
+  });
+
+  test.each(['ties', 'dare_linear', 'dare_ties'])('of merged adapters are merged by %s', (method) => {
+    const asked = (more: object) => {
+      const merged_adapters = {
+        ids: ['a', 'b'],
+        weights: [1, 2],
+        merge_strategy: method,
+        density: 0.2,
+        ...more,
+      };
+      return parseLorax({ inputs, parameters: { merged_adapters } }, ['base'], false, () => 1).asked;
+    };
+    expect(asked({ majority_sign_method: null })).toMatchObject({
+      model: 'a+b',
+      merge: { method, density: 0.2, majoritySign: 'total' },
+    });
+    expect(asked({ majority_sign_method: 'frequency' }).merge?.majoritySign).toBe('frequency');
+    expect(asked({ merge_strategy: 'linear' })).not.toHaveProperty('merge');
   });
 
   test('that clients send as null or false change nothing', () => {

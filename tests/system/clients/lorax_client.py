@@ -62,8 +62,9 @@ def sampling(given):
     }
 
 
-def merged_of(given, weights, max_new_tokens):
-    merged = MergedAdapters(ids=list(weights), weights=list(weights.values()), merge_strategy="linear", density=1)
+def merged_of(given, weights, max_new_tokens, strategy="linear", **more):
+    how = {"merge_strategy": strategy, "density": 1, **more}
+    merged = MergedAdapters(ids=list(weights), weights=list(weights.values()), **how)
     prompt = given["item"]["prompt"]
     answer = client_of(given).generate(prompt, merged_adapters=merged, max_new_tokens=max_new_tokens)
     return answer.generated_text
@@ -74,6 +75,10 @@ def merged(given):
     return {
         "one": merged_of(given, {"dates": 1.0}, 16),
         "two": merged_of(given, {"dates": 0.5, "sql": 0.5}, 8),
+        "ties": merged_of(
+            given, {"dates": 1.0, "sql": 0.5}, 8, "ties", density=0.3, majority_sign_method="frequency"
+        ),
+        "dare": merged_of(given, {"dates": 1.0, "sql": 0.5}, 8, "dare_linear", density=0.3),
     }
 
 
