@@ -290,6 +290,8 @@ export function mergeProblem(
   for (const { name, adapter } of members) {
     const { kind, modules } = adapter.file;
     if (kind === 'dora') return `expected adapters of kind lora or rslora, but ${name} is of kind dora`;
+    if (modules.some(({ biasOffsetBytes }) => biasOffsetBytes >= 0))
+      return `expected adapters without trained biases, but ${name} has some`;
     for (const { layer, target, rank } of modules) {
       const module = `${target} of layer ${layer}`;
       const first = ranks.get(module);

@@ -292,9 +292,9 @@ describe('merges that are kept', () => {
   });
 });
 
-test('adapters of different ranks, or with DoRA, cannot be merged, and are named', () => {
-  const adapter = (rank: number, kind = 'lora') =>
-    ({ file: { kind, modules: [{ layer: 0, target: 'q_proj', rank }] } }) as never;
+test('adapters of different ranks, with DoRA or biases cannot be merged, and are named', () => {
+  const adapter = (rank: number, kind = 'lora', biasOffsetBytes = -1) =>
+    ({ file: { kind, modules: [{ layer: 0, target: 'q_proj', rank, biasOffsetBytes }] } }) as never;
   const problemOf = (...adapters: never[]) =>
     mergeProblem(adapters.map((one, i) => ({ name: 'ab'[i]!, adapter: one })));
   expect(problemOf(adapter(4), adapter(4, 'rslora'))).toBe(null);
@@ -302,6 +302,7 @@ test('adapters of different ranks, or with DoRA, cannot be merged, and are named
     'expected adapters of one rank, but a has 4 and b 8 in q_proj of layer 0',
   );
   expect(problemOf(adapter(4), adapter(4, 'dora'))).toContain('b is of kind dora');
+  expect(problemOf(adapter(4, 'lora', 64), adapter(4))).toContain('trained biases, but a has some');
 });
 
 describe('over HTTP', () => {

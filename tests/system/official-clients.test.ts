@@ -15,6 +15,7 @@ import OpenAI, {
 import { zodResponseFormat } from 'openai/helpers/zod';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { z } from 'zod';
+import { writeRandomAdapter } from '../bench/random-adapter.ts';
 import {
   evalItems,
   exampleAdapters,
@@ -26,11 +27,17 @@ import { runPythonClient, type Seen } from '../fixtures/python-clients.ts';
 
 const key = 'key-of-the-clients-0123456789';
 const limitedKey = 'key-of-one-at-a-time-0123456789';
-const names = ['base', ...exampleAdapters.map(({ name }) => name).sort()];
+/** An adapter of the rank of `dates`, to be merged with it. */
+const mate = 'mate';
+const names = ['base', ...[...exampleAdapters.map(({ name }) => name), mate].sort()];
 const { messages, answer } = evalItems('dates').find(({ answer, peft }) => answer === peft)!;
 /** As the model's chat template has it: LoRAX takes the text. */
 const prompt = `${messages.map(({ role, content }) => `<|im_start|>${role}\n${content}<|im_end|>\n`).join('')}<|im_start|>assistant\n`;
 const dims = 576;
+const smollm2Dims = {
+  ...{ numLayers: 30, hiddenSize: dims, intermediateSize: 1536 },
+  ...{ numHeads: 9, numKvHeads: 3, headDim: 64 },
+};
 
 const folder = mkdtempSync(join(tmpdir(), 'motet-clients-'));
 /** With the list of packages that each runs with. */
@@ -46,7 +53,8 @@ let gateway: RunningProcess;
 beforeAll(async () => {
   writeFileSync(join(folder, 'keys'), `clients ${key}\nlimited ${limitedKey}\n`);
   writeFileSync(join(folder, 'limits'), 'limited: { concurrency: 1 }\n');
-  engine = await startSmollm2();
+  await writeRandomAdapter(join(folder, mate), smollm2Dims, 8, ['q_proj', 'v_proj'], 5);
+  engine = await startSmollm2(['--adapter', `${mate}=${join(folder, mate)}`]);
   gateway = await startGatewayOver(
     [engine.url],
     [
@@ -229,7 +237,7 @@ describe('LoRAX for Python', () => {
     ['dare', { method: 'dare_linear', density: 0.3 }],
   ])('has adapters merged by %s, as an OpenAI client has them', async (name, adapters_merge) => {
     const adapters = [
-      { name: 'sql', weight: 0.5 },
+      { name: mate, weight: 0.5 },
       { name: 'dates', weight: 1 },
     ];
     const { choices } = await clientOf().completions.create({

@@ -76,9 +76,9 @@ def merged(given):
         "one": merged_of(given, {"dates": 1.0}, 16),
         "two": merged_of(given, {"dates": 0.5, "sql": 0.5}, 8),
         "ties": merged_of(
-            given, {"dates": 1.0, "sql": 0.5}, 8, "ties", density=0.3, majority_sign_method="frequency"
+            given, {"dates": 1.0, "mate": 0.5}, 8, "ties", density=0.3, majority_sign_method="frequency"
         ),
-        "dare": merged_of(given, {"dates": 1.0, "sql": 0.5}, 8, "dare_linear", density=0.3),
+        "dare": merged_of(given, {"dates": 1.0, "mate": 0.5}, 8, "dare_linear", density=0.3),
     }
 
 
