@@ -10,7 +10,7 @@
  * preemption never loops.
  *
  * A sequence whose adapters are not on the device waits for them alone: the queue is shown to the tiers, which bring up what it
- * needs in its order, and the scheduler sees the sequences whose adapters are all there.
+ * needs in the order of its turns, and the scheduler sees the sequences whose adapters are all there.
  *
  * Full blocks of a prompt are in the prefix cache from when a step has them: steps run in order, so a sequence that shares
  * them in the same step or the next reads what was written. When the step fails, they and whoever has them are lost with it.
@@ -334,7 +334,7 @@ export class Engine {
       if (sequence) most = Math.max(most, this.#numPagesOf(this.#live.get(sequence)!));
     };
     for (const sequence of this.#running) keepFor(sequence);
-    keepFor(this.#waiting[0]);
+    keepFor(this.#turns.line(this.#waiting)[0]);
     keepFor(this.#turns.order(this.#startable(), 1)[0]);
     return most;
   }
@@ -734,10 +734,12 @@ export class Engine {
     });
   }
 
-  /** Tells the tiers which adapters the queue waits for, in its order. */
+  /** Tells the tiers which adapters the queue waits for, in the order of its turns. */
   #showQueue(): void {
     this.#tiers!.showQueue(
-      this.#waiting.map((sequence) => this.#adaptersOf(sequence).map(({ adapter }) => adapter)),
+      this.#turns
+        .line(this.#waiting)
+        .map((sequence) => this.#adaptersOf(sequence).map(({ adapter }) => adapter)),
     );
   }
 

@@ -83,6 +83,8 @@ export class Sequence {
   /** Whose it is, and where it is counted since it came. */
   readonly standing: Standing;
   accounts: Accounts | null = null;
+  /** Its place in line among those of its priority, in its tenant's tokens by weight, as it came. */
+  lineTag = 0;
   /** While it waited: how often one of its priority that came later was admitted before it. */
   numPassedOver = 0;
   /** While it ran: how often it gave its place to another, and in how many steps its prompt waited for those of others. */

@@ -52,6 +52,8 @@ interface Account {
 
 interface Tenant extends Account {
   weight: number;
+  /** Where the next that comes would stand in line. */
+  lineEnd: number;
   adapters: Ledger<Account>;
 }
 
@@ -161,9 +163,16 @@ export class Turns {
 
   /** It comes to wait, for the first time or again. */
   wait(sequence: Sequence): void {
+    const isNew = sequence.accounts === null;
     sequence.accounts ??= this.#open(sequence);
     const { band, tenant, adapter } = sequence.accounts;
+    const isFirst = tenant.numWaiting === 0;
     band.tenants.wait(tenant);
+    if (isNew) {
+      sequence.lineTag = isFirst ? tenant.counter : Math.max(tenant.counter, tenant.lineEnd);
+      tenant.lineEnd =
+        sequence.lineTag + (sequence.numPendingTokens + outputWeight) / sequence.standing.weight;
+    }
     tenant.adapters.wait(adapter);
     if (band.numWaiting++ === 0) band.numPasses = 0;
   }
@@ -195,6 +204,25 @@ export class Turns {
       order.push(sequence!);
     }
     return order;
+  }
+
+  /**
+   * All of `waiting` in the order in which what they lack is brought to the device: by priorities, in a band by what their tenants
+   * had when they came and what those bring themselves, of a tenant as they came. That stays while they wait, so that
+   * adapters do not take turns on the device before anybody runs.
+   * @param waiting  in the order they came
+   */
+  line(waiting: readonly Sequence[]): readonly Sequence[] {
+    const first = waiting[0]?.accounts;
+    if (waiting.every(({ accounts }) => accounts!.tenant === first!.tenant)) return waiting;
+    for (const band of this.#bands.values()) band.plannedPasses = band.numPasses;
+    return waiting.toSorted((a, b) => {
+      const [ofA, ofB] = [a.accounts!.band, b.accounts!.band];
+      if (ofA !== ofB) return rankOf(ofB) - rankOf(ofA) || ofA.priority - ofB.priority;
+      const [isDueA, isDueB] = [a.numPassedOver >= maxPassedOver, b.numPassedOver >= maxPassedOver];
+      if (isDueA || isDueB) return Number(isDueB) - Number(isDueA);
+      return a.lineTag - b.lineTag;
+    });
   }
 
   #plan({ accounts, numPendingTokens, standing }: Sequence, index: number): void {
@@ -244,6 +272,7 @@ export class Turns {
       const tenants = new Ledger<Tenant>((key) => ({
         ...account(key),
         weight: 1,
+        lineEnd: 0,
         adapters: new Ledger(account),
       }));
       band = { priority, tenants, numWaiting: 0, numPasses: 0, plannedPasses: 0 };

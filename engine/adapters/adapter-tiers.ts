@@ -490,27 +490,33 @@ export class AdapterTiers {
   /** @returns false: the host arena does not have it */
   async #raise(adapter: Adapter, why: LoadReason): Promise<boolean> {
     if (!adapter.host) return false;
-    return this.#slotsOf(why).run(async (place) => {
-      if (!adapter.host) return false; // it left while this waited for its turn
-      refuseUnwanted(adapter, why);
-      await this.residency.whileMoving(adapter, () => this.residency.raise(adapter, why, place));
-      this.onLoaded(adapter.seconds.host);
-      return true;
-    });
+    return this.#slotsOf(why).run(
+      async (place) => {
+        if (!adapter.host) return false; // it left while this waited for its turn
+        refuseUnwanted(adapter, why);
+        await this.residency.whileMoving(adapter, () => this.residency.raise(adapter, why, place));
+        this.onLoaded(adapter.seconds.host);
+        return true;
+      },
+      rankOf(adapter, why),
+    );
   }
 
   #loadAgain(adapter: Adapter, why: LoadReason): Promise<void> {
     const { readFile, now } = this.#options;
     return this.#withFolder(adapter.source, (folder) =>
-      this.#slotsOf(why).run(async (place) => {
-        refuseUnwanted(adapter, why);
-        const beginMs = now();
-        const file = await readFile(folder.path);
-        const verifySeconds = (now() - beginMs) / 1000;
-        checkDigest({ uri: adapter.sourceUri, digest: adapter.digest }, file.digest);
-        await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, why, place));
-        this.onLoaded(verifySeconds + adapter.seconds.disk);
-      }),
+      this.#slotsOf(why).run(
+        async (place) => {
+          refuseUnwanted(adapter, why);
+          const beginMs = now();
+          const file = await readFile(folder.path);
+          const verifySeconds = (now() - beginMs) / 1000;
+          checkDigest({ uri: adapter.sourceUri, digest: adapter.digest }, file.digest);
+          await this.residency.whileMoving(adapter, () => this.residency.load(adapter, file, why, place));
+          this.onLoaded(verifySeconds + adapter.seconds.disk);
+        },
+        rankOf(adapter, why),
+      ),
     );
   }
 
@@ -612,6 +618,11 @@ function inOrder(queue: readonly (readonly Adapter[])[]): Set<Adapter> {
 
 function purged(digest: string): EngineError {
   return new EngineError('adapter_purged', `the adapter ${digest} is being removed`, { param: 'lora_path' });
+}
+
+/** Of those for the queue the one whose sequence is first goes first; those by name as they came. */
+function rankOf(adapter: Adapter, why: LoadReason): () => number {
+  return () => (why === 'queue' ? adapter.queuePlace : 0);
 }
 
 function refuseUnwanted(adapter: Adapter, why: LoadReason): void {

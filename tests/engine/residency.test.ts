@@ -105,6 +105,31 @@ describe('more adapters than the device holds', () => {
   });
 });
 
+test('a tenant that asks for many cold ones does not hold up the cold one of another', async () => {
+  const many = Array.from({ length: 12 }, (_, i) => `m${i}`);
+  const parts = await withAdapters(['quiet', ...many, 'warm'], 3, { runtime: { numPages: 12 } });
+  const load = vi.spyOn(parts.runtime, 'loadAdapter');
+  const askAs = (tenant: string, name: string) =>
+    start(parts, {
+      prompt: `ask ${name}`,
+      adapter: adapterOf(parts, name),
+      params: { maxTokens: 4 },
+      standing: { tenant, weight: 1, priority: 0 },
+    }).done;
+  const cold = many.filter((name) => tierOf(parts, name) === 'disk');
+  expect(cold.length).toBeGreaterThan(8);
+  const ended: string[] = [];
+  const noteEnd = (name: string) => () => void ended.push(name);
+  const flood = cold.map((name) => askAs('many', name).then(noteEnd(name)));
+  await Promise.all([...flood, askAs('one', 'quiet').then(noteEnd('quiet'))]);
+  // Two were being read when it came, and one may have been next.
+  const read = load.mock.calls.map(([path]) => path);
+  expect(read.findIndex((path) => path.includes('quiet'))).toBeLessThanOrEqual(3);
+  expect(ended.indexOf('quiet')).toBeLessThanOrEqual(3);
+  expect(ended).toHaveLength(cold.length + 1);
+  expectBooks(parts);
+});
+
 describe('a load in place with a pin', () => {
   test('keeps what it brings up when the last other name goes meanwhile', async () => {
     const parts = await withAdapters(['a', 'b'], 3, { runtime: { numPages: 7 } });

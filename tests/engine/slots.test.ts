@@ -35,3 +35,26 @@ test('a place that was left is not given back twice when the wait fails', async 
   held.resolve();
   await only;
 });
+
+test('of those in line the lowest rank is next, as it is then, and of equals the first that came', async () => {
+  const slots = new Slots(1, 4, 'loads');
+  const held = Promise.withResolvers<void>();
+  const order: string[] = [];
+  const ranks = new Map([
+    ['a', 2],
+    ['b', 2],
+    ['c', 3],
+    ['d', 1],
+  ]);
+  const first = slots.run(() => held.promise);
+  const others = [...ranks.keys()].map((name) =>
+    slots.run(
+      async () => void order.push(name),
+      () => ranks.get(name)!,
+    ),
+  );
+  ranks.set('c', 0);
+  held.resolve();
+  await Promise.all([first, ...others]);
+  expect(order).toEqual(['c', 'd', 'a', 'b']);
+});

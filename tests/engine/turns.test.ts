@@ -113,6 +113,32 @@ describe('tenants', () => {
   });
 });
 
+describe('the line for what must be brought', () => {
+  test('has tenants by what they bring, and stays as it is while tokens come', () => {
+    const queue = new Queue();
+    const flood = Array.from({ length: 3 }, () => sequence({ tenant: 'flood' }));
+    const others = ['b', 'c'].map((tenant) => sequence({ tenant }));
+    queue.add(...flood, ...others);
+    const line = [flood[0], others[0], others[1], flood[1], flood[2]];
+    expect(queue.turns.line(queue.waiting)).toEqual(line);
+    queue.turns.charge(others[0]!, 10_000);
+    expect(queue.turns.line(queue.waiting)).toEqual(line);
+    const late = sequence({ tenant: 'late' });
+    queue.add(late);
+    expect(queue.turns.line(queue.waiting)).toEqual([...line.slice(0, 3), late, ...line.slice(3)]);
+  });
+
+  test('has priorities first, and who was passed over too often first of its own', () => {
+    const queue = new Queue();
+    const [a, b, c] = [sequence({ tenant: 'a' }), sequence({ tenant: 'a' }), sequence({ tenant: 'b' })];
+    const high = sequence({ tenant: 'a', priority: 1 });
+    queue.add(a!, b!, c!, high);
+    expect(queue.turns.line(queue.waiting)).toEqual([high, a, c, b]);
+    b!.numPassedOver = maxPassedOver;
+    expect(queue.turns.line(queue.waiting)).toEqual([high, b, a, c]);
+  });
+});
+
 test('adapters of a tenant take turns by their tokens', () => {
   const queue = new Queue();
   const flood = Array.from({ length: 5 }, () => sequence({}, 'flood'));
