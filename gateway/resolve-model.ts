@@ -78,7 +78,7 @@ const wakeRetryAfterS = 15;
  */
 export function notServed(
   name: string,
-  { baseModel, asks }: Target,
+  { baseModel, asks, members }: Target,
   kind: Exclude<Resolution['kind'], 'served'>,
 ) {
   if (asks !== undefined) {
@@ -94,7 +94,8 @@ export function notServed(
     });
   }
   // What a resource declares exists; it is on its way to an engine, or its status says why not.
-  if (baseModel === null) return modelNotFound(name);
+  // Of adapters that answer together each does, if not all on one engine.
+  if (baseModel === null && members === undefined) return modelNotFound(name);
   return new GatewayError('model_unavailable', 'this model is not loaded on any engine yet', {
     param: 'model',
   });

@@ -11,6 +11,7 @@ import { type GroupedAdapter, type GroupRules, groupRules } from '../groups/grou
 import { type Model, mayUse, seenBy, targetsFor } from '../models.ts';
 import { noEngineReady } from '../openai.ts';
 import { defaultStanding } from '../queue/ask.ts';
+import { rememberMs } from '../resolve-model.ts';
 import type { FollowedTenants, Known } from './follow-tenants.ts';
 import type { FileTenant } from './tenants-file.ts';
 import { Tokens, type TokensOptions } from './tokens.ts';
@@ -152,17 +153,21 @@ class Names {
 
   /** Those of the file, be they on an engine or not, since a group is never answered by a part of it; and those of engines. */
   get #adapters() {
-    const of = [this.#followed.known, ...this.#endpoints.all.map(({ cards }) => cards)];
+    const seenMs = Date.now() - rememberMs;
+    const held = this.#endpoints.all.flatMap(({ cards, lastSeenMs }) =>
+      (lastSeenMs ?? 0) > seenMs ? [cards] : [],
+    );
+    const of = [this.#followed.known, ...held];
     const before = this.#grouped?.of;
     if (before?.length !== of.length || of.some((one, index) => one !== before[index])) {
-      const held = this.#endpoints.all.flatMap(({ cards }) =>
+      const ofEngines = held.flatMap((cards) =>
         [...cards.values()].flatMap(({ id, parent }) => (parent === null ? [] : [[id, parent] as const])),
       );
       const named = this.#followed.known.file.adapters.map(
         ({ name, baseModel }) => [name, baseModel] as const,
       );
       const adapters = new Map(
-        [...named, ...held].map(([name, baseModel]) => {
+        [...named, ...ofEngines].map(([name, baseModel]) => {
           const metadata = { name, labels: this.#labelsOf(name, baseModel) };
           return [keyOf(name, baseModel), { metadata, spec: { baseModel } }];
         }),

@@ -1,10 +1,15 @@
 // A gateway with a tenants file, in front of fake engines: who may what, and what a change of the file changes.
 
+import { execFileSync } from 'node:child_process';
 import { mkdtempSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
 import { adaptersHeader } from '../../../engine/protocol.ts';
+import { Endpoints } from '../../../gateway/endpoints.ts';
+import { keyHeaders } from '../../../gateway/engine-headers.ts';
+import { fileDirectory } from '../../../gateway/identity/file-directory.ts';
+import { FollowedTenants } from '../../../gateway/identity/follow-tenants.ts';
 import { digestOfKey } from '../../../gateway/identity/keys.ts';
 import { startFakeEngine } from '../../fixtures/fake-engine.ts';
 import { batchSettings } from '../batches/batches-setup.ts';
@@ -129,6 +134,9 @@ test('a file that is wrong or gone changes nothing, and the log says why without
   await becomesWrong('expected at most 4194304 bytes');
   rmSync(file.path);
   await becomesWrong('ENOENT');
+  // A pipe that nobody writes to would be waited for.
+  execFileSync('mkfifo', [file.path]);
+  await becomesWrong('expected a file, got something else');
   file.replace({ tenants: { ...tenants, b: withKey('b', { access: everything }) } });
   await until(
     () => statusOf(gateway, 'b'),
@@ -197,8 +205,9 @@ test('a group is answered by those of its adapters that the tenant may use', asy
   followed.put({ ...file, adapters: { ...adapters, 'red-new': red } });
   await until(
     async () => (await ask('red')).status,
-    (status) => status === 404,
+    (status) => status === 503,
   );
+  expect(await errorOf(await ask('red'))).toMatchObject({ code: 'model_unavailable' });
   engine.adapters.set('red-new', 'device');
   await until(
     () => whoAnswers('red'),
@@ -253,6 +262,20 @@ test('limits of a tenant and of one key hold', async () => {
   const statuses: number[] = [];
   for (const key of ['tight', 'tight', 'wide', 'wide', 'wide']) statuses.push(await statusOf(gateway, key));
   expect(statuses).toEqual([200, 429, 200, 200, 429]);
+});
+
+test('weight and priority come with a tenant', async () => {
+  const { path } = tenantsFile({
+    tenants: { a: withKey('a', { weight: 4, priority: -2 }), b: withKey('b', { access: everything }) },
+  });
+  const log = { info: () => {}, warn: () => {} };
+  const followed = await FollowedTenants.open(path, null, log);
+  const endpoints = new Endpoints(keyHeaders(null), 1_000, 1_000, log);
+  const directory = fileDirectory(endpoints, followed, log);
+  onTestFinished(() => directory.close());
+  expect(directory.standingOf('a')).toEqual({ weight: 4, priority: -2 });
+  expect(directory.standingOf('b')).toEqual({ weight: 1, priority: 0 });
+  expect(directory.standingOf('nobody')).toEqual({ weight: 1, priority: 0 });
 });
 
 test('a tenant is known by its tokens, as long as the file says so', async () => {
