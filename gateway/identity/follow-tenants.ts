@@ -34,6 +34,11 @@ const lookEveryMs = 100;
 /** A file that is written all the time is read as it is then. */
 const maxUnsettledMs = 500;
 const readTimeoutMs = 10_000;
+/** What may pass is tried again after this, and after twice as long each time again. */
+const retryAfterMs = 5_000;
+const maxRetryAfterMs = 300_000;
+/** A file of the largest size that says something needs less. */
+const maxHeapMb = 512;
 /** Problems with keys that the log has one by one. */
 const maxLoggedProblems = 20;
 
@@ -49,8 +54,8 @@ export class FollowedTenants {
   #known: Known;
   #digest: string;
   #problems = '';
-  /** Since when the file as it is now cannot be taken over. */
-  #staleSinceMs: number | null = null;
+  /** Why the file as it is now cannot be taken over, since when, and when it is tried again though it has not changed. */
+  #stale: { problem: string; sinceMs: number; retryMs: number; numTries: number } | null = null;
   readonly #following: Promise<void>;
 
   /**
@@ -87,7 +92,7 @@ export class FollowedTenants {
   }
 
   get staleSeconds(): number {
-    return this.#staleSinceMs === null ? 0 : (Date.now() - this.#staleSinceMs) / 1000;
+    return this.#stale === null ? 0 : (performance.now() - this.#stale.sinceMs) / 1000;
   }
 
   async close(): Promise<void> {
@@ -107,7 +112,8 @@ export class FollowedTenants {
       unsettledMs = now === last || now === this.#seen ? 0 : unsettledMs + lookEveryMs;
       const isSettled = now === last || unsettledMs >= maxUnsettledMs;
       last = now;
-      if (now === this.#seen || !isSettled) continue;
+      const isDue = performance.now() >= (this.#stale?.retryMs ?? Number.POSITIVE_INFINITY);
+      if ((now === this.#seen && !isDue) || !isSettled) continue;
       unsettledMs = 0;
       this.#seen = now;
       const reading = await this.#reader.read(this.#path, signal);
@@ -118,14 +124,22 @@ export class FollowedTenants {
   #note(reading: Reading): void {
     this.#lookAt(reading.files);
     if ('problem' in reading) {
-      this.#staleSinceMs ??= Date.now();
+      const { problem, mayPass } = reading;
+      const nowMs = performance.now();
+      const before = this.#stale;
+      const numTries = mayPass ? (before?.numTries ?? 0) + 1 : 0;
+      const waitMs = Math.min(retryAfterMs * 2 ** (numTries - 1), maxRetryAfterMs);
+      const retryMs = mayPass ? nowMs + waitMs : Number.POSITIVE_INFINITY;
+      this.#stale = { problem, sinceMs: before?.sinceMs ?? nowMs, retryMs, numTries };
+      if (before?.problem === problem) return;
       this.#log.warn(
-        { file: this.#path, problem: reading.problem },
+        { file: this.#path, problem },
         'the tenants file cannot be taken over; going on with what it said before',
       );
       return;
     }
-    this.#staleSinceMs = null;
+    if (this.#stale !== null) this.#log.info({ file: this.#path }, 'the tenants file is well again');
+    this.#stale = null;
     if (reading.digest === this.#digest) return;
     this.#digest = reading.digest;
     this.#known = this.#take(reading.file);
@@ -192,8 +206,7 @@ class Reader {
 
   /** Never fails, and takes a bounded time. @param signal  ends the wait */
   async read(path: string, signal?: AbortSignal): Promise<Reading> {
-    this.#thread ??= startThread();
-    const thread = this.#thread;
+    const thread = this.#thread ?? this.#start();
     const { promise, resolve: settle } = Promise.withResolvers<Reading | string>();
     const timer = setTimeout(() => settle(`not within ${readTimeoutMs} ms`), readTimeoutMs);
     const onError = (error: NodeJS.ErrnoException) => settle(error.code ?? error.name);
@@ -208,7 +221,7 @@ class Reader {
     thread.off('message', settle).off('error', onError).off('exit', onExit);
     if (typeof reading !== 'string') return reading;
     await this.close();
-    return { files: null, problem: `it cannot be read (${reading})` };
+    return { files: null, problem: `it cannot be read (${reading})`, mayPass: true };
   }
 
   async close(): Promise<void> {
@@ -216,16 +229,20 @@ class Reader {
     this.#thread = null;
     await thread?.terminate();
   }
-}
 
-function startThread(): Worker {
-  const thread = new Worker(new URL('./read-tenants.ts', import.meta.url), {
-    env: {},
-    execArgv: [],
-    resourceLimits: { maxOldGenerationSizeMb: 512 },
-  });
-  // Whoever waits for it hears of it; between two readings nobody does, and the next one finds it gone.
-  thread.on('error', () => {});
-  thread.unref();
-  return thread;
+  #start(): Worker {
+    const thread = new Worker(new URL('./read-tenants.ts', import.meta.url), {
+      env: {},
+      execArgv: [],
+      resourceLimits: { maxOldGenerationSizeMb: maxHeapMb },
+    });
+    // Whoever waits for it hears of it.
+    thread.on('error', () => {});
+    thread.once('exit', () => {
+      if (this.#thread === thread) this.#thread = null;
+    });
+    thread.unref();
+    this.#thread = thread;
+    return thread;
+  }
 }

@@ -8,11 +8,19 @@ import { parentPort } from 'node:worker_threads';
 import { SpecError } from '../../crds/check-spec.ts';
 import { holdersOf, maxFileBytes, parseTenantsFile, type ReadFile } from './tenants-file.ts';
 
-/**
- * What the thread says of it: the file, or what is wrong with it. `files`: those with keys, if so much is known. `digest`: of all
- * that was read.
- */
-export type Reading = { files: string[] | null } & ({ file: ReadFile; digest: string } | { problem: string });
+/** What the thread says of it. `files`: those with keys, if so much is known. */
+export type Reading = { files: string[] | null } & (
+  | {
+      file: ReadFile;
+      /** Of all that was read. */
+      digest: string;
+    }
+  | {
+      problem: string;
+      /** It may read well another time, though nothing in the file changes. */
+      mayPass: boolean;
+    }
+);
 
 const maxKeyFileBytes = 4 << 10;
 
@@ -26,8 +34,9 @@ function readTenants(path: string): Reading {
     const content = (file: string) => {
       try {
         return readBounded(at(file), maxKeyFileBytes);
-      } catch {
-        return null;
+      } catch (error) {
+        if (error instanceof SpecError || isMissing(error)) return null;
+        throw error;
       }
     };
     const file = { ...parsed, ...holdersOf(keys, content) };
@@ -35,8 +44,15 @@ function readTenants(path: string): Reading {
   } catch (error) {
     // Of an error that nobody wrote for a person, the message could have a piece of the file.
     const { code = (error as Error).name } = error as NodeJS.ErrnoException;
-    return { files, problem: error instanceof SpecError ? error.message : `it cannot be read (${code})` };
+    if (error instanceof SpecError) return { files, problem: error.message, mayPass: false };
+    return { files, problem: `it cannot be read (${code})`, mayPass: true };
   }
+}
+
+/** A key that is no more there to be read is taken away; one that this process has no room to read is not. */
+function isMissing(error: unknown): boolean {
+  const { code = '' } = error as NodeJS.ErrnoException;
+  return ['ENOENT', 'ENOTDIR', 'ELOOP', 'EACCES', 'EPERM', 'ENXIO'].includes(code);
 }
 
 /** @throws SpecError when it is no file, or too large */

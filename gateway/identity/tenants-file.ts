@@ -34,8 +34,8 @@ export type ParsedFile = TenantsFile & { keys: ({ tenant: string; at: string } &
 /** The file with its keys read. Of a key that is not accepted, why. Plain data: it comes from another thread. */
 export type ReadFile = TenantsFile & { holders: Holder[]; problems: string[] };
 
-/** Ten thousand tenants have less. */
-export const maxFileBytes = 4 << 20;
+/** Ten thousand tenants of 200 bytes. */
+export const maxFileBytes = 2 << 20;
 const maxTenants = 10_000;
 const maxAdapters = 10_000;
 const maxBaseModels = 1_000;
