@@ -257,6 +257,8 @@ struct Unpacked {
 };
 
 constexpr int kChunkFeatures = 128;
+// Results of so many bytes are not in the second level of cache: their lines are asked for before the sums are done.
+constexpr int64_t kFarResultBytes = 1 << 20;
 constexpr int64_t kSumStride = kTiles * kTileColumns;
 
 // The groups [g_begin, g_begin + num_groups) of some tiles, unpacked, and the rows that go over them.
@@ -416,6 +418,8 @@ void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
   alignas(64) uint8_t unpacked[kTiles][kChunkGroups * U::kBytes];
   alignas(64) float sums[(kMaxPassRows + kMaxRows) * kSumStride];
   const int64_t stride = T::bytes(x.k), groups = x.k / T::kInfo.group_size;
+  const int64_t num_chunks = (groups + kChunkGroups - 1) / kChunkGroups;
+  const bool are_far = (end_row - first_row) * ldy * static_cast<int64_t>(sizeof(float)) >= kFarResultBytes;
   Many m{{}, num_tiles, &x, 0, 0, false, y, ldy, sums, first_row};
   for (int t = 0; t < kTiles; ++t) m.unpacked[t] = unpacked[t < num_tiles ? t : 0];
   for (int64_t g = 0; g < groups; g += kChunkGroups) {
@@ -426,6 +430,11 @@ void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
     const int64_t ahead = m.is_last ? next_tiles * stride - g * T::kGroupBytes : m.num_groups * T::kGroupBytes;
     for (int t = 0; t < num_tiles; ++t) U::fill(unpacked[t], T(tiles + t * stride, x.k), g, m.num_groups, ahead);
     for (int64_t row = first_row; row < end_row; row += kRowBlock) {
+      // A block asks for some of its lines in each chunk.
+      if (are_far) {
+        for (int64_t r = g / kChunkGroups; r < x.block_rows(row); r += num_chunks)
+          for (int t = 0; t < num_tiles; ++t) prefetch_l2(y + (row + r) * ldy + t * kTileColumns);
+      }
       if constexpr (kAmx) Amx<kFormat>::rows(m, row, x.block_rows(row));
       else rows_of_block<kFormat>(m, row, x.block_rows(row));
     }

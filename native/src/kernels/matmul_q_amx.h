@@ -12,7 +12,7 @@
 namespace motet::MOTET_ISA {
 namespace {
 
-// Tile registers: 0 and 1 products (4 bits: of one group and the next; 8 bits: of the low and the middle parts), 2
+// Tile registers: 0 and 1 products (4 bits: of two tiles of weights; 8 bits: of the low and the middle parts), 2
 // activations, 3 weights. Not more: registers are renamed from a small pool, and while the core's other thread is busy
 // loads take 28 cycles with eight in use and 10 with four (Emerald Rapids).
 struct TileConfig {
@@ -29,6 +29,7 @@ struct Amx {
   using U = Unpacked<kFormat, kSigned>;
   static constexpr int kRows = 16;
   static constexpr int kBlockBytes = kRows * kTileColumns * 4;
+  static constexpr int64_t kProductInts = kBlockBytes / 4 * (kInfo.bits == 8 ? 2 : 1);  // of a group
 
   static void configure() {
     TileConfig config;
@@ -70,18 +71,23 @@ struct Amx {
     }
   }
 
-  // The products of the rows with a group, to memory; for 8 bits the middle parts' behind the others.
-  template <int kTurn>
-  MOTET_INLINE static void multiply_group(const int8_t* x, const uint8_t* w, int32_t* products) {
-    load_tile<3>(w);
-    load_tile<2>(x);
-    multiply<kTurn, 2, 3>();
-    if constexpr (kInfo.bits == 8) {
-      load_tile<2>(x + kActivationGroup);
-      multiply<1 - kTurn, 2, 3>();
+  // Two products of n groups, to memory. 4 bits: of the rows with either tile's weights. 8 bits: of the rows' low and middle
+  // parts with one tile's. A product is stored when its register is needed again, since it takes long, and one operand
+  // serves both.
+  MOTET_INLINE static void multiply_groups(int64_t n, const int8_t* x, int64_t x_stride, const uint8_t* w0, const uint8_t* w1,
+                                           int32_t* to0, int32_t* to1) {
+    for (int64_t g = 0; g < n; ++g) {
+      load_tile<2>(x + g * x_stride);
+      load_tile<3>(w0 + g * U::kBytes);
+      if (g > 0) store_tile<0>(to0 + (g - 1) * kProductInts);
+      multiply<0, 2, 3>();
+      if constexpr (kInfo.bits == 4) load_tile<3>(w1 + g * U::kBytes);
+      else load_tile<2>(x + g * x_stride + kActivationGroup);
+      if (g > 0) store_tile<1>(to1 + (g - 1) * kProductInts);
+      multiply<1, 2, 3>();
     }
-    store_tile<kTurn>(products);
-    if constexpr (kInfo.bits == 8) store_tile<1 - kTurn>(products + kBlockBytes / 4);
+    store_tile<0>(to0 + (n - 1) * kProductInts);
+    store_tile<1>(to1 + (n - 1) * kProductInts);
   }
 
   // The sum of one row with one group more.
@@ -113,58 +119,48 @@ struct Amx {
     }
   }
 
-  // One block of rows, one tile of weights, the groups of a chunk.
-  struct Block {
-    const QuantizedRows& x;
-    const uint8_t* unpacked;
-    const int32_t* wide;  // of each group: not 0 when a row may have a high part
-    int64_t first;        // place of the first row's first group
-    int rows;
-
-    template <int kTurn>
-    MOTET_INLINE void multiply(int64_t g, int32_t* products) const {
-      const uint8_t* const w = unpacked + g * U::kBytes;
-      const int64_t at = first + g * rows;
-      multiply_group<kTurn>(x.q + at * 2 * kActivationGroup, w, products);
-      if (__builtin_expect(wide[g] != 0, 0)) add_highs(products, x, at, rows, w);
+  // Adds the groups to the sums of one block of rows: first all products, then all sums, which is faster than one group's sums
+  // between the products of others. Of fewer than kNum rows the rest is computed of what lies behind them, and dropped:
+  // registers of another size would have to be configured, which takes longer.
+  template <int kNum>
+  static void block(const Many& m, int64_t row, int rows, const int32_t* wide) {
+    constexpr int64_t kChunkGroups = kChunkFeatures / kActivationGroup;
+    alignas(64) int32_t products[kTiles][kChunkGroups * kProductInts];
+    const QuantizedRows& x = *m.x;
+    const int64_t first = x.at(row, m.g_begin), n = m.num_groups;
+    const int8_t* const q = x.q + first * 2 * kActivationGroup;
+    const int64_t q_stride = rows * 2 * kActivationGroup;
+    // Of a single tile the products are there twice.
+    if constexpr (kInfo.bits == 4) multiply_groups(n, q, q_stride, m.unpacked[0], m.unpacked[1], products[0], products[1]);
+    for (int t = 0; t < m.num_tiles; ++t) {
+      const uint8_t* const w = m.unpacked[t];
+      if constexpr (kInfo.bits == 8) multiply_groups(n, q, q_stride, w, w, products[t], products[t] + kBlockBytes / 4);
+      for (int64_t g = 0; g < n; ++g)
+        if (__builtin_expect(wide[g] != 0, 0)) add_highs(products[t] + g * kProductInts, x, first + g * rows, rows, w + g * U::kBytes);
+      add_groups<kNum>(m, t, row, rows, products[t]);
     }
+  }
 
-    // The sums of kNum rows with one group more.
-    template <int kNum>
-    MOTET_INLINE void add(int64_t g, const int32_t* products, f32x16 (&acc)[kNum]) const {
-      const uint8_t* const w = unpacked + g * U::kBytes;
-      const float* const scales = x.scale + first + g * rows;
-      const float* const offsets = x.offsets + first + g * rows;
+  // The sums of kNum rows in the columns of tile t.
+  template <int kNum>
+  MOTET_INLINE static void add_groups(const Many& m, int t, int64_t row, int rows, const int32_t* products) {
+    float* const sums = m.sums + (row - m.first_row) * kSumStride + t * kTileColumns;
+    float* const out = m.is_last ? m.y + row * m.ldy + t * kTileColumns : sums;
+    const int64_t out_stride = m.is_last ? m.ldy : kSumStride;
+    const int64_t first = m.x->at(row, m.g_begin);
+    f32x16 acc[kNum];
+#pragma GCC unroll 16
+    for (int r = 0; r < kNum; ++r) acc[r] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride);
+    for (int64_t g = 0; g < m.num_groups; ++g) {
+      const uint8_t* const w = m.unpacked[t] + g * U::kBytes;
+      const float* const scales = m.x->scale + first + g * rows;
+      const float* const offsets = m.x->offsets + first + g * rows;
       const f32x16 scale = load(reinterpret_cast<const float*>(w + U::kScaleAt));
       const f32x16 min = kInfo.has_min ? load(reinterpret_cast<const float*>(w + U::kMinAt)) : f32_zero();
 #pragma GCC unroll 16
       for (int r = 0; r < kNum; ++r)
-        acc[r] = add_group(acc[r], products + r * kTileColumns, scale, min, scales[r], offsets[r]);
+        acc[r] = add_group(acc[r], products + g * kProductInts + r * kTileColumns, scale, min, scales[r], offsets[r]);
     }
-  };
-
-  // Adds the groups to the sums of one block of rows for one tile of weights: first all products, then all sums, which is
-  // faster than one group's sums between the products of others. Of fewer than kNum rows the rest is computed of what lies
-  // behind them, and dropped: registers of another size would have to be configured, which takes longer.
-  template <int kNum>
-  static void block(const Many& m, int t, int64_t row, int rows, const int32_t* wide) {
-    const Block b{*m.x, m.unpacked[t], wide, m.x->at(row, m.g_begin), rows};
-    const int64_t n = m.num_groups;
-    float* const sums = m.sums + (row - m.first_row) * kSumStride + t * kTileColumns;
-    float* const out = m.is_last ? m.y + row * m.ldy + t * kTileColumns : sums;
-    const int64_t out_stride = m.is_last ? m.ldy : kSumStride;
-    constexpr int64_t kChunkGroups = kChunkFeatures / kActivationGroup;
-    constexpr int64_t kProductInts = kBlockBytes / 4 * (kInfo.bits == 8 ? 2 : 1);
-    alignas(64) int32_t products[kChunkGroups][kProductInts];
-    f32x16 acc[kNum];
-    for (int64_t g = 0; g + 1 < n; g += 2) {
-      b.template multiply<0>(g, products[g]);
-      b.template multiply<1>(g + 1, products[g + 1]);
-    }
-    if (n % 2 != 0) b.template multiply<0>(n - 1, products[n - 1]);
-#pragma GCC unroll 16
-    for (int r = 0; r < kNum; ++r) acc[r] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride);
-    for (int64_t g = 0; g < n; ++g) b.template add<kNum>(g, products[g], acc);
 #pragma GCC unroll 16
     for (int r = 0; r < kNum; ++r)
       if (r < rows) store(out + r * out_stride, acc[r]);
@@ -183,10 +179,8 @@ struct Amx {
     const int32_t* highs = m.x->peak_highs + m.x->at(row, m.g_begin);
     // Of fewer than 16 rows the others are of the next group: at worst it is looked at for nothing.
     for (int64_t g = 0; g < m.num_groups; ++g) wide[g] = bits(load_i32(highs + g * rows) == i32_zero()) != 0xffff;
-    for (int t = 0; t < m.num_tiles; ++t) {
-      if (rows > 8) block<16>(m, t, row, rows, wide);
-      else block<8>(m, t, row, rows, wide);
-    }
+    if (rows > 8) block<16>(m, row, rows, wide);
+    else block<8>(m, row, rows, wide);
   }
 
  private:
