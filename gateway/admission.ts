@@ -6,7 +6,7 @@
 // of tenants that have fewer there than others (queue/places.ts). What else would wait in it waits here, where all tenants
 // and all engines are seen.
 
-import { lowestPriority, type TokenUsage } from '../engine/protocol.ts';
+import type { TokenUsage } from '../engine/protocol.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import { GatewayError } from './errors.ts';
 import { type Ask, costOf, expectedCost } from './queue/ask.ts';
@@ -77,11 +77,6 @@ export class Admission {
 
   get numQueued(): number {
     return this.#queue.size;
-  }
-
-  /** Without those of the lowest priority, as lines of batches are. */
-  get numOnlineQueued(): number {
-    return this.#queue.numFrom(lowestPriority + 1);
   }
 
   get queue(): { readonly numByTenant: ReadonlyMap<string, number>; readonly lag: number } {

@@ -1,5 +1,6 @@
 // How many lines of batches are in flight at a time, over all jobs: what online traffic leaves of the engines. Jobs that want
-// to send a line take turns. While online requests wait for an engine no line is sent, but one now and then, so that a job gets on.
+// to send a line take turns. Which of what was sent goes first is decided elsewhere: in the gateway's queue and in the engine's batch, where
+// lines have the lowest priority and give way.
 
 export type Room = {
   /** Lines that may be in flight now; 0 while no engine is ready. */
@@ -14,14 +15,13 @@ const lookMs = 25;
 type Waiter = { resolve(release: () => void): void };
 
 export class Gate {
-  readonly #room: (numInFlight: number, sinceGrantMs: number) => Room;
+  readonly #room: (numInFlight: number) => Room;
   readonly #waiters = new Set<Waiter>();
   #numInFlight = 0;
-  #lastGrantMs = performance.now();
   #timer: NodeJS.Timeout | null = null;
 
-  /** @param room  as of now, given how many lines are in flight and when the last one was let through */
-  constructor(room: (numInFlight: number, sinceGrantMs: number) => Room) {
+  /** @param room  as of now, given how many lines are in flight */
+  constructor(room: (numInFlight: number) => Room) {
     this.#room = room;
   }
 
@@ -30,7 +30,7 @@ export class Gate {
   }
 
   get room(): Room {
-    return this.#room(this.#numInFlight, performance.now() - this.#lastGrantMs);
+    return this.#room(this.#numInFlight);
   }
 
   /** Waits for a place, in turn. It is given back by the function that it resolves with, which may be called again. */
@@ -53,7 +53,6 @@ export class Gate {
       if (this.#numInFlight >= this.room.maxInFlight) break;
       this.#waiters.delete(waiter);
       this.#numInFlight += 1;
-      this.#lastGrantMs = performance.now();
       let isHeld = true;
       waiter.resolve(() => {
         if (!isHeld) return;
@@ -71,30 +70,21 @@ export class Gate {
   }
 }
 
-/** While online requests wait, one line is let through this often. */
-const trickleMs = 10_000;
-
 /**
- * What online traffic leaves.
+ * What online traffic leaves, and one line in any case: it waits in the queue behind whoever may go before it, and a job gets on.
  *
  * @param linesPerEngine  requests that an idle engine is sent at a time
  * @param numOnline  online requests in flight
- * @param isOnlineWaiting  an online request waits for an engine with room
  */
 export function roomFor({
   linesPerEngine,
   numEngines,
   numOnline,
-  isOnlineWaiting,
-  sinceGrantMs,
 }: {
   linesPerEngine: number;
   numEngines: number;
   numOnline: number;
-  isOnlineWaiting: boolean;
-  sinceGrantMs: number;
 }): Room {
   if (numEngines === 0) return { numEngines, maxInFlight: 0 };
-  const left = isOnlineWaiting ? 0 : linesPerEngine * numEngines - numOnline;
-  return { numEngines, maxInFlight: Math.max(left, sinceGrantMs >= trickleMs ? 1 : 0) };
+  return { numEngines, maxInFlight: Math.max(1, linesPerEngine * numEngines - numOnline) };
 }

@@ -54,15 +54,13 @@ export async function startBatches(settings: BatchSettings, around: Around): Pro
   const isFolder = !settings.store.startsWith('s3://');
   const files = new Files(store, { maxFileBytes, maxTenantBytes });
   const jobs = new Jobs(store);
-  const gate = new Gate((numLines, sinceGrantMs) => {
+  const gate = new Gate((numLines) => {
     const ready = forward.endpoints.all.filter(({ isReady }) => isReady);
     const numSent = ready.reduce((sum, { inFlight }) => sum + inFlight, 0);
     return roomFor({
       linesPerEngine: settings.linesPerEngine,
       numEngines: ready.length,
       numOnline: Math.max(0, numSent - numLines),
-      isOnlineWaiting: forward.admission.numOnlineQueued > 0,
-      sinceGrantMs,
     });
   });
   const runner = new BatchRunner(

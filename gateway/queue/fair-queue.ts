@@ -81,13 +81,6 @@ export class FairQueue<W> {
     return this.#numByTenant;
   }
 
-  /** Those that wait with this priority or a higher one. */
-  numFrom(priority: number): number {
-    let count = 0;
-    for (const band of this.#bands.values()) if (band.priority >= priority) count += band.numWaiting;
-    return count;
-  }
-
   /** How far apart the counters of tenants are that wait beside each other, in tokens; 0 when fewer than two wait. */
   get lag(): number {
     let most = 0;

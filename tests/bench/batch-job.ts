@@ -43,6 +43,7 @@ const { values: options } = parseArgs({
     rounds: { type: 'string', default: '1' },
     kills: { type: 'string', default: '5' },
     online: { type: 'string', default: '20' },
+    clients: { type: 'string', default: '1' },
   },
 });
 const countOf = countsOf(options);
@@ -57,6 +58,8 @@ const numInFlight = countOf('in-flight', 1);
 const numRounds = countOf('rounds', 0);
 const numKills = countOf('kills', 0);
 const numOnline = countOf('online', 0);
+/** Who ask them at the same time. */
+const numClients = countOf('clients', 1);
 /** Of the engine, beside those that lines take. */
 const numSpareSeats = 16;
 const endpoint = '/v1/chat/completions' as const;
@@ -219,41 +222,50 @@ async function compare(gateway: RunningProcess): Promise<void> {
   console.log(`\nMedians of ${numRounds} rounds (lowest–highest); ratios round by round.\n`);
 }
 
-/** Seconds of online requests for one token, one after the other. */
-async function askOneByOne(gateway: RunningProcess, bodies: Body[]): Promise<number[]> {
+/** Seconds of online requests for one token, of each client one after the other; and of all of them. */
+async function askForOne(gateway: RunningProcess, bodies: Body[]) {
   const client = clientOf(gateway);
   const seconds: number[] = [];
-  for (const body of bodies) {
-    const beginMs = performance.now();
-    await client.chat.completions.create({ ...body, max_tokens: 1 });
-    seconds.push((performance.now() - beginMs) / 1000);
-  }
-  return seconds;
+  const left = bodies.toReversed();
+  const ask = async () => {
+    for (let body = left.pop(); body !== undefined; body = left.pop()) {
+      const beginMs = performance.now();
+      await client.chat.completions.create({ ...body, max_tokens: 1 });
+      seconds.push((performance.now() - beginMs) / 1000);
+    }
+  };
+  const beginMs = performance.now();
+  await Promise.all(Array.from({ length: numClients }, ask));
+  return { seconds, allSeconds: (performance.now() - beginMs) / 1000, linesPerSecond: 0 };
 }
 
 /** What an online request sees of a job that runs beside it. */
 async function compareOnline(gateway: RunningProcess): Promise<void> {
   const bodies = makeLines(2001).slice(0, 2 * numOnline);
-  const alone = await askOneByOne(gateway, bodies.slice(0, numOnline));
+  const alone = await askForOne(gateway, bodies.slice(0, numOnline));
   const id = await beginBatch(gateway, makeLines(2002));
   const client = clientOf(gateway);
   while ((await client.batches.retrieve(id)).request_counts!.completed < numInFlight) {
     await new Promise((resolve) => setTimeout(resolve, 100));
   }
-  const beside = await askOneByOne(gateway, bodies.slice(numOnline));
+  const numDone = async () => (await client.batches.retrieve(id)).request_counts!.completed;
+  const before = await numDone();
+  const beside = await askForOne(gateway, bodies.slice(numOnline));
+  beside.linesPerSecond = ((await numDone()) - before) / beside.allSeconds;
   if ((await client.batches.retrieve(id)).status !== 'in_progress') {
     throw new Error('the job ended before the online requests did; take more lines');
   }
   await client.batches.cancel(id);
-  console.log('| first token of an online request, s | median | p95 |');
-  console.log('|---|---|---|');
-  for (const [name, seconds] of [
+  console.log(
+    `| first token of an online request, s (${numClients} clients) | median | p95 | online/s | lines/s |`,
+  );
+  console.log('|---|---|---|---|---|');
+  for (const [name, { seconds, allSeconds, linesPerSecond }] of [
     ['alone', alone],
     ['beside a batch', beside],
   ] as const) {
-    console.log(
-      `| ${name} | ${percentile(seconds, 50).toFixed(2)} | ${percentile(seconds, 95).toFixed(2)} |`,
-    );
+    const shown = [percentile(seconds, 50), percentile(seconds, 95), numOnline / allSeconds, linesPerSecond];
+    console.log(`| ${name} | ${shown.map((number) => number.toFixed(2)).join(' | ')} |`);
   }
   console.log();
 }

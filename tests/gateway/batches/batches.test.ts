@@ -403,7 +403,7 @@ describe('a batch', () => {
     expect(metrics).toContain('motet_gateway_batch_lines_total{result="failed"} 1');
   });
 
-  test('sends no line while an online request waits, and goes on when none does', async () => {
+  test('goes behind online requests that wait, and goes on when none does', async () => {
     const held = Promise.withResolvers<void>();
     const engine = await startFakeEngine({
       async script(received) {
