@@ -150,7 +150,7 @@ test('lets people set every setting of the processes that the chart does not set
       ...['kubernetes', 'namespace', 'kubeconfig', 'host', 'port', 'drain-timeout-ms', 'engine-token-file'],
       'batch-store',
       // For a gateway without a cluster.
-      ...['engine', 'engine-key-file', 'api-keys-file', 'limits-file', 'insecure'],
+      ...['engine', 'engine-key-file', 'api-keys-file', 'tenants-file', 'limits-file', 'insecure'],
       // Of values of their own.
       ...['gateway-replicas', 'redis-url', 'redis-password-file', 'redis-ca-file'],
     ]),
