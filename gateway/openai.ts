@@ -10,7 +10,10 @@ const shownNameLength = 200;
 /** Arrays and objects within each other; JSON schemas of tools are the deepest that clients have cause to send. */
 const maxNesting = 128;
 
+const utf8 = new TextDecoder('utf-8', { fatal: true });
+
 export function parseContentType(value: string | undefined): void {
+  if (value === 'application/json') return;
   const type = value?.split(';')[0]?.trim().toLowerCase();
   if (type !== 'application/json') {
     throw new GatewayError(
@@ -103,7 +106,7 @@ export function noEngineReady(): GatewayError {
 function parseJson(body: Uint8Array): unknown {
   let text: string;
   try {
-    text = new TextDecoder('utf-8', { fatal: true }).decode(body);
+    text = utf8.decode(body);
   } catch (cause) {
     throw new GatewayError('invalid_utf8', 'request body: expected UTF-8, got other bytes', { cause });
   }

@@ -20,8 +20,16 @@ export function isNestedDeeper(text: Uint8Array, most: number): boolean {
   return false;
 }
 
+/** A string that is longer is searched by `indexOf`: a call costs more than a look at so many bytes. */
+const shortBytes = 64;
+
 /** Where the string that begins at `start` has its last quote; -1 when it has none. */
 function endOfString(text: Uint8Array, start: number): number {
+  const near = Math.min(text.length, start + shortBytes);
+  for (let i = start + 1; i < near; i += 1) {
+    if (text[i] === quote) return i;
+    if (text[i] === backslash) break;
+  }
   let end = text.indexOf(quote, start + 1);
   while (end !== -1) {
     let first = end;

@@ -29,8 +29,8 @@ export class LengthPredictor {
     const most = maxTokens ?? Number.POSITIVE_INFINITY;
     if (histogram === undefined) return Math.min(unknownTokens, most) * numChoices;
     const begin = promptSizeOf(promptTokens) * numBuckets;
-    const ofSize = histogram.subarray(begin, begin + numBuckets);
-    const guess = sum(ofSize) >= minWeight ? medianOf(ofSize) : medianOf(overSizes(histogram));
+    const guess =
+      sum(histogram, begin) >= minWeight ? medianOf(histogram, begin) : medianOf(overSizes(histogram), 0);
     return Math.min(guess, most) * numChoices;
   }
 
@@ -57,19 +57,22 @@ function promptSizeOf(tokens: number): number {
 
 function overSizes(histogram: Float32Array): Float32Array {
   const total = new Float32Array(numBuckets);
-  for (const [i, weight] of histogram.entries()) total[i % numBuckets]! += weight;
+  for (let i = 0; i < histogram.length; i++) total[i % numBuckets]! += histogram[i]!;
   return total;
 }
 
-function sum(weights: Float32Array): number {
-  return weights.reduce((total, weight) => total + weight, 0);
+/** Of the buckets from `begin` on. */
+function sum(weights: Float32Array, begin: number): number {
+  let total = 0;
+  for (let i = begin; i < begin + numBuckets; i++) total += weights[i]!;
+  return total;
 }
 
-/** The middle of the bucket that holds it. */
-function medianOf(weights: Float32Array): number {
-  let left = sum(weights) / 2;
-  for (const [bucket, weight] of weights.entries()) {
-    left -= weight;
+/** The middle of the bucket that holds it, of those from `begin` on. */
+function medianOf(weights: Float32Array, begin: number): number {
+  let left = sum(weights, begin) / 2;
+  for (let bucket = 0; bucket < numBuckets; bucket++) {
+    left -= weights[begin + bucket]!;
     if (left <= 0) return Math.round(1.5 * 2 ** bucket);
   }
   return unknownTokens;

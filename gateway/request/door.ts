@@ -31,13 +31,19 @@ export async function enter(arrival: Arrival, { directory, metrics }: DoorParts)
   }
 }
 
+const authorizationHeader = 'authorization';
+
 /** Of several Node would take the first, and what is in front of us perhaps the last. */
 function soleAuthorization({ headers, rawHeaders }: IncomingMessage): string | undefined {
   const given = headers.authorization;
   if (given === undefined) return undefined;
-  const names = rawHeaders.filter((name, i) => i % 2 === 0 && name.toLowerCase() === 'authorization');
-  if (names.length === 1) return given;
-  throw new GatewayError('invalid_api_key', `Authorization: expected one such header, got ${names.length}`);
+  let count = 0;
+  for (let i = 0; i < rawHeaders.length; i += 2) {
+    const name = rawHeaders[i]!;
+    if (name.length === authorizationHeader.length && name.toLowerCase() === authorizationHeader) count += 1;
+  }
+  if (count === 1) return given;
+  throw new GatewayError('invalid_api_key', `Authorization: expected one such header, got ${count}`);
 }
 
 export function onlyMethod(method: string) {

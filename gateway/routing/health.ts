@@ -35,6 +35,7 @@ export const healthy: Health = { numFailed: 0, recent: [], numEjections: 0, ejec
 export function afterAnswer(health: Health, hasFailed: boolean, nowMs: number, rule: EjectionRule): Health {
   // Answers to what it was sent before say nothing new.
   if (nowMs < health.ejectedUntilMs) return health;
+  if (!hasFailed && isSpotless(health)) return health;
   const recent = [...health.recent, hasFailed].slice(-windowLength);
   if (!hasFailed) {
     const isForgiven = nowMs - health.ejectedUntilMs > forgetMs;
@@ -51,4 +52,14 @@ export function afterAnswer(health: Health, hasFailed: boolean, nowMs: number, r
     numEjections: health.numEjections + 1,
     ejectedUntilMs: nowMs + rule.ejectMs * 2 ** Math.min(health.numEjections, maxDoublings),
   };
+}
+
+/** One more good answer would change nothing. */
+function isSpotless({ numFailed, recent, numEjections }: Health): boolean {
+  return (
+    numFailed === 0 &&
+    numEjections === 0 &&
+    recent.length === windowLength &&
+    recent.every((failed) => !failed)
+  );
 }
