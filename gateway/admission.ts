@@ -13,6 +13,7 @@ import { type Ask, costOf, expectedCost } from './queue/ask.ts';
 import { type Charge, type Entry, FairQueue } from './queue/fair-queue.ts';
 import { Pace } from './queue/pace.ts';
 import { type Bounds, type Claimant, mayBeSent, mostPlacesOf, placesOf } from './queue/places.ts';
+import type { Ending } from './request/ending.ts';
 import { mayAppear, notServed, resolveModel, type Target } from './resolve-model.ts';
 import type { Pick, RouteAsk, Router } from './routing/router.ts';
 
@@ -88,21 +89,21 @@ export class Admission {
    *
    * @throws model_not_found, model_unavailable, no_engine_ready at once or when that becomes so while waiting; for a
    *   model that may appear, when it did not within `modelWaitMs`
-   * @throws queue_full at once, or when room is made for another; deadline_unmeetable at once; queue_timeout; and the signal's reason
-   *   when it is aborted
+   * @throws queue_full at once, or when room is made for another; deadline_unmeetable at once; queue_timeout; and why the answer is
+   *   not wanted any more
    */
   async enter(
     ask: Ask,
     route: RouteAsk,
     target: Target,
     tried: ReadonlySet<Endpoint>,
-    signal: AbortSignal,
+    ending: Ending,
   ): Promise<Slot> {
-    signal.throwIfAborted();
+    if (ending.reason !== null) throw ending.reason;
     const pick = this.#tryPick(ask, route, target, tried);
     if (pick !== null) return this.#take(route, pick, this.#queue.charge(ask, performance.now()));
     this.#makeRoom(ask, this.#whyNone(target, tried) === null);
-    return this.#wait(ask, route, target, tried, signal);
+    return this.#wait(ask, route, target, tried, ending);
   }
 
   /** A place in an engine that has room to spare: nobody waits, and half of it is free. Null when there is none. */
@@ -171,7 +172,7 @@ export class Admission {
     route: RouteAsk,
     target: Target,
     tried: ReadonlySet<Endpoint>,
-    signal: AbortSignal,
+    ending: Ending,
   ): Promise<Slot> {
     const { queueTimeoutMs, modelWaitMs, wakeWaitMs } = this.#limits;
     const nowMs = performance.now();
@@ -186,7 +187,6 @@ export class Admission {
       reject(error);
     };
     const waiter: Waiter = { route, target, tried, resolve, reject: giveUp };
-    const onAbort = () => giveUp(signal.reason as GatewayError);
     const timer = setTimeout(() => {
       const reason = this.#whyNone(target, tried);
       if (reason === null) this.#onShed(ask.tenant, 'timeout');
@@ -194,12 +194,12 @@ export class Admission {
       giveUp(reason ?? new GatewayError('queue_timeout', waited));
     }, timeoutMs);
 
-    signal.addEventListener('abort', onAbort);
     if (this.#queue.size === 0) this.#pace.restart(nowMs);
     const entry: Entry<Waiter> = this.#queue.add(ask, waiter, nowMs);
+    const letGo = ending.listen(giveUp);
     return promise.finally(() => {
       clearTimeout(timer);
-      signal.removeEventListener('abort', onAbort);
+      letGo();
     });
   }
 

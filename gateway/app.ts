@@ -14,6 +14,7 @@ import { addHealth, addLoraxRoutes, loraxPaths, loraxPostPaths } from './protoco
 import { type AnswerParts, answerWithin } from './request/answer.ts';
 import { type Arrival, arrivalOf, tenantOf } from './request/arrival.ts';
 import { admitByKey, answerError, answerFailure, enter, onlyMethod } from './request/door.ts';
+import type { Ledger } from './request/ledger.ts';
 import { begin, type ObserveParts, observe } from './request/observe.ts';
 import { readBody } from './request/read-body.ts';
 
@@ -25,6 +26,8 @@ export type AppParts = AnswerParts & {
   hasConsole: boolean;
   traffic: Traffic;
   metrics: Metrics;
+  /** Where requests that have ended are noted. */
+  ledger: Ledger;
   /** Aborted when the gateway takes no more requests. */
   draining: AbortSignal;
 };

@@ -3,9 +3,7 @@
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
 import { hostname } from 'node:os';
-import { setTimeout as sleep } from 'node:timers/promises';
-import { promisify } from 'node:util';
-import { destination, type Logger, pino } from 'pino';
+import { type Logger, pino } from 'pino';
 import { Agent } from 'undici';
 import { Admission } from './admission.ts';
 import { createListener } from './app.ts';
@@ -22,6 +20,7 @@ import { CompositionNames } from './groups/composition.ts';
 import { fileDirectory } from './identity/file-directory.ts';
 import { FollowedTenants } from './identity/follow-tenants.ts';
 import { Tokens } from './identity/tokens.ts';
+import { LogLines } from './log-lines.ts';
 import { createMetrics, watchQuota, watchRouting, watchState } from './metrics.ts';
 import { commentEveryMs } from './on-demand/hold.ts';
 import { LengthPredictor } from './queue/length-predictor.ts';
@@ -29,16 +28,11 @@ import { LocalMeters } from './quota/meter-store.ts';
 import { Quota } from './quota/quota.ts';
 import { RedisMeters } from './quota/redis-meters.ts';
 import { UsageWatch } from './quota/tenant-usage.ts';
+import { Ledger } from './request/ledger.ts';
 import { Routes } from './routes/routes.ts';
 import { Router } from './routing/router.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
-
-const logBufferBytes = 8 << 10;
-/** So late a line may be in the log. */
-const logFlushMs = 50;
-/** So long the last lines of the log are waited for. */
-const logEndMs = 1_000;
 
 export type Gateway = {
   port: number;
@@ -121,6 +115,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
       log,
       maxLineBytes: config.maxBodyBytes,
     }));
+  const ledger = new Ledger(metrics, log);
   const listener = createListener({
     directory,
     forward,
@@ -133,6 +128,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     hasConsole: config.hasConsole,
     traffic,
     metrics,
+    ledger,
     log,
     draining: draining.signal,
     cutOff: cutOff.signal,
@@ -150,6 +146,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
         log.warn({ timeoutMs: config.drainTimeoutMs }, 'requests in flight are cut off');
         cutOff.abort(new GatewayError('shutting_down', 'the gateway is shutting down'));
       });
+      ledger.write();
       await batchesClosed;
       await usage.close();
       await directory.close();
@@ -192,17 +189,12 @@ async function main(): Promise<void> {
     return;
   }
   const config = parseConfig(process.argv.slice(2), process.env);
-  // Written beside the event loop, so that a slow reader of the log holds no request up, and many lines at a time: a write for each
-  // line costs more than the line.
-  const lines = destination({ dest: 1, sync: false, minLength: logBufferBytes, periodicFlush: logFlushMs });
+  const lines = new LogLines(1);
   const log = pino({ level: config.logLevel, base: { process: 'gateway' } }, lines);
   try {
     await serveUntilStopped(config, log);
   } finally {
-    // At exit they would be written by a loop that has no end where nobody reads the log any more.
-    await Promise.race([promisify(lines.flush.bind(lines))(), sleep(logEndMs, null, { ref: false })]).catch(
-      () => {},
-    );
+    await lines.end();
   }
 }
 

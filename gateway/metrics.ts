@@ -32,6 +32,13 @@ export function createMetrics() {
   const registry = new Registry();
   const registers = [registry];
   collectDefaultMetrics({ register: registry });
+  const readers: (() => void)[] = [];
+  /** Of what is counted later than it happens. */
+  const late = {
+    collect: () => {
+      for (const settle of readers) settle();
+    },
+  };
 
   const authFailures = new Counter({
     name: 'motet_gateway_auth_failures_total',
@@ -58,15 +65,19 @@ export function createMetrics() {
 
   return {
     registry,
+    /** Called before anybody gets to see what is counted late: requests that ended, their tokens and times. */
+    beforeRead: (settle: () => void) => void readers.push(settle),
     authFailures,
     batchLines,
     requests: new Counter({
+      ...late,
       name: 'motet_gateway_requests_total',
       help: 'Requests that ended. model: the name asked for; target: the base model or adapter that answered to it; tenant: whose key it was; status: HTTP status, or for a stream that failed after it had begun, the status it would have had; 499 when the client hung up.',
       labelNames: ['route', 'model', 'target', 'tenant', 'status'],
       registers,
     }),
     tokens: new Counter({
+      ...late,
       name: 'motet_gateway_tokens_total',
       help: "Tokens of answers that were sent, whole or in part. kind: prompt; cached, those of the prompt that a prefix cache had; completion. Of a stream that was broken off, and of engines that do not say, they are counted by events and by the prompt's length.",
       labelNames: ['tenant', 'model', 'kind'],
@@ -91,6 +102,7 @@ export function createMetrics() {
       registers,
     }),
     durationSeconds: new Histogram({
+      ...late,
       name: 'motet_gateway_request_duration_seconds',
       help: "From a request's arrival to the last byte of its answer.",
       labelNames: ['route', 'model'],
@@ -98,6 +110,7 @@ export function createMetrics() {
       registers,
     }),
     firstByteSeconds: new Histogram({
+      ...late,
       name: 'motet_gateway_time_to_first_byte_seconds',
       help: "From a request's arrival to the first byte of an engine's answer sent to the client.",
       labelNames: ['route', 'model'],

@@ -71,13 +71,13 @@ export async function serve(
   let isDraining = false;
   server.on('connection', (socket) => {
     unused.add(socket);
-    socket.once('close', () => unused.delete(socket));
+    socket.on('close', () => unused.delete(socket));
   });
   server.prependListener('request', (req, res) => {
     unused.delete(req.socket);
     if (isDraining) res.shouldKeepAlive = false;
     unanswered.add(res);
-    res.once('close', () => unanswered.delete(res));
+    res.on('close', () => unanswered.delete(res));
   });
   server.listen(port, host);
   await once(server, 'listening');

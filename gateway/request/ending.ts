@@ -6,7 +6,6 @@ import type { GatewayError } from '../errors.ts';
 export class Ending {
   #reason: GatewayError | null = null;
   #listeners: ((reason: GatewayError) => void)[] = [];
-  #controller: AbortController | null = null;
 
   /** Ends when the signal says so; its reason is a GatewayError. */
   static of(signal: AbortSignal): Ending {
@@ -21,20 +20,10 @@ export class Ending {
     return this.#reason;
   }
 
-  /** The same for those that know only signals. */
-  get signal(): AbortSignal {
-    if (this.#controller === null) {
-      this.#controller = new AbortController();
-      if (this.#reason !== null) this.#controller.abort(this.#reason);
-    }
-    return this.#controller.signal;
-  }
-
   end(reason: GatewayError): void {
     if (this.#reason !== null) return;
     this.#reason = reason;
     for (const listener of this.#listeners.splice(0)) listener(reason);
-    this.#controller?.abort(reason);
   }
 
   /** Called once when it ends. @returns lets go of it */

@@ -1,18 +1,18 @@
-// Gives a request its id, and when it ends writes one log line and counts it.
+// Gives a request its id, and when it ends sees to it that it is counted and gets its log line (ledger.ts).
 
 import { randomUUID } from 'node:crypto';
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import type { NextFunction, Request, Response } from 'express';
-import type { Logger } from 'pino';
 import type { Traffic } from '../console/traffic.ts';
 import { errorTable } from '../errors.ts';
-import { countTokens, type Metrics } from '../metrics.ts';
+import type { Metrics } from '../metrics.ts';
 import type { Arrival, Facts } from './arrival.ts';
+import type { Ledger } from './ledger.ts';
 
 export type ObserveParts = {
   metrics: Metrics;
   traffic: Traffic;
-  log: Logger;
+  ledger: Ledger;
   /** The route of a path as a metric label. */
   routeOf(path: string): string;
   /** Asked every few seconds by machines; in the log they would bury what matters. */
@@ -41,7 +41,7 @@ export function begin(
   res.setHeader('X-Request-Id', requestId);
   parts.metrics.inFlight.inc();
   parts.traffic.begin(facts);
-  res.once('close', () => {
+  res.on('close', () => {
     noteEnd(parts, arrival, startMs);
     for (const end of arrival.ends) end();
   });
@@ -49,7 +49,7 @@ export function begin(
 }
 
 function noteEnd(
-  { metrics, traffic, log, unimportantRoutes }: ObserveParts,
+  { metrics, traffic, ledger, unimportantRoutes }: ObserveParts,
   { res, facts }: Arrival,
   startMs: number,
 ): void {
@@ -58,19 +58,9 @@ function noteEnd(
   const status = facts.errorCode === undefined ? res.statusCode : errorTable[facts.errorCode].status;
   const durationMs = performance.now() - startMs;
   const ttfbMs = facts.firstByteMs === undefined ? undefined : facts.firstByteMs - startMs;
-
-  const labels = { route: facts.route, model: facts.model ?? '' };
-  const { tenant = '', target = '' } = facts;
-  metrics.requests.inc({ ...labels, target, tenant, status });
   const usage = facts.usage?.();
-  if (usage !== undefined) countTokens(metrics, { tenant, model: labels.model }, usage);
-  metrics.durationSeconds.observe(labels, durationMs / 1000);
-  if (ttfbMs !== undefined) metrics.firstByteSeconds.observe(labels, ttfbMs / 1000);
   const completionTokens = usage?.completionTokens ?? 0;
   traffic.end(facts, { status, completionTokens, ...(ttfbMs !== undefined && { ttfbMs }) }, Date.now());
-
-  const { firstByteMs: _, askedMs: __, ...rest } = facts;
-  const line = { ...rest, usage, status, durationMs: Math.round(durationMs) };
-  const level = unimportantRoutes.has(facts.route) ? 'debug' : 'info';
-  log[level](ttfbMs === undefined ? line : { ...line, ttfbMs: Math.round(ttfbMs) }, 'request');
+  const isUnimportant = unimportantRoutes.has(facts.route);
+  ledger.note({ facts, usage, status, durationMs, ttfbMs, isUnimportant });
 }

@@ -2,7 +2,9 @@ import { EventEmitter } from 'node:events';
 import { expect, onTestFinished, test, vi } from 'vitest';
 import { Admission } from '../../gateway/admission.ts';
 import { type Endpoint, type Endpoints, listedEngine, newEndpoint } from '../../gateway/endpoints.ts';
+import { GatewayError } from '../../gateway/errors.ts';
 import type { Ask } from '../../gateway/queue/ask.ts';
+import { Ending } from '../../gateway/request/ending.ts';
 import type { Target } from '../../gateway/resolve-model.ts';
 import { Router, routeAsk } from '../../gateway/routing/router.ts';
 import { routing } from './start-gateway.ts';
@@ -25,7 +27,7 @@ const ask: Ask = {
   },
   ...{ arrivedMs: 0, deadlineMs: null },
 };
-const noOne = new AbortController().signal;
+const noOne = new Ending();
 
 /** The set of engines without its looks: a test says what they hold. */
 class Engines extends EventEmitter {
@@ -77,12 +79,12 @@ test('those who wait for models are bounded like all who wait', async () => {
   const engines = new Engines();
   engines.add(['base']);
   const admission = admissionOver(engines);
-  const hangUp = new AbortController();
-  const waiting = [0, 1].map(() => admission.enter(ask, route, declared, new Set(), hangUp.signal));
+  const hangUp = new Ending();
+  const waiting = [0, 1].map(() => admission.enter(ask, route, declared, new Set(), hangUp));
   await expect(admission.enter(ask, route, declared, new Set(), noOne)).rejects.toMatchObject({
     code: 'queue_full',
   });
-  hangUp.abort(new Error('gone'));
+  hangUp.end(new GatewayError('client_closed_request', 'gone'));
   for (const one of waiting) await expect(one).rejects.toThrow('gone');
   expect(admission.numQueued).toBe(0);
 });
@@ -109,8 +111,8 @@ function busyEngine(fields: Partial<typeof limits> = {}) {
     { ...limits, ...fields },
     (tenant, reason) => shed.push(`${tenant} ${reason}`),
   );
-  const enter = (asked: Partial<Ask> = {}, signal = noOne) =>
-    admission.enter({ ...ask, ...asked }, route, declared, new Set(), signal);
+  const enter = (asked: Partial<Ask> = {}, ending = noOne) =>
+    admission.enter({ ...ask, ...asked }, route, declared, new Set(), ending);
   return { engines, admission, enter, shed };
 }
 
