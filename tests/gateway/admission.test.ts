@@ -197,12 +197,12 @@ test('one of a tenant that has fewer in an engine than another does not wait for
     ...{ maxInFlightPerEngine: 100, maxQueued: 100, maxQueuedPerTenant: 100 },
   });
   Object.assign(engines.all[0]!, { adapterList: { base: { maxSequences: 4 }, data: [] } });
-  const hangUp = new AbortController();
+  const hangUp = new Ending();
   const slots = await Promise.all([1, 2, 3, 4, 5].map(() => enter({ tenant: 'flood' })));
-  const waiting = [1, 2, 3].map(() => enter({ tenant: 'flood' }, hangUp.signal));
+  const waiting = [1, 2, 3].map(() => enter({ tenant: 'flood' }, hangUp));
   slots.push(await enter({ tenant: 'quiet' }));
   expect(admission.numQueued).toBe(3);
-  const line = enter({ tenant: 'jobs', priority: -10 }, hangUp.signal);
+  const line = enter({ tenant: 'jobs', priority: -10 }, hangUp);
   expect(admission.numQueued).toBe(4);
   // One that came after the flood's that wait, and has what it may have there beyond the bound.
   for (const tenant of ['b', 'c', 'd']) slots.push(await enter({ tenant }));
@@ -211,7 +211,7 @@ test('one of a tenant that has fewer in an engine than another does not wait for
   slots[5]!.release();
   slots.push(await last);
   expect(admission.numQueued).toBe(4);
-  hangUp.abort(new Error('gone'));
+  hangUp.end(new GatewayError('client_closed_request', 'gone'));
   for (const one of [...waiting, line]) await expect(one).rejects.toThrow('gone');
   for (const slot of slots) slot.release();
   expect(engines.all[0]!.inFlight).toBe(0);

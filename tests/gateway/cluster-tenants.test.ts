@@ -316,7 +316,8 @@ describe('keys', () => {
     await cluster.create(tenant('short'));
     const { conditions } = await readyCondition(cluster, 'short', 'KeyInvalid');
     const text =
-      JSON.stringify([conditions, gateway.logLines]) + (await (await fetch(`${gateway.url}/metrics`)).text());
+      JSON.stringify([conditions, await gateway.wholeLog()]) +
+      (await (await fetch(`${gateway.url}/metrics`)).text());
     for (const key of [keyOf('red'), keyOf('blue'), 'short-key']) expect(text).not.toContain(key);
     expect(gateway.logLines.find(({ route }) => route === '/v1/chat/completions')).toMatchObject({
       tenant: 'red',

@@ -319,7 +319,7 @@ describe('names', () => {
     const ofRequests = (target: string) =>
       `motet_gateway_requests_total{route="/v1/chat/completions",model="sql",target="${target}",tenant="",status="200"}`;
     expect(await metricOf(gateway, ofRequests('v2'))).toBeGreaterThanOrEqual(count('v2'));
-    expect(gateway.logLines.find(({ target }) => target === 'v2')).toMatchObject({ model: 'sql' });
+    expect((await gateway.wholeLog()).find(({ target }) => target === 'v2')).toMatchObject({ model: 'sql' });
     const { data } = (await (await fetch(`${gateway.url}/v1/models`)).json()) as {
       data: { id: string; parent: string | null; max_model_len: number }[];
     };

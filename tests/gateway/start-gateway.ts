@@ -11,6 +11,8 @@ export type TestGateway = Gateway & {
   url: string;
   /** Lines of its log so far, parsed. */
   logLines: Record<string, unknown>[];
+  /** The same with those of requests that have ended, which are written a little later: before somebody reads metrics. */
+  wholeLog(): Promise<Record<string, unknown>[]>;
   /** Sends a chat completion; strings and bytes go as they are, anything else as JSON. */
   chat(body: unknown, init?: RequestInit): Promise<Response>;
 };
@@ -43,7 +45,11 @@ export async function gatewayFor(
       ...init,
       headers: { 'content-type': 'application/json', ...(init.headers as Record<string, string>) },
     });
-  return { ...gateway, drain, url, logLines, chat };
+  const wholeLog = async () => {
+    await (await fetch(`${url}/metrics`)).arrayBuffer();
+    return logLines;
+  };
+  return { ...gateway, drain, url, logLines, wholeLog, chat };
 }
 
 /** A chat request's body. */

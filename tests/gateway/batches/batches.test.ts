@@ -224,7 +224,7 @@ describe('a batch', () => {
     );
     const file = await client.files.retrieve(batch.output_file_id!);
     expect(file).toMatchObject({ purpose: 'batch_output', filename: `${batch.id}_output.jsonl` });
-    expect(JSON.stringify(gateway.logLines)).not.toMatch(/question|answer to|a bad one/);
+    expect(JSON.stringify(await gateway.wholeLog())).not.toMatch(/question|answer to|a bad one/);
   });
 
   test('runs adapter by adapter, and prefix by prefix', async () => {

@@ -75,7 +75,7 @@ test('every caller may do what its tenant gives it, and nothing else', { timeout
   expect(wrong).toEqual([]);
   expect(numCases).toBeGreaterThan(400);
   expect(await metricOf(gateway, 'motet_gateway_tenants')).toBe(7);
-  const log = JSON.stringify(gateway.logLines);
+  const log = JSON.stringify(await gateway.wholeLog());
   expect(log).toContain('tenants.keyless.keys[0].file: none.key: there is no such file that can be read');
   for (const name of Object.keys(tenants)) expect(log).not.toContain(keyOf(name));
 });
@@ -143,7 +143,7 @@ test('a file that is wrong or gone changes nothing, and the log says why without
     (status) => status === 200,
   );
   expect(await metricOf(gateway, 'motet_gateway_watch_stale_seconds{resource="tenants-file"}')).toBe(0);
-  expect(JSON.stringify(gateway.logLines)).not.toContain(keyOf('acme'));
+  expect(JSON.stringify(await gateway.wholeLog())).not.toContain(keyOf('acme'));
 });
 
 test('does not start with a file that is wrong', async () => {
@@ -287,7 +287,7 @@ test('a tenant is known by its tokens, as long as the file says so', async () =>
   const token = await sign(issuer, signer, {}, { nowMs: Date.now() });
   const ask = async () => (await gateway.chat(chatBody(), bearer(token))).status;
   expect(await ask()).toBe(200);
-  expect(gateway.logLines.find(({ msg }) => msg === 'request')).toMatchObject({ tenant: 'red' });
+  expect((await gateway.wholeLog()).find(({ msg }) => msg === 'request')).toMatchObject({ tenant: 'red' });
   file.put({ tenants: { red: { oidc: { ...oidc, claims: { team: 'blue' } }, access: everything } } });
   await until(ask, (status) => status === 401);
   file.put({ tenants: { red: { oidc: {}, access: everything } } });
