@@ -4,8 +4,8 @@
  *   1. Priorities, a band each: the highest first, but a band that waits rises by one for every `passesPerRise` sequences of others that
  *      begin meanwhile. When one of its own begins it falls back. Of bands that are level the lower one has waited longer.
  *   2. In a band, tenants: the smallest counter of tokens over weight. A token of a prompt that is computed counts one, one that is
- *      drawn `outputWeight`, as it comes. A tenant that comes to wait is lifted to `maxCredit` below the least of those that wait: who had
- *      little lately is first with what it brings at once, and nobody saves up more.
+ *      drawn `outputWeight`, as it comes. A tenant that comes to wait is lifted to `maxCredit` below what those have that begin: who had little
+ *      lately is first with what it brings at once, and nobody saves up more.
  *   3. Of a tenant, adapters: the same once more, without weights. Of an adapter, in turn; what was preempted stands where it stood.
  *
  * Bounds, which tests/engine/turns.test.ts holds. While one of a band waits, at most `maxPassesOfBand` of other bands begin between two
@@ -77,8 +77,8 @@ export interface Accounts {
 class Ledger<A extends Account> {
   readonly #accounts = new Map<string, A>();
   readonly #make: (key: string) => A;
-  /** Whose sequence began last. */
-  #last: A | null = null;
+  /** The most that one had whose sequence began. Of all that wait about the least, as those begin first; but credit does not lower it. */
+  #virtual = 0;
 
   constructor(make: (key: string) => A) {
     this.#make = make;
@@ -98,19 +98,19 @@ class Ledger<A extends Account> {
   }
 
   wait(account: A): void {
-    if (account.numWaiting === 0) account.counter = Math.max(account.counter, this.#least() - maxCredit);
+    if (account.numWaiting === 0) account.counter = Math.max(account.counter, this.#virtual - maxCredit);
     account.numWaiting++;
   }
 
   begin(account: A, turn: number): void {
     account.numWaiting--;
     account.lastTurn = turn;
-    this.#last = account;
+    this.#virtual = Math.max(this.#virtual, account.counter);
   }
 
   /** Those that have something here, or had lately; others are forgotten, as newcomers have no more. */
   *recent(): Generator<A> {
-    const least = this.#least() - recentTokens;
+    const least = this.#virtual - recentTokens;
     for (const [key, account] of this.#accounts) {
       if (account.numLive > 0 || account.counter > least) yield account;
       else this.#accounts.delete(key);
@@ -120,21 +120,13 @@ class Ledger<A extends Account> {
   /** Nothing is left of it. Its counter stays for a while: it may be above what a newcomer would have. */
   rest(account: A): void {
     this.#accounts.delete(account.key);
-    if (account.counter > this.#least() - recentTokens) this.#accounts.set(account.key, account);
+    if (account.counter > this.#virtual - recentTokens) this.#accounts.set(account.key, account);
     if (this.#accounts.size <= maxAccounts) return;
     for (const [key, { numLive }] of this.#accounts) {
       if (numLive > 0) continue;
       this.#accounts.delete(key);
       return;
     }
-  }
-
-  /** Of those that wait; when none does, what the last one that began has come to. */
-  #least(): number {
-    let least = Number.POSITIVE_INFINITY;
-    for (const { numWaiting, counter } of this.#accounts.values())
-      if (numWaiting > 0 && counter < least) least = counter;
-    return least < Number.POSITIVE_INFINITY ? least : (this.#last?.counter ?? 0);
   }
 }
 

@@ -4,7 +4,7 @@
  *   node tests/bench/fairness.ts                   1 round of 4 s + 4 x 12 s
  *   node tests/bench/fairness.ts --rounds 3 --seconds 30
  *
- * Capacity is measured first. Then nine tenants ask, each in an open loop, for 0.6 of a tenth of it: alone; beside four others that behave
+ * Capacity is measured first. Then nine tenants ask, each in an open loop, for 0.6 of a tenth of it: alone; beside three others that behave
  * too and have one request each at any time, so that seats are as busy as a flood makes them; and beside a tenth tenant that asks for three
  * times all of it. At last three tenants of weights 1, 2 and 4 that always have requests waiting ask the engine itself, by the
  * headers that a gateway sets: a gateway outside a cluster has no weights.
@@ -25,7 +25,6 @@ const { values: options } = parseArgs({
     rounds: { type: 'string', default: '1' },
     seconds: { type: 'string', default: '12' },
     seed: { type: 'string', default: '1' },
-    weights: { type: 'string', default: 'yes' },
   },
 });
 const [numRounds, seconds, seed] = (['rounds', 'seconds', 'seed'] as const).map((name) => {
@@ -38,7 +37,7 @@ const [numRounds, seconds, seed] = (['rounds', 'seconds', 'seed'] as const).map(
 const numSeats = 8;
 const maxTokens = 16;
 const maxOpenOfFlood = 200;
-const calm = Array.from({ length: 4 }, (_, i) => `calm-${i}`);
+const calm = Array.from({ length: 3 }, (_, i) => `calm-${i}`);
 const behaving = Array.from({ length: 9 }, (_, i) => `tenant-${i}`);
 const keyOf = (tenant: string) => `key-of-${tenant}-0123456789`;
 
@@ -207,7 +206,6 @@ try {
     alone.push(await runNine(perSecond, {}, seed + round));
     calmed.push(await runNine(perSecond, { calm }, seed + round));
     flooded.push(await runNine(perSecond, { flood: 3 * capacity }, seed + round));
-    if (options.weights === 'no') continue;
     const [one, two, four] = await Promise.all(
       [1, 2, 4].map((weight) =>
         saturate(
@@ -239,7 +237,7 @@ const rows: [string, (row: Row) => number][] = [
 ];
 console.log(`\n${numRounds} rounds of ${seconds} s, ${numSeats} seats, ${maxTokens} tokens an answer\n`);
 console.log(
-  '| nine tenants | alone | beside four that behave | beside the flood | flood / alone | flood / four |',
+  '| nine tenants | alone | beside three that behave | beside the flood | flood / alone | flood / three |',
 );
 console.log('|---|---|---|---|---|---|');
 for (const [name, of] of rows) {
@@ -248,5 +246,4 @@ for (const [name, of] of rows) {
   const cells = [...spreads, ratios(after, before), ratios(after, among)].map(showSpread);
   console.log(`| ${name} | ${cells.join(' | ')} |`);
 }
-if (twos.length > 0)
-  console.log(`\nWeights 1:2:4 got 1 : ${showSpread(spread(twos))} : ${showSpread(spread(fours))}`);
+console.log(`\nWeights 1:2:4 got 1 : ${showSpread(spread(twos))} : ${showSpread(spread(fours))}`);

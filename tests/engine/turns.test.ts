@@ -105,6 +105,18 @@ describe('tenants', () => {
     expect(Math.abs(2 * numHere - (served.length - numFirst))).toBeLessThanOrEqual(2);
   });
 
+  test('that come one after another have the same credit', () => {
+    const queue = new Queue();
+    queue.add(...Array.from({ length: 300 }, () => sequence({ tenant: 'here' })));
+    for (let i = 0; i < 300; i++) queue.serve();
+    for (const tenant of ['a', 'b', 'c'])
+      queue.add(...Array.from({ length: 40 }, () => sequence({ tenant })));
+    const served = Array.from({ length: 60 }, () => queue.serve().standing.tenant);
+    expect(['a', 'b', 'c'].map((tenant) => served.filter((one) => one === tenant).length)).toEqual([
+      20, 20, 20,
+    ]);
+  });
+
   test('alternate within one step, before anything is counted', () => {
     const queue = new Queue();
     const [a, b, c, d] = ['a', 'a', 'b', 'b'].map((tenant) => sequence({ tenant }));
@@ -170,6 +182,8 @@ test('a tenant that left counts as one that was here lately, until others had mu
   expect(queue.serve()).toBe(b);
   queue.add(sequence({ tenant: 'b' }));
   queue.serve(4 * maxCredit);
+  queue.add(sequence({ tenant: 'b' }));
+  queue.serve();
   queue.add(sequence({ tenant: 'b' }));
   expect(queue.turns.recentWeight).toBe(1);
   expect(queue.turns.numTenants).toBe(1);
