@@ -6,7 +6,8 @@
  *
  *   1. Decode rows of all running sequences, oldest first, so that nobody's next token waits for another's prompt.
  *      When no page is free the youngest running sequence is preempted: its blocks go back, and later it fetches or computes them again.
- *   2. Prompts of running sequences, oldest first, in chunks within the token budget. A prompt never preempts while
+ *   2. Prompts of running sequences, oldest first, in chunks within the token budget. When prompts of several tenants are to be computed,
+ *      those that may begin among them, each tenant has its share of the budget; what it leaves is the others'. A prompt never preempts while
  *      something else can run; it waits for pages, and nothing younger takes pages before it.
  *   3. Admission, in the order that turns.ts gives. When the pages for the whole sequence are not in sight, the first one waits and
  *      all behind it wait too. What the prefix cache has of a prompt is not computed again; that includes the
@@ -156,19 +157,24 @@ export function schedule(input: ScheduleInput): SchedulePlan {
   let isShortOfPages = false;
   do {
     isShortOfPages = false;
+    const shares = sharePrompts(input, running, budgetTokens, numFreePages);
     for (let i = 0; i < 2 * running.length; i++) {
       const sequence = running[i % running.length]!;
       if (sequence.givesWay !== i >= running.length) continue;
       const { numRunnableTokens } = sequence;
       if (sequence.numPendingTokens === 1 || numRunnableTokens === 0) continue;
-      if (budgetTokens === 0) {
+      const { tenant } = sequence.standing;
+      const left = sequence.givesWay ? budgetTokens - shares.numReserved : (shares.byTenant.get(tenant) ?? 0);
+      const mostTokens = Math.min(budgetTokens, left);
+      if (mostTokens <= 0) {
         if (sequence.givesWay) plan.passedOver.push(sequence);
         continue;
       }
       const numPages = sequence.long ? sequence.long.free.length : numFreePages;
-      const numTokens = tokensThatFit(sequence, budgetTokens, numPages, blockSizeTokens);
-      isShortOfPages = !sequence.long && numTokens < Math.min(numRunnableTokens, budgetTokens);
+      const numTokens = tokensThatFit(sequence, mostTokens, numPages, blockSizeTokens);
+      isShortOfPages = !sequence.long && numTokens < Math.min(numRunnableTokens, mostTokens);
       if (numTokens > 0) addChunk(sequence, numTokens);
+      if (!sequence.givesWay) shares.byTenant.set(tenant, left - numTokens);
       if (isShortOfPages) break;
     }
     if (plan.chunks.length > 0 || !isShortOfPages) break;
@@ -233,6 +239,55 @@ export function schedule(input: ScheduleInput): SchedulePlan {
     numPromisedPages += numPages - numTaken - chunk.numNewBlocks;
   }
   return plan;
+}
+
+/** What tenants may have of a step's tokens for prompts. */
+interface PromptShares {
+  byTenant: Map<string, number>;
+  /** Tokens of those for prompts that may begin in this step. */
+  numReserved: number;
+}
+
+/**
+ * Max-min by weights, as seats are shared. Of those that wait count who has a seat and pages in sight; of what the cache has of their
+ * prompts nothing is known here, and what is kept for it is left over once.
+ */
+function sharePrompts(
+  { waiting, maxSequences, blockSizeTokens }: ScheduleInput,
+  running: readonly Sequence[],
+  budgetTokens: number,
+  numFreePages: number,
+): PromptShares {
+  const claims: Claims = new Map();
+  const claimOf = ({ tenant, weight }: Sequence['standing']) => {
+    const claim = claims.get(tenant) ?? { weight, numRunning: 0, numWaiting: 0 };
+    claims.set(tenant, claim);
+    return claim;
+  };
+  let hasPrompts = false;
+  for (const { standing, numPendingTokens, numRunnableTokens, givesWay } of running) {
+    if (numPendingTokens === 1 || numRunnableTokens === 0) continue;
+    hasPrompts = true;
+    if (!givesWay) claimOf(standing).numRunning += numRunnableTokens;
+  }
+  const shares: PromptShares = { byTenant: new Map(), numReserved: 0 };
+  if (!hasPrompts) return shares;
+  let numPages = numFreePages - numPagesPromised(running, blockSizeTokens);
+  for (const { standing, numTokens, givesWay, long } of waiting.slice(
+    0,
+    Math.max(0, maxSequences - running.length),
+  )) {
+    numPages -= long ? long.shape.numDevicePages : blocksFor(numTokens + 1, blockSizeTokens);
+    if (numPages < 0 || givesWay) break;
+    claimOf(standing).numWaiting += numTokens;
+  }
+  const level = fairLevel(claims, budgetTokens);
+  for (const [tenant, { weight, numRunning, numWaiting }] of claims) {
+    const share = Math.min(numRunning + numWaiting, Math.max(1, Math.floor(level * weight)));
+    shares.byTenant.set(tenant, share);
+    shares.numReserved += Math.max(0, share - numRunning);
+  }
+  return shares;
 }
 
 /** Pages that they will still take for the tokens they have. */

@@ -319,6 +319,36 @@ describe('tenants', () => {
     expect(made.yielded).toEqual([{ sequence: line, reason: 'priority' }]);
   });
 
+  test('share the tokens of a step between their prompts, by weight, and have what others leave', () => {
+    const prompt = (tenant: string, numTokens: number, weight = 1) => sequence({ numTokens, tenant, weight });
+    const flood = [prompt('flood', 200), prompt('flood', 200)];
+    const small = prompt('small', 10);
+    const others = [prompt('heavy', 200, 2), small];
+    expect(chunks(plan({ running: [...flood, ...others], maxBatchTokens: 70 }))).toEqual([
+      [flood[0], 20],
+      [others[0], 40],
+      [small, 10],
+    ]);
+    expect(chunks(plan({ running: [flood[0]!, small], maxBatchTokens: 70 }))).toEqual([
+      [flood[0], 60],
+      [small, 10],
+    ]);
+  });
+
+  test('leave of a step what prompts that may begin need, be it that lines of batches run', () => {
+    const comesNow = comes('quiet', { numTokens: 20 });
+    const [flood, line] = [0, lowestPriority].map((priority) => of('flood', { numTokens: 300, priority }));
+    const waiting = [comesNow];
+    for (const old of [flood!, line!])
+      expect(chunks(plan({ running: [old], waiting }))).toEqual([
+        [old, 44],
+        [comesNow, 20],
+      ]);
+    // No seat, or no pages for it: nothing is kept.
+    expect(chunks(plan({ running: [flood!, of('calm')], waiting, maxSequences: 2 }))[1]).toEqual([flood, 63]);
+    expect(chunks(plan({ running: [flood!], waiting, numFreePages: 18 }))).toEqual([[flood, 64]]);
+  });
+
   test('over their share yield the pages that another lacks, while they keep their share of what can run', () => {
     const running = full(3, 'flood');
     const numYielded = (numFreePages: number) =>
