@@ -55,6 +55,22 @@ export interface AdapterGroupSpec {
    */
   weights: 'equal' | 'sum';
   /**
+   * Merges the adapters that a tenant may use into one, instead of summing what they change. They need one
+   * rank in each module, and neither DoRA nor trained biases; engines make such a merge when it is first
+   * asked for. Default, a sum.
+   */
+  merge?: {
+    /** How, as PEFT has it. */
+    method: 'ties' | 'dare_ties' | 'dare_linear' | 'magnitude_prune';
+    /** Share of the values of each adapter that stays, in percent. Default 50. */
+    densityPercent: number;
+    /**
+     * Of ties and dare_ties, how the sign of a value is elected: by the sum of the values, or by their
+     * number. Default total.
+     */
+    majoritySign: 'total' | 'frequency';
+  };
+  /**
    * Most adapters that a request composes. A tenant that may use more of the members gets an error, never
    * some of them. Default 8.
    */

@@ -20,7 +20,7 @@ import { together } from './composition.ts';
 /** An adapter that the group selects. */
 export type Member = { labels: Readonly<Record<string, string>>; target: Target };
 
-export type GroupRules = Pick<AdapterGroup['spec'], 'weights' | 'maxMembers'> & {
+export type GroupRules = Pick<AdapterGroup['spec'], 'weights' | 'maxMembers' | 'merge'> & {
   /** By name. */
   members: readonly Member[];
 };
@@ -34,7 +34,7 @@ export function groupRules(
   loraAdapters: readonly GroupedAdapter[],
   targetOf: (adapter: string) => Target | undefined,
 ): GroupRules {
-  const { weights, maxMembers } = group.spec;
+  const { weights, maxMembers, merge } = group.spec;
   const members = loraAdapters
     .filter((adapter) => isMember(group, adapter))
     .flatMap(({ metadata }) => {
@@ -42,7 +42,7 @@ export function groupRules(
       return target === undefined ? [] : [{ labels: metadata.labels ?? {}, target }];
     })
     .sort((a, b) => (a.target.name < b.target.name ? -1 : 1));
-  return { weights, maxMembers, members };
+  return { weights, maxMembers, ...(merge && { merge }), members };
 }
 
 /** @param adapters  what selects the adapters that the caller may use; null: it may use all */
@@ -61,16 +61,20 @@ export function isTooLarge({ maxMembers }: GroupRules, members: readonly Member[
  * @throws group_too_large
  */
 export function groupTarget(name: string, group: GroupRules, members: readonly Member[]): WeightedTarget {
-  const { weights, maxMembers } = group;
+  const { weights, maxMembers, merge } = group;
   if (isTooLarge(group, members)) {
     const message = `model: expected a group of which you may use at most ${maxMembers} adapters, got ${members.length}`;
     throw new GatewayError('group_too_large', message, { param: 'model' });
   }
   const weight = weights === 'equal' ? 1 / members.length : 1;
-  return together(
+  const target = together(
     name,
     members.map(({ target }) => ({ target, weight })),
   );
+  // One alone is itself.
+  if (merge === undefined || members.length === 1) return target;
+  const { method, densityPercent, majoritySign } = merge;
+  return { ...target, merge: { method, density: densityPercent / 100, majoritySign } };
 }
 
 /** The headers that tell an engine who is to answer, where the name in the body does not. */

@@ -103,6 +103,22 @@ test('members count one over their number, or 1 each', () => {
   expect(sum.members).toEqual(two.map(({ name }) => ({ name, weight: 1 })));
 });
 
+test('members are merged when the group says how, and one alone is itself', () => {
+  const merge = { method: 'ties', densityPercent: 20, majoritySign: 'frequency' } as const;
+  const model = groupOf({ ...knowledge, merge });
+  const two = targetFor(ward('oncology', 'surgery'), model);
+  expect(two).toMatchObject({
+    members: [{ weight: 0.5 }, { weight: 0.5 }],
+    merge: { method: 'ties', density: 0.2, majoritySign: 'frequency' },
+  });
+  expect(whoAnswers('clinic', two)).toEqual({
+    'x-motet-adapters': 'cut=0.5,oncology=0.5',
+    'x-motet-merge': 'ties; density=0.2; majority-sign=frequency',
+  });
+  expect(targetFor(ward('oncology'), model)).not.toHaveProperty('merge');
+  expect(targetFor(ward('oncology', 'surgery'))).not.toHaveProperty('merge');
+});
+
 test('more members than a request composes are refused with both numbers, never left out', () => {
   const model = groupOf({ ...knowledge, maxMembers: 3 });
   expect(() => targetFor({}, model)).toThrow(
