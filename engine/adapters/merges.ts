@@ -5,6 +5,7 @@
  * many or too large; and a merge goes with any adapter that it was made of.
  */
 import { createHash } from 'node:crypto';
+import { existsSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
@@ -93,8 +94,7 @@ export class Merges {
 
   /** Removes what engines that died have left in the folder. */
   static async open(options: MergesOptions): Promise<Merges> {
-    await mkdir(options.folder, { recursive: true });
-    await sweepTemporaries(options.folder);
+    if (existsSync(options.folder)) await sweepTemporaries(options.folder);
     return new Merges(options);
   }
 
@@ -211,7 +211,7 @@ export class Merges {
     const folder = temporaryPath(parent, createHash('sha256').update(key).digest('hex'));
     const sources: LocalFolder[] = [];
     try {
-      await mkdir(folder);
+      await mkdir(folder, { recursive: true });
       for (const { adapter } of members) sources.push(await adapter.source.fetch());
       const work = {
         members: merge.members.map((member, i) => ({ ...member, folder: sources[i]!.path })),

@@ -1,6 +1,6 @@
 /** Adapters that requests have merged: made once and kept, within bounds, and gone with what they were made of. */
-import { existsSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { pino } from 'pino';
 import { describe, expect, onTestFinished, test, vi } from 'vitest';
@@ -279,6 +279,18 @@ describe('merges that are kept', () => {
     expect([merges.numKept, readdirSync(folder)]).toEqual([0, []]);
     parts.arena.check();
     expect(parts.fatal).toEqual([]);
+  });
+
+  test('need no folder before one is made, and what an engine that died left in it is removed', async () => {
+    const { parts } = await withMerges(['a', 'b']);
+    const folder = join(tempFolder(), 'cache', 'merges');
+    const opened = await openMerges(parts.tiers, { folder });
+    expect(existsSync(folder)).toBe(false);
+    await opened.merges.hold(sumOf(parts, { a: 1, b: 1 }), ties, nobodyLeaves);
+    const dead = join(folder, `.0abc.${encodeURIComponent(hostname())}.999999999.0123456789ab.tmp`);
+    mkdirSync(dead);
+    await openMerges(parts.tiers, { folder });
+    expect([existsSync(dead), readdirSync(folder).length]).toEqual([false, 1]);
   });
 
   test('leave no files behind when the engine ends', async () => {
