@@ -1,16 +1,19 @@
 /**
- * What does the gateway cost? An engine that computes nothing is asked directly, through nginx (the floor) and through the
- * gateway, in turns, so that a busy moment of the machine hits all alike. nginx has one worker and the gateway one thread, each
- * pinned to core 0; engine and load are on core 1. Load is wrk's: it takes little of its core.
+ * What does the gateway cost? An engine that computes nothing is asked directly, through nginx (the floor), through the least that Node
+ * does of the same (`bare`: node:http in, undici out, nothing between) and through the gateway, in turns, so that a busy moment of the
+ * machine hits all alike. nginx has one worker and each Node one thread, all pinned to core 0; engine and load are on core 1. Load is
+ * wrk's: it takes little of its core, and is a closed loop: the next request of a connection goes when the answer is there, so what
+ * is done after an answer counts too. Both Nodes are warm first, `--warm` seconds with 16 in flight: a gateway that has just started takes
+ * several times as long, since its code is compiled on the same core.
  *
- *   node tests/bench/gateway-overhead.ts [--rounds 5] [--seconds 3] [--streams 2000] [--only whole,events,streams] [--profile FOLDER]
+ *   node tests/bench/gateway-overhead.ts [--rounds 5] [--seconds 3] [--warm 10] [--streams 2000] [--only whole,events,streams] [--profile FOLDER]
  *
  * Wants wrk and taskset; without nginx its rows are left out, and the engine is a Node that serves less than the gateway
  * could. `--profile` writes a CPU profile of the gateway.
  */
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -26,14 +29,17 @@ const { values: options } = parseArgs({
   options: {
     rounds: { type: 'string', default: '5' },
     seconds: { type: 'string', default: '3' },
+    warm: { type: 'string', default: '10' },
     streams: { type: 'string', default: '2000' },
     only: { type: 'string', default: 'whole,events,streams' },
     profile: { type: 'string' },
     engine: { type: 'boolean', default: false },
+    bare: { type: 'string' },
   },
 });
 const numRounds = Number(options.rounds);
 const secondsPerRun = Number(options.seconds);
+const secondsWarm = Number(options.warm);
 const numOpen = Number(options.streams);
 const parts = new Set(options.only.split(','));
 const numStreams = 8;
@@ -62,9 +68,11 @@ const staticEngine = `
   location = /v1/chat/completions { default_type application/json; return 200 '${whole}'; }`;
 
 if (options.engine) await serveEngine();
+else if (options.bare) await serveBare(options.bare);
 else await measure();
 
-type Way = { name: string; url: string };
+/** @property pid  of the process whose CPU time is told */
+type Way = { name: string; url: string; pid?: number };
 
 async function measure(): Promise<void> {
   if (!hasProgram('wrk') || !hasProgram('taskset'))
@@ -97,10 +105,12 @@ async function measure(): Promise<void> {
       );
     if (parts.has('whole')) {
       const gateway = await startGateway(engineUrl);
-      ways.push({ name: 'gateway', url: gateway.url });
-      await measureWhole(ways, folder);
-      await tellStalls(gateway.url);
+      const bare = await startNode(0, [import.meta.filename, '--bare', engineUrl], children);
+      ways.push({ name: 'bare', url: bare.url, pid: bare.child.pid! });
+      ways.push({ name: 'gateway', url: gateway.url, pid: gateway.child.pid! });
+      await measureWhole(ways, folder, gateway.url);
       await stop(gateway.child);
+      await stop(bare.child);
     }
     if (parts.has('events') || parts.has('streams')) {
       const gateway = await startGateway(nodeEngine.url);
@@ -108,9 +118,12 @@ async function measure(): Promise<void> {
         { name: 'direct', url: nodeEngine.url },
         { name: 'gateway', url: gateway.url },
       ];
-      if (parts.has('events')) await measureEvents(streamed);
+      await tellStalls(gateway.url, 'while it started');
+      if (parts.has('events')) {
+        await measureEvents(streamed);
+        await tellStalls(gateway.url, 'under streams of events');
+      }
       if (parts.has('streams')) await measureOpenStreams(gateway);
-      await tellStalls(gateway.url);
       await stop(gateway.child);
     }
   } finally {
@@ -120,7 +133,7 @@ async function measure(): Promise<void> {
 }
 
 /** Latency with one request at a time, and requests a second with many. */
-async function measureWhole(ways: Way[], folder: string): Promise<void> {
+async function measureWhole(ways: Way[], folder: string, gatewayUrl: string): Promise<void> {
   const script = join(folder, 'post.lua');
   writeFileSync(
     script,
@@ -130,9 +143,12 @@ async function measureWhole(ways: Way[], folder: string): Promise<void> {
       `latency:percentile(50), latency:percentile(99), latency.max, summary.errors.status + summary.errors.connect + ` +
       `summary.errors.read + summary.errors.timeout))\nend\n`,
   );
+  for (const way of ways) if (way.pid !== undefined) await runWrk(way, 16, script, secondsWarm);
+  await tellStalls(gatewayUrl, 'while it started and became warm');
   const rows: Record<string, Record<string, string>> = {};
   for (const inFlight of [1, 16, 64]) {
-    const figures = await inTurns(ways, (url) => runWrk(url, inFlight, script));
+    const figures = await inTurns(ways, (way) => runWrk(way, inFlight, script));
+    await tellStalls(gatewayUrl, `with ${inFlight} in flight`);
     for (const [name, runs] of figures) {
       rows[`whole, ${inFlight} in flight, ${name}`] = {
         'per second': spread(
@@ -151,17 +167,24 @@ async function measureWhole(ways: Way[], folder: string): Promise<void> {
           runs.map(({ maxUs }) => maxUs / 1000),
           1,
         ),
+        'CPU µs a request': runs.some(({ cpuUs }) => cpuUs === null)
+          ? '–'
+          : spread(
+              runs.map(({ cpuUs }) => cpuUs!),
+              0,
+            ),
       };
     }
   }
   console.table(rows);
 }
 
-async function runWrk(url: string, inFlight: number, script: string) {
+async function runWrk({ url, pid }: Way, inFlight: number, script: string, seconds = secondsPerRun) {
+  const cpuBeforeUs = pid === undefined ? null : cpuOf(pid);
   const wrk = spawn(
     'taskset',
     [
-      ...['-c', '1', 'wrk', '-t', '1', '-c', String(inFlight), '-d', `${secondsPerRun}s`],
+      ...['-c', '1', 'wrk', '-t', '1', '-c', String(inFlight), '-d', `${seconds}s`],
       '-s',
       script,
       `${url}/v1/chat/completions`,
@@ -180,13 +203,21 @@ async function runWrk(url: string, inFlight: number, script: string) {
     .split(' ')
     .map(Number);
   if (errors !== 0) throw new Error(`${url}: ${errors} requests failed: ${output}`);
-  return { perSecond: requests! / (durationUs! / 1e6), p50Us: p50Us!, p99Us: p99Us!, maxUs: maxUs! };
+  const cpuUs = cpuBeforeUs === null ? null : (cpuOf(pid!) - cpuBeforeUs) / requests!;
+  return { perSecond: requests! / (durationUs! / 1e6), p50Us: p50Us!, p99Us: p99Us!, maxUs: maxUs!, cpuUs };
+}
+
+/** Microseconds of CPU that the process has had, all its threads together; the kernel counts in hundredths of a second. */
+function cpuOf(pid: number): number {
+  const [, fields] = readFileSync(`/proc/${pid}/stat`, 'utf8').split(') ');
+  const [userTicks, systemTicks] = fields!.split(' ').slice(11, 13).map(Number);
+  return (userTicks! + systemTicks!) * 10_000;
 }
 
 /** Events a second over some streams that run as fast as they can. The engine writes each event by itself. */
 async function measureEvents(ways: Way[]): Promise<void> {
   const rows: Record<string, Record<string, string>> = {};
-  const figures = await inTurns(ways, async (url) => {
+  const figures = await inTurns(ways, async ({ url }) => {
     const dispatcher = new Agent({ connections: numStreams });
     const startMs = performance.now();
     const read = async () => {
@@ -220,6 +251,7 @@ async function measureOpenStreams({ url, child }: Started): Promise<void> {
     bodies.push(...(await Promise.all(some)));
   }
   const openedMs = performance.now() - startMs;
+  await tellStalls(url, `while ${numOpen} streams were opened`);
   await sleep(2_000);
   const after = memoryOf(child.pid!).rssBytes;
   const mib = (bytes: number) => (bytes / 2 ** 20).toFixed(0);
@@ -227,25 +259,30 @@ async function measureOpenStreams({ url, child }: Started): Promise<void> {
     `${numOpen} open streams: ${mib(after)} MiB resident, ${mib(before)} before; opened in ${(openedMs / 1000).toFixed(1)} s`,
   );
   await dispatcher.destroy();
+  await sleep(1_000);
+  await tellStalls(url, `while ${numOpen} clients hung up at once`);
 }
 
-/** Of the whole run: the gateway's own measure, by monitorEventLoopDelay. */
-async function tellStalls(url: string): Promise<void> {
+/** Since this was asked last: by monitorEventLoopDelay in the gateway, whose values have its own interval of 10 ms in them. */
+async function tellStalls(url: string, when: string): Promise<void> {
   const text = await (await request(`${url}/metrics`)).body.text();
   const of = (name: string) =>
-    Number(new RegExp(`^nodejs_eventloop_lag_${name}_seconds (\\S+)$`, 'm').exec(text)![1]) * 1000;
+    Math.max(
+      0,
+      Number(new RegExp(`^nodejs_eventloop_lag_${name}_seconds (\\S+)$`, 'm').exec(text)![1]) * 1000 - 10,
+    );
   console.log(
-    `event loop of the gateway: p99 ${of('p99').toFixed(1)} ms late, at most ${of('max').toFixed(1)} ms`,
+    `event loop of the gateway ${when}: p99 ${of('p99').toFixed(1)} ms late, at most ${of('max').toFixed(1)} ms`,
   );
 }
 
 /** One warm-up round, then `numRounds` in which every way has its turn. */
-async function inTurns<T>(ways: Way[], run: (url: string) => Promise<T>): Promise<Map<string, T[]>> {
+async function inTurns<T>(ways: Way[], run: (way: Way) => Promise<T>): Promise<Map<string, T[]>> {
   const figures = new Map(ways.map(({ name }): [string, T[]] => [name, []]));
   for (let round = -1; round < numRounds; round++) {
-    for (const { name, url } of ways) {
-      const figure = await run(url);
-      if (round >= 0) figures.get(name)!.push(figure);
+    for (const way of ways) {
+      const figure = await run(way);
+      if (round >= 0) figures.get(way.name)!.push(figure);
     }
   }
   return figures;
@@ -276,6 +313,31 @@ async function serveEngine(): Promise<void> {
       await new Promise(setImmediate);
     }
     res.end();
+  });
+  server.listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  console.log(JSON.stringify({ msg: 'ready', port: (server.address() as AddressInfo).port }));
+}
+
+/** The least that Node does of what the gateway does. */
+async function serveBare(origin: string): Promise<void> {
+  const dispatcher = new Agent({ headersTimeout: 0, bodyTimeout: 0 });
+  const server = createServer((req, res) => {
+    const parts: Buffer[] = [];
+    req.on('data', (part: Buffer) => parts.push(part));
+    req.on('end', () => {
+      const headers = { 'content-type': 'application/json' };
+      dispatcher.dispatch(
+        { origin, path: req.url!, method: 'POST', headers, body: Buffer.concat(parts) },
+        {
+          onRequestStart() {},
+          onResponseStart: (_, status, headers) => void res.writeHead(status, headers),
+          onResponseData: (_, bytes) => void res.write(bytes),
+          onResponseEnd: () => void res.end(),
+          onResponseError: () => void res.destroy(),
+        },
+      );
+    });
   });
   server.listen(0, '127.0.0.1');
   await once(server, 'listening');
