@@ -48,7 +48,21 @@ async function startGateway(engineUrl: string, folder: string, leaseMs = 1000) {
 }
 
 test('each line is answered once although the gateway is killed, and what is recorded is not asked again', async () => {
-  const engine = await startFakeEngine({ script: slowEcho });
+  // It answers so many requests, and the others when it may: a fast job would be over before it is killed.
+  let numAnswered = 0;
+  let more = Promise.withResolvers<void>();
+  const engine = await startFakeEngine({
+    async script(received) {
+      const place = engine.received.length;
+      while (place > numAnswered) await more.promise;
+      await slowEcho(received);
+    },
+  });
+  const answer = (count: number) => {
+    numAnswered = count;
+    more.resolve();
+    more = Promise.withResolvers<void>();
+  };
   const folder = tempFolder();
   let gateway = await startGateway(engine.url, folder);
   const { id } = await begin(
@@ -57,10 +71,11 @@ test('each line is answered once although the gateway is killed, and what is rec
   );
   const kills: { recorded: Set<string>; numAsked: number }[] = [];
   for (let kill = 0; kill < numKills; kill++) {
-    const due = ((kill + 1) * numLines) / (numKills + 1);
+    const numBefore = kills.at(-1)?.recorded.size ?? 0;
+    answer(engine.received.length + numLines / (numKills + 1));
     await until(
       async () => (await clientOf(gateway).batches.retrieve(id)).request_counts!.completed,
-      (count) => count >= due,
+      (count) => count > numBefore,
       30_000,
     );
     gateway.child.kill('SIGKILL');
@@ -72,6 +87,7 @@ test('each line is answered once although the gateway is killed, and what is rec
     });
     gateway = await startGateway(engine.url, folder);
   }
+  answer(Number.POSITIVE_INFINITY);
   const batch = await ended(clientOf(gateway), id);
   expect(batch.request_counts).toEqual({ total: numLines, completed: numLines, failed: 0 });
   const output = await linesOf(clientOf(gateway), batch.output_file_id);
