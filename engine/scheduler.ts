@@ -30,7 +30,7 @@
 import type { BlockHash } from './ladder/block-hash.ts';
 import { lowestPriority } from './protocol.ts';
 import { blocksFor, type Sequence } from './sequence.ts';
-import { type Claims, fairLevel, isBelow, keepsShare, seatsOver } from './shares.ts';
+import { type Claims, claimOf, fairLevel, isBelow, keepsShare, seatsOver } from './shares.ts';
 import { hasCredit } from './turns.ts';
 
 export interface ScheduleInput {
@@ -259,16 +259,11 @@ function sharePrompts(
   numFreePages: number,
 ): PromptShares {
   const claims: Claims = new Map();
-  const claimOf = ({ tenant, weight }: Sequence['standing']) => {
-    const claim = claims.get(tenant) ?? { weight, numRunning: 0, numWaiting: 0 };
-    claims.set(tenant, claim);
-    return claim;
-  };
   let hasPrompts = false;
   for (const { standing, numPendingTokens, numRunnableTokens, givesWay } of running) {
     if (numPendingTokens === 1 || numRunnableTokens === 0) continue;
     hasPrompts = true;
-    if (!givesWay) claimOf(standing).numRunning += numRunnableTokens;
+    if (!givesWay) claimOf(claims, standing).numRunning += numRunnableTokens;
   }
   const shares: PromptShares = { byTenant: new Map(), numReserved: 0 };
   if (!hasPrompts) return shares;
@@ -279,7 +274,7 @@ function sharePrompts(
   )) {
     numPages -= long ? long.shape.numDevicePages : blocksFor(numTokens + 1, blockSizeTokens);
     if (numPages < 0 || givesWay) break;
-    claimOf(standing).numWaiting += numTokens;
+    claimOf(claims, standing).numWaiting += numTokens;
   }
   const level = fairLevel(claims, budgetTokens);
   for (const [tenant, { weight, numRunning, numWaiting }] of claims) {
@@ -323,15 +318,15 @@ function whoYields(input: ScheduleInput, running: readonly Sequence[]): Yield[] 
   if (lackPages <= 0 && waiting.length <= numFreeSeats) return [];
   const claims: Claims = new Map();
   for (const [tenant, claim] of input.claims) claims.set(tenant, { ...claim });
-  const claimOf = ({ standing }: Sequence) => claims.get(standing.tenant);
+  const knownClaim = ({ standing }: Sequence) => claims.get(standing.tenant);
   // Short of pages, no more can run than do.
   const numSeats = lackPages > 0 ? running.length : maxSequences;
   const level = fairLevel(claims, numSeats);
-  const isDue = (sequence: Sequence) => isBelow(claimOf(sequence), level);
+  const isDue = (sequence: Sequence) => isBelow(knownClaim(sequence), level);
   /** Shares that the other's tenant has too much, for this one; a little when it only had more lately; 0: it keeps its seats. */
   const overFor = (sequence: Sequence, isBelowShare: boolean, other: Sequence): number => {
     if (other.standing.priority > sequence.standing.priority) return 0;
-    const claim = claimOf(other);
+    const claim = knownClaim(other);
     if (isBelowShare && !hasCredit(other, sequence)) {
       const over = seatsOver(claim, level);
       if (over > 0) return over;
@@ -352,7 +347,7 @@ function whoYields(input: ScheduleInput, running: readonly Sequence[]): Yield[] 
     }
     if (index < 0) return false;
     const [victim] = mayYield.splice(index, 1);
-    if (reason === 'share') claimOf(victim!)!.numRunning--;
+    if (reason === 'share') knownClaim(victim!)!.numRunning--;
     yielded.push({ sequence: victim!, reason });
     lackPages -= prefixCache.numPagesOfItsOwn(victim!) + numPagesPromised([victim!], blockSizeTokens);
     return true;
@@ -366,7 +361,7 @@ function whoYields(input: ScheduleInput, running: readonly Sequence[]): Yield[] 
     }
     if (numFreeSeats > 0) numFreeSeats--;
     else if (!yieldTo(sequence, isDue(sequence), !isBehindLine)) break;
-    const claim = claimOf(sequence);
+    const claim = knownClaim(sequence);
     if (claim) claim.numRunning++;
   }
   while (lackPages > 0 && yieldTo(first, isFirstDue, true));

@@ -27,18 +27,21 @@ const tolerance = 1e-9;
 
 export function claimsOf(running: readonly Sequence[], waiting: readonly Sequence[]): Claims {
   const claims: Claims = new Map();
-  const claimOf = ({ tenant, weight }: Sequence['standing']) => {
-    let claim = claims.get(tenant);
-    if (claim === undefined) {
-      claim = { weight, numRunning: 0, numWaiting: 0 };
-      claims.set(tenant, claim);
-    }
-    return claim;
-  };
   for (const { standing, isFinished, isFull } of running)
-    if (!isFinished && !isFull && standing.priority > lowestPriority) claimOf(standing).numRunning++;
-  for (const { standing } of waiting) if (standing.priority > lowestPriority) claimOf(standing).numWaiting++;
+    if (!isFinished && !isFull && standing.priority > lowestPriority) claimOf(claims, standing).numRunning++;
+  for (const { standing } of waiting)
+    if (standing.priority > lowestPriority) claimOf(claims, standing).numWaiting++;
   return claims;
+}
+
+/** Of a tenant that has none yet a new one is put in. */
+export function claimOf(claims: Claims, { tenant, weight }: Sequence['standing']): Claim {
+  let claim = claims.get(tenant);
+  if (claim === undefined) {
+    claim = { weight, numRunning: 0, numWaiting: 0 };
+    claims.set(tenant, claim);
+  }
+  return claim;
 }
 
 /** Seats for a weight of 1 when `numSeats` are shared; Infinity: there are enough for all. */
