@@ -264,13 +264,15 @@ describe('merges that are kept', () => {
   test('go with all KV when one of their adapters is purged, and their sequences end', async () => {
     const { parts, merges, folder } = await withMerges(['a', 'b']);
     const hold = await merges.hold(sumOf(parts, { a: 1, b: 1 }), ties, nobodyLeaves);
+    const begun = Promise.withResolvers<void>();
     const { done } = start(parts, {
       promptTokens: prompt(40),
       adapters: alone(hold.adapter),
       params: { maxTokens: 400 },
+      onOutput: () => begun.resolve(),
     });
     hold.letGo();
-    await vi.waitFor(() => expect(parts.engine.numRunning).toBe(1));
+    await begun.promise;
     const sources = { adapters: { purge: async () => 0 } } as never;
     const report = await purgeAdapter({ ...parts, merges, sources }, digestOf('/a-r1'));
     expect((await done).last.error).toMatchObject({ code: 'adapter_purged' });
