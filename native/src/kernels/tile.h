@@ -34,6 +34,16 @@ struct Tile {
   }
   MOTET_INLINE const uint8_t* group(int64_t g) const { return quants + g * kGroupBytes; }
 
+  // Asks for what lies `ahead` bytes from group g of the tile that is `at` bytes from this one, to the first level of cache or
+  // the second. Over a walk through tiles it asks for every line: a group's step counts its part of the header too.
+  template <bool kFirstLevel>
+  MOTET_INLINE void ask_ahead(int64_t g, int64_t at, int64_t ahead) const {
+    constexpr int kBytes = kGroupBytes + kScaleStride * (kInfo.has_min ? 2 : 1);
+    const uint8_t* const p = quants + at + ahead + g * kBytes;
+#pragma GCC unroll 16
+    for (int c = 0; c < (kBytes + 63) / 64; ++c) kFirstLevel ? prefetch(p + 64 * c) : prefetch_l2(p + 64 * c);
+  }
+
  private:
   MOTET_INLINE static f32x16 load_header(const uint8_t* p) {
     if constexpr (kInfo.scale_bytes == 2) return load_f16(p);
