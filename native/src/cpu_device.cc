@@ -757,7 +757,7 @@ class CpuDevice final : public Device {
     const int64_t num_passes = ceil_div(num_rows, rows_of_pass);
     const int64_t unit_macs = int64_t{projections[0].weight->in_features} * kLoraTileColumns * std::min(num_rows, rows_of_pass);
     const int64_t wanted = std::clamp<int64_t>(num_units * num_passes * unit_macs / (kTaskMacs * pool_.num_threads()), 1, kTasksPerThread * 2) * pool_.num_threads();
-    // One or two rows read many tiles side by side, which short tasks would not have.
+    // One or two rows wait for memory at the beginning of each task, so theirs are longer.
     const int64_t most = num_rows > 2 ? num_units : std::max<int64_t>(num_units / kStreamUnits / pool_.num_threads(), 1) * pool_.num_threads();
     const int64_t tasks_of_pass = std::min({num_units, most, ceil_div(wanted, num_passes)});
     for (int pass = 0; pass < num_passes; ++pass) {
