@@ -24,6 +24,8 @@ namespace {
 constexpr int64_t kTaskMacs = 256 * 1024;
 // Tasks per thread that an operation is cut into, so that a thread that was held up is caught up with.
 constexpr int kTasksPerThread = 4;
+// Least groups of activations worth a task: about three microseconds.
+constexpr int64_t kQuantizeTaskGroups = 512;
 // Query rows of one prefill task at most: enough to share each key load.
 constexpr int kAttentionTaskRows = 32;
 // With more rows than this a step does not wait for its weights; and how much of them each thread asks for ahead: part of its
@@ -638,13 +640,24 @@ class CpuDevice final : public Device {
     grow(q_scales_, places);
     grow(q_offsets_, places);
     if (q_chunks_.size() < places) {
-      q_sums_.resize(2 * places);
+      q_sums_.resize(places);
+      q_first_sums_.resize(places);
       q_chunks_.resize(places);
+      q_middles_.resize(places);
       q_highs_.resize(places);
     }
-    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), q_offsets_.data.get(), q_sums_.data(), q_chunks_.data(),
-                  q_highs_.data(), k, num_rows};
-    over_rows(num_rows, int64_t{k} * 2, [&](int begin, int end) { kernels_.quantize_rows(quantized_, x, ldx, begin, end); });
+    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), q_offsets_.data.get(), q_sums_.data(), q_first_sums_.data(),
+                  q_chunks_.data(), q_middles_.data(), q_highs_.data(), k, num_rows};
+    // Pieces of one block of rows each: what two threads write lies apart.
+    const int64_t groups = k / kActivationGroup, num_blocks = ceil_div(num_rows, int64_t{kRowBlock});
+    const int64_t wanted = std::min(num_rows * groups / kQuantizeTaskGroups, int64_t{pool_.num_threads()} * kTasksPerThread);
+    const int64_t ranges = std::clamp(ceil_div(wanted, num_blocks), int64_t{1}, ceil_div(groups, int64_t{16}));
+    run(static_cast<int>(num_blocks * ranges), [&](int task, int) {
+      const int row = static_cast<int>(task / ranges) * kRowBlock;
+      const int64_t range = task % ranges;
+      kernels_.quantize_rows(quantized_, x, ldx, row, std::min(row + kRowBlock, num_rows), static_cast<int>(groups * range / ranges),
+                             static_cast<int>(groups * (range + 1) / ranges));
+    });
   }
 
   // Lists the modules that the rows' adapters have on these projections, and computes x · Aᵀ of them all.
@@ -862,7 +875,7 @@ class CpuDevice final : public Device {
   ThreadPool pool_;
   Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, partials_, sample_scratch_;
   QuantizedRows quantized_{};
-  std::vector<int32_t> q_sums_, q_chunks_, q_highs_;
+  std::vector<int32_t> q_sums_, q_first_sums_, q_chunks_, q_middles_, q_highs_;
   std::vector<Task> tasks_, next_tasks_;
   std::vector<ThreadPool::Ahead> ahead_;
   std::vector<Deltas> deltas_, all_deltas_;  // of each pass of rows and each projection; before rows are cut

@@ -115,11 +115,11 @@ void product(ThreadPool& pool, const Case& c, const Buffer& weights, int n, int 
   const PackedMatrix w{c.format, n, k, weights.data};
   const Buffer q((size_t(rows) * k / 32 + kRowBlock) * 64);  // aligned, as the device has it
   std::vector<float> scale(size_t(rows) * k / 32 + kRowBlock), offsets = scale, x(size_t(rows) * k), y(size_t(rows) * n);
-  std::vector<int32_t> sums(scale.size() * 2), peak_chunks(scale.size()), peak_highs(scale.size());
+  std::vector<int32_t> sums8(scale.size()), first_sums8 = sums8, peak_chunks = sums8, peak_middles = sums8, peak_highs = sums8;
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 2654435761u >> 8 & 0xffff) - 32768;
-  const QuantizedRows quantized{reinterpret_cast<int8_t*>(q.data), scale.data(), offsets.data(), sums.data(), peak_chunks.data(),
-                                peak_highs.data(), k, rows};
-  kernels().quantize_rows(quantized, x.data(), k, 0, rows);
+  const QuantizedRows quantized{reinterpret_cast<int8_t*>(q.data), scale.data(), offsets.data(), sums8.data(), first_sums8.data(), peak_chunks.data(),
+                                peak_middles.data(), peak_highs.data(), k, rows};
+  kernels().quantize_rows(quantized, x.data(), k, 0, rows, 0, k / kActivationGroup);
   const int tiles = static_cast<int>(num_tiles(n)), per_task = std::max(2, tiles / (pool.num_threads() * 8));
   const Seconds s = time_of([&] {
     pool.run((tiles + per_task - 1) / per_task, [&](int task, int) {

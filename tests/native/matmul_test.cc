@@ -123,7 +123,7 @@ TEST_P(MatmulTest, IntegerProductIsCloseToTheRealOne) {
     const AlignedVector<uint8_t> bytes = pack(w);
     const std::vector<float> x = random.normals(k);
     Rows rows(1, k);
-    kernels_.quantize_rows(rows.view(), x.data(), k, 0, 1);
+    kernels_.quantize_rows(rows.view(), x.data(), k, 0, 1, 0, k / kActivationGroup);
     std::vector<float> y(n);
     kernels_.matmul_q(y.data(), n, view(w, bytes), rows.view(), 0, n / kTileColumns);
     double error = 0, total = 0;

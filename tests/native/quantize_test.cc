@@ -11,8 +11,10 @@ class QuantizeTest : public KernelTest {
   Rows run(const std::vector<float>& x, int num_rows, int k, int ldx) {
     Rows out(num_rows, k);
     // In parts, as threads do it.
-    kernels_.quantize_rows(out.view(), x.data(), ldx, 0, num_rows / 2);
-    kernels_.quantize_rows(out.view(), x.data(), ldx, num_rows / 2, num_rows);
+    const int groups = k / kActivationGroup;
+    for (const auto& [row_begin, row_end] : {std::pair{0, num_rows / 2}, {num_rows / 2, num_rows}})
+      for (const auto& [begin, end] : {std::pair{groups / 3, groups}, {0, groups / 3}})
+        kernels_.quantize_rows(out.view(), x.data(), ldx, row_begin, row_end, begin, end);
     return out;
   }
 };
@@ -21,15 +23,17 @@ MOTET_TEST_ALL_KERNELS(QuantizeTest);
 TEST_P(QuantizeTest, MatchesTheContractExactly) {
   Random random(11);
   for (const int num_rows : {1, 3, 16, 21}) {
-    for (const int k : {32, 64, 96, 576}) {
+    for (const int k : {32, 64, 96, 576, 1632}) {
       std::vector<float> x = random.normals(size_t(num_rows) * k);
       for (float& v : x) v *= std::exp2(static_cast<float>(random.integer(-20, 20)));
       const Rows actual = run(x, num_rows, k, k), expected = quantize(x, num_rows, k);
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.q, expected.q, "q"));
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.scale, expected.scale, "scale"));
-      ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.sums, expected.sums, "sums"));
+      ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.sums8, expected.sums8, "sums"));
+      ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.first_sums8, expected.first_sums8, "first sums"));
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.offsets, expected.offsets, "offsets"));
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.peak_highs, expected.peak_highs, "peak highs"));
+      ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.peak_middles, expected.peak_middles, "peak middles"));
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.peak_chunks, expected.peak_chunks, "peak chunks"));
     }
   }
@@ -85,8 +89,8 @@ TEST_P(QuantizeTest, ZerosHaveScaleZero) {
   const Rows out = run(std::vector<float>(32, -0.0f), 1, 32, 32);
   EXPECT_EQ(out.scale[0], 0.0f);
   for (int8_t q : out.q) EXPECT_EQ(q, 0);
-  EXPECT_EQ(out.sums[0], 0);
-  EXPECT_EQ(out.sums[1], 0);
+  EXPECT_EQ(out.sums8[0], 0);
+  EXPECT_EQ(out.first_sums8[0], 0);
 }
 
 // The quotient of denormals is too coarse to be trusted to stay within ±127.
@@ -105,8 +109,9 @@ TEST_P(QuantizeTest, AValueThatIsNotFiniteShowsInTheScaleOfItsGroupOnly) {
       EXPECT_EQ(out.scale[0], 1.0f / 127);
       EXPECT_TRUE(std::isnan(out.scale[1])) << bad << " at " << place;
       EXPECT_EQ(out.scale[2], 1.0f / 127);
-      EXPECT_EQ(out.sums[0], 16 * 127);
-      EXPECT_EQ(out.sums[2], 0);
+      EXPECT_EQ(out.sums8[0], -8 * 32 * 127);
+      EXPECT_EQ(out.first_sums8[0], -8 * 16 * 127);
+      EXPECT_EQ(out.sums8[1], 0);
     }
   }
 }
@@ -118,7 +123,7 @@ TEST_P(QuantizeTest, TheLargestFloatSurvives) {
   const Rows out = run(x, 1, 32, 32);
   EXPECT_EQ(out.integer(0, 3), 127);
   EXPECT_EQ(out.integer(0, 4), -127);
-  EXPECT_EQ(out.sums[0], 0);
+  EXPECT_EQ(out.sums8[0], 0);
 }
 
 }  // namespace

@@ -208,7 +208,7 @@ struct Rows {
   int num_rows, k;
   std::vector<int8_t> q;
   std::vector<float> scale, offsets;
-  std::vector<int32_t> sums, peak_chunks, peak_highs;
+  std::vector<int32_t> sums8, first_sums8, peak_chunks, peak_middles, peak_highs;
 
   Rows(int num_rows, int k)
       : num_rows(num_rows),
@@ -216,12 +216,13 @@ struct Rows {
         q((size_t(num_rows) * k / 32 + kRowBlock) * 64),
         scale(size_t(num_rows) * k / 32 + kRowBlock),
         offsets(scale.size()),
-        sums(scale.size() * 2),
+        sums8(scale.size()),
+        first_sums8(scale.size()),
         peak_chunks(scale.size()),
+        peak_middles(scale.size()),
         peak_highs(scale.size()) {}
   QuantizedRows view() {
-    return {q.data(),           scale.data(),      offsets.data(), sums.data(),
-            peak_chunks.data(), peak_highs.data(), k,              num_rows};
+    return {q.data(), scale.data(), offsets.data(), sums8.data(), first_sums8.data(), peak_chunks.data(), peak_middles.data(), peak_highs.data(), k, num_rows};
   }
   size_t at(int row, int feature) const {
     const int block = row / 16, height = std::min(16, num_rows - 16 * block);
@@ -244,10 +245,17 @@ struct Rows {
     const int top = static_cast<int>(std::floor((high + 8) / 16.0));
     q[group * 64 + 32 + place] = static_cast<int8_t>(8 * (high - 16 * top));
     peak_chunks[group] = place / 4;
+    std::memcpy(&peak_middles[group], &q[group * 64 + 32 + place / 4 * 4], 4);
     peak_highs[group] = static_cast<int32_t>(static_cast<uint32_t>(top & 255) << (8 * (place % 4)));
-    sums[group * 2] = sums[group * 2 + 1] = 0;
-    for (int i = 0; i < 32; ++i) sums[group * 2 + i / 16] += integer(row, feature / 32 * 32 + i);
-    offsets[group] = scale[group] * static_cast<float>(sums[group * 2] + sums[group * 2 + 1]);
+    int sum = 0, first_sum = 0;
+    for (int i = 0; i < 32; ++i) {
+      const int n = integer(row, feature / 32 * 32 + i);
+      sum += n;
+      if (i < 16) first_sum += n;
+    }
+    sums8[group] = -8 * sum;
+    first_sums8[group] = -8 * first_sum;
+    offsets[group] = scale[group] * static_cast<float>(sum);
   }
 };
 

@@ -46,34 +46,47 @@ struct GroupOfRow {
   static constexpr int kGroupsPerScale = kActivationGroup / format_info(kFormat).group_size;
 
   int64_t at;
-  const int8_t* low;   // the low parts of its integers
-  const int8_t* peak;  // four bytes: the middle part of the peak at its place, or zeros
-  int32_t wide;        // the high part of the peak as a byte at its place, or zeros
-  int chunk;           // which vector of weights the four belong to
-  int32_t sum;         // of its integers
+  const int8_t* low;      // the low parts of its integers
+  const int32_t* middle;  // four bytes: the middle part of the peak at its place, or zeros
+  const int32_t* wide;    // the same of the high part
+  int chunk;              // which vector of weights the four belong to
+  bool is_first;          // the first half of a group of activations
 
   MOTET_INLINE GroupOfRow(const RowsOfBlock& rows, int64_t r, int64_t g) {
     static constexpr int32_t kNone = 0;
     const QuantizedRows& x = rows.x;
     at = rows.first + g / kGroupsPerScale * rows.height + r;
-    const int8_t* bytes = x.q + at * 2 * kActivationGroup;
-    const int32_t* s = x.sums + at * 2;
+    low = x.q + at * 2 * kActivationGroup;
     chunk = x.peak_chunks[at];
-    peak = bytes + kActivationGroup + 4 * chunk;
-    wide = x.peak_highs[at];
-    if constexpr (kGroupsPerScale == 1) {
-      low = bytes;
-      sum = s[0] + s[1];
-    } else {
-      const int half = static_cast<int>(g % 2);
-      low = bytes + kActivationGroup / 2 * half;
-      sum = s[half];
-      const bool is_here = chunk / 4 == half;
+    middle = x.peak_middles + at;
+    wide = x.peak_highs + at;
+    is_first = g % kGroupsPerScale == 0;
+    if constexpr (kGroupsPerScale > 1) {
+      if (!is_first) low += kActivationGroup / 2;
+      const bool is_here = (chunk < 4) == is_first;
       chunk &= 3;
-      if (!is_here) peak = reinterpret_cast<const int8_t*>(&kNone), wide = 0;
+      if (!is_here) middle = wide = &kNone;
     }
   }
+
+  // What the weights' zero point adds to the dot product of this row.
+  MOTET_INLINE i32x16 zero_sum(const QuantizedRows& x) const {
+    constexpr int kZero = format_info(kFormat).zero;
+    static_assert(kZero == 0 || kZero == 8 || kZero == 128);
+    if constexpr (kZero == 0) return i32_zero();
+    i32x16 sum = i32_set1(kGroupsPerScale == 1 ? x.sums8[at] : is_first ? x.first_sums8[at] : x.sums8[at] - x.first_sums8[at]);
+    return kZero == 8 ? sum : shift_left<4>(sum);
+  }
 };
+
+// Whether any of kRows rows of a block has a peak with a high part in group g.
+template <WeightFormat kFormat, int kRows>
+MOTET_INLINE bool any_wide(const RowsOfBlock& rows, int64_t g) {
+  const int32_t* const highs = rows.x.peak_highs + rows.first + g / GroupOfRow<kFormat>::kGroupsPerScale * rows.height;
+  if constexpr (kRows == 1) return highs[0] != 0;
+  constexpr uint32_t kAll = (1u << kRows) - 1;
+  return (bits(load_i32(highs) == i32_zero()) & kAll) != kAll;
+}
 
 // Four input features of one row, the same in every column.
 template <WeightFormat kFormat>
@@ -107,8 +120,7 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
     i32x16 dot[kRows][kNum];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const i32x16 start =
-          kInfo.zero == 0 ? i32_zero() : i32_set1(-kInfo.zero * GroupOfRow<kFormat>(rows, r, g).sum);
+      const i32x16 start = GroupOfRow<kFormat>(rows, r, g).zero_sum(x);
 #pragma GCC unroll 8
       for (int t = 0; t < kNum; ++t) dot[r][t] = start;
     }
@@ -143,23 +155,21 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
       else if constexpr (kInfo.bits == 4) return nibbles(load_bytes(weights + t * apart + 64 * (chunk & 3)), chunk >= 4);
       return load_bytes(weights + t * apart + 64 * chunk);
     };
-    int32_t any_wide = 0;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const GroupOfRow<kFormat> group(rows, r, g);
-      any_wide |= group.wide;
-      const u8x64 x_peak = bytes_word(group.peak);
+      const u8x64 x_peak = bytes_word(group.middle);
 #pragma GCC unroll 8
       for (int t = 0; t < kNum; ++t) {
         const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights_at(t, group.chunk), x_peak);
         dot[r][t] = dot[r][t] + shift_left<kPeakShift>(product);
       }
     }
-    if (__builtin_expect(any_wide != 0, 0)) {
+    if (__builtin_expect(any_wide<kFormat, kRows>(rows, g), 0)) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const GroupOfRow<kFormat> group(rows, r, g);
-        const u8x64 x_wide = bytes_word(&group.wide);
+        const u8x64 x_wide = bytes_word(group.wide);
 #pragma GCC unroll 8
         for (int t = 0; t < kNum; ++t) {
           const i32x16 product = dot4_weights<kFormat>(i32_zero(), weights_at(t, group.chunk), x_wide);
@@ -255,7 +265,13 @@ struct Unpacked {
   }
 };
 
+// Input features of a chunk: with the sums of a row taken up and laid down less often, longer ones are faster, as long as they
+// leave the first level of cache room for rows.
+#if defined(MOTET_ISA_amx)
 constexpr int kChunkFeatures = 128;
+#else
+constexpr int kChunkFeatures = 256;
+#endif
 // Results of so many bytes are not in the second level of cache: their lines are asked for before the sums are done.
 constexpr int64_t kFarResultBytes = 1 << 20;
 constexpr int64_t kSumStride = kTiles * kTileColumns;
@@ -299,8 +315,7 @@ void block_many(const Many& m, int64_t row, int num_rows) {
     i32x16 dot[kRows][kTiles];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const i32x16 start =
-          kInfo.zero == 0 ? i32_zero() : i32_set1(-kInfo.zero * GroupOfRow<kFormat>(rows, r, g).sum);
+      const i32x16 start = GroupOfRow<kFormat>(rows, r, g).zero_sum(x);
 #pragma GCC unroll 2
       for (int t = 0; t < kTiles; ++t) dot[r][t] = start;
     }
@@ -316,12 +331,10 @@ void block_many(const Many& m, int64_t row, int num_rows) {
         for (int t = 0; t < kTiles; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], w[t], word);
       }
     }
-    int32_t any_wide = 0;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const GroupOfRow<kFormat> group(rows, r, g);
-      any_wide |= group.wide;
-      const u8x64 word = bytes_word(group.peak);
+      const u8x64 word = bytes_word(group.middle);
 #pragma GCC unroll 2
       for (int t = 0; t < kTiles; ++t) {
         const uint8_t* w = p[t] + 64 * group.chunk;
@@ -332,11 +345,11 @@ void block_many(const Many& m, int64_t row, int num_rows) {
         }
       }
     }
-    if (__builtin_expect(any_wide != 0, 0)) {
+    if (__builtin_expect(any_wide<kFormat, kRows>(rows, g), 0)) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const GroupOfRow<kFormat> group(rows, r, g);
-        const u8x64 word = bytes_word(&group.wide);
+        const u8x64 word = bytes_word(group.wide);
 #pragma GCC unroll 2
         for (int t = 0; t < kTiles; ++t) {
           const i32x16 product = dot4(i32_zero(), load_bytes(p[t] + 64 * group.chunk), word);

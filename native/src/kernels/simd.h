@@ -7,7 +7,7 @@
 // Every function gives the same bits on every instruction set, special values included (but payloads of NaN):
 //   - fma rounds once; nothing else is fused.
 //   - max(a, b) is a > b ? a : b and min(a, b) is a < b ? a : b, lane by lane: b where either is NaN.
-//   - reductions add lanes i and i + 8, then i + 4, i + 2, i + 1.
+//   - reductions add lanes i and i + 8, then i + 4, i + 2, i + 1; those of sixteen vectors give lane i that of the i-th.
 //   - to_i32 rounds half to even; out of range and NaN give INT32_MIN.
 // Pointers need no alignment. Functions ending in _n touch n lanes only, 0 <= n <= 16; the others load as 0.
 //

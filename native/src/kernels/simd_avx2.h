@@ -204,6 +204,31 @@ MOTET_INLINE int32_t reduce_add(i32x16 x) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 1)));
 }
 
+// A tree over eight vectors: every level halves what is left of each, and puts two into one.
+template <typename Function>
+MOTET_INLINE __m256i reduce_eight(const i32x16* v, Function&& f) {
+  __m256i four[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const i32x16* const w = v + 4 * i;
+    const __m256i a = f(w[0].a, w[0].b), b = f(w[1].a, w[1].b), c = f(w[2].a, w[2].b), d = f(w[3].a, w[3].b);
+    const __m256i ab = f(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    const __m256i cd = f(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    four[i] = f(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));  // a, b, c, d of each half
+  }
+  return f(_mm256_permute2x128_si256(four[0], four[1], 0x20), _mm256_permute2x128_si256(four[0], four[1], 0x31));
+}
+template <typename Function>
+MOTET_INLINE i32x16 reduce_each(const i32x16 (&v)[16], Function&& f) {
+  return {reduce_eight(v, f), reduce_eight(v + 8, f)};
+}
+MOTET_INLINE i32x16 reduce_max(const i32x16 (&v)[16]) {
+  return reduce_each(v, [](__m256i a, __m256i b) __attribute__((always_inline)) { return _mm256_max_epi32(a, b); });
+}
+MOTET_INLINE i32x16 reduce_add(const i32x16 (&v)[16]) {
+  return reduce_each(v, [](__m256i a, __m256i b) __attribute__((always_inline)) { return _mm256_add_epi32(a, b); });
+}
+
 MOTET_INLINE u8x64 load_bytes(const void* p) {
   return {load_256(p), load_256(static_cast<const __m256i*>(p) + 1)};
 }

@@ -127,6 +127,29 @@ MOTET_INLINE float reduce_max(f32x16 a) {
 }
 MOTET_INLINE int32_t reduce_add(i32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 
+// A tree over sixteen vectors: every level halves what is left of each, and puts two into one.
+template <typename Function>
+MOTET_INLINE i32x16 reduce_each(const i32x16 (&v)[16], Function&& f) {
+  __m512i four[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = v[4 * i].v, b = v[4 * i + 1].v, c = v[4 * i + 2].v, d = v[4 * i + 3].v;
+    const __m512i ab = f(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = f(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    four[i] = f(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));  // a, b, c, d of each quarter
+  }
+  const auto halve = [&](__m512i a, __m512i b) __attribute__((always_inline)) {
+    return f(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  };
+  return {halve(halve(four[0], four[1]), halve(four[2], four[3]))};
+}
+MOTET_INLINE i32x16 reduce_max(const i32x16 (&v)[16]) {
+  return reduce_each(v, [](__m512i a, __m512i b) __attribute__((always_inline)) { return _mm512_max_epi32(a, b); });
+}
+MOTET_INLINE i32x16 reduce_add(const i32x16 (&v)[16]) {
+  return reduce_each(v, [](__m512i a, __m512i b) __attribute__((always_inline)) { return _mm512_add_epi32(a, b); });
+}
+
 MOTET_INLINE u8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 MOTET_INLINE void store_bytes(void* p, u8x64 a) { _mm512_storeu_si512(p, a.v); }
 MOTET_INLINE u8x64 bytes_word(const void* p) {

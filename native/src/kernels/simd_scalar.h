@@ -188,6 +188,19 @@ MOTET_INLINE int32_t reduce_add(i32x16 a) {
   for (int i = 0; i < 16; ++i) sum += unwrap(a.v[i]);
   return wrap(sum);
 }
+MOTET_INLINE i32x16 reduce_max(const i32x16 (&v)[16]) {
+  i32x16 out;
+  for (int i = 0; i < 16; ++i) {
+    out.v[i] = v[i].v[0];
+    for (int j = 1; j < 16; ++j) out.v[i] = out.v[i] > v[i].v[j] ? out.v[i] : v[i].v[j];
+  }
+  return out;
+}
+MOTET_INLINE i32x16 reduce_add(const i32x16 (&v)[16]) {
+  i32x16 out;
+  for (int i = 0; i < 16; ++i) out.v[i] = reduce_add(v[i]);
+  return out;
+}
 
 MOTET_INLINE u8x64 load_bytes(const void* p) {
   u8x64 out;
