@@ -238,10 +238,10 @@ struct Unpacked {
   static constexpr int kMinAt = kScaleAt + 64;
   static constexpr int kBytes = kMinAt + (kInfo.has_min ? 64 : 0);
 
-  // ahead: what to ask for, in bytes from those read.
-  static void fill(uint8_t* out, const T& tile, int64_t g_begin, int64_t num_groups, int64_t ahead) {
+  // Asks on the way for as many groups of the tile `next`, from next_begin on.
+  static void fill(uint8_t* out, const T& tile, int64_t g_begin, int64_t num_groups, const T& next, int64_t next_begin) {
     const u8x64 zero = bytes_all(kSigned ? kInfo.zero : 0);
-    for (int64_t g = g_begin; g < g_begin + num_groups; ++g, out += kBytes) {
+    for (int64_t g = g_begin, next_g = next_begin; g < g_begin + num_groups; ++g, ++next_g, out += kBytes) {
       const auto put = [&](int c, u8x64 w) __attribute__((always_inline)) {
         w = subtract_bytes(w, zero);
         store_bytes(out + 64 * c, w);
@@ -249,9 +249,8 @@ struct Unpacked {
       };
 #pragma GCC unroll 8
       for (int c = 0; c < T::kGroupBytes / 64; ++c) {
-        const uint8_t* p = tile.group(g) + 64 * c;
-        prefetch_l2(p + ahead);
-        const u8x64 bytes = load_bytes(p);
+        prefetch_l2(next.group(next_g) + 64 * c);
+        const u8x64 bytes = load_bytes(tile.group(g) + 64 * c);
         if constexpr (kInfo.bits == 4) {
           put(c, low_nibbles(bytes));
           put(c + 4, high_nibbles(bytes));
@@ -259,6 +258,8 @@ struct Unpacked {
           put(c, bytes);
         }
       }
+      prefetch_l2(next.scales + next_g * T::kScaleStride);
+      if constexpr (kInfo.has_min) prefetch_l2(next.mins + next_g * T::kScaleStride);
       store(reinterpret_cast<float*>(out + kScaleAt), tile.scale(g));
       if constexpr (kInfo.has_min) store(reinterpret_cast<float*>(out + kMinAt), tile.min(g));
     }
@@ -439,8 +440,11 @@ void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
     m.num_groups = groups - g < kChunkGroups ? groups - g : kChunkGroups;
     m.is_last = g + m.num_groups == groups;
     // While the rows go over this chunk the next is on its way, or the first of the next tiles.
-    const int64_t ahead = m.is_last ? next_tiles * stride - g * T::kGroupBytes : m.num_groups * T::kGroupBytes;
-    for (int t = 0; t < num_tiles; ++t) U::fill(unpacked[t], T(tiles + t * stride, x.k), g, m.num_groups, ahead);
+    for (int t = 0; t < num_tiles; ++t) {
+      const uint8_t* const tile = tiles + t * stride;
+      const T next(m.is_last ? tile + next_tiles * stride : tile, x.k);
+      U::fill(unpacked[t], T(tile, x.k), g, m.num_groups, next, m.is_last ? 0 : g + m.num_groups);
+    }
     for (int64_t row = first_row; row < end_row; row += kRowBlock) {
       // A block asks for some of its lines in each chunk.
       if (are_far) {
