@@ -115,12 +115,24 @@ export function missingVllm(): string | null {
   return null;
 }
 
-/** vLLM's CPU build in bf16, with the libraries preloaded that its guide asks for, where they are. */
+/** vLLM's CPU build in bf16, with the libraries preloaded that its guide asks for, where they are. Without adapters it compiles. */
 export async function startVllm(
   plan: Omit<ServerPlan, 'kind'>,
   cpus: readonly number[],
 ): Promise<PeerServer> {
-  const folders = await adapterFolders(plan.shape, plan.adapters, plan.numAdapters);
+  const folders =
+    plan.numAdapters === 0 ? [] : await adapterFolders(plan.shape, plan.adapters, plan.numAdapters);
+  const lora = [
+    ...['--enable-lora', '--max-loras', `${Math.min(16, plan.numAdapters)}`],
+    ...[
+      '--max-lora-rank',
+      `${plan.adapters.rank}`,
+      '--max-cpu-loras',
+      `${plan.numAdapters}`,
+      '--lora-modules',
+    ],
+    ...folders.map((folder) => `${basename(folder)}=${folder}`),
+  ];
   const port = await freePort();
   const preload = [
     '/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4',
@@ -131,10 +143,8 @@ export async function startVllm(
     [
       ...['serve', await modelFolder(plan.shape), '--served-model-name', 'base', '--host', '127.0.0.1'],
       ...['--port', `${port}`, '--dtype', 'bfloat16', '--max-model-len', '1024'],
-      ...['--max-num-seqs', `${plan.maxClients}`, '--no-enable-prefix-caching', '--enable-lora'],
-      ...['--max-loras', `${Math.min(16, plan.numAdapters)}`, '--max-lora-rank', `${plan.adapters.rank}`],
-      ...['--max-cpu-loras', `${plan.numAdapters}`, '--lora-modules'],
-      ...folders.map((folder) => `${basename(folder)}=${folder}`),
+      ...['--max-num-seqs', `${plan.maxClients}`, '--no-enable-prefix-caching'],
+      ...(plan.numAdapters === 0 ? [] : lora),
     ],
     {
       ...process.env,
@@ -150,7 +160,11 @@ export async function startVllm(
   return {
     ...server,
     completion: (prompt, client, outputTokens) =>
-      openAiBody(basename(folders[client % folders.length]!), prompt, outputTokens),
+      openAiBody(
+        folders.length === 0 ? 'base' : basename(folders[client % folders.length]!),
+        prompt,
+        outputTokens,
+      ),
   };
 }
 

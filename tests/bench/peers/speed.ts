@@ -1,9 +1,13 @@
-/** Decode and prefill without adapters and without HTTP, beside llama.cpp's bench programs, with the roofs of the same rounds. */
+/**
+ * Decode and prefill without adapters and without HTTP, beside llama.cpp's bench programs and vLLM's server, which has no other
+ * way in, with the roofs of the same rounds.
+ */
 import {
   type Bench,
   compare,
   contextTokens,
   kvBytes,
+  largeAdapter,
   linearElements,
   llamaBuilds,
   medianNote,
@@ -13,13 +17,15 @@ import {
   ours,
   roofName,
 } from './bench.ts';
+import { runClosedLoop } from './closed-loop.ts';
 import { type LlamaCpp, llamaDecodeMs, llamaPrefillMs } from './llama-cpp.ts';
 import { type MotetSteps, openMotet } from './motet-steps.ts';
 import { type FileKind, modelGguf } from './peer-files.ts';
 import { bySetting, type CaseRecord, numRounds, type SettingSeries } from './record.ts';
 import { percent, showPercent, type Table } from './report.ts';
 import { measureRoof } from './roofs.ts';
-import type { Contestant } from './rounds.ts';
+import type { Contestant, Figures } from './rounds.ts';
+import { missingVllm, startVllm, vllmName } from './servers.ts';
 import { type ShapeName, shapes } from './shapes.ts';
 import { ratios, type Spread, shortNumber, spread } from './spread.ts';
 
@@ -29,7 +35,7 @@ const weightsFact = 'weights of ';
 
 export async function measureDecode(bench: Bench, shape: ShapeName): Promise<CaseRecord> {
   const room = { sequences: Math.max(...bench.batches), tokens: contextTokens + decodeSteps };
-  const { opened, theirs } = await openAll(bench, shape, room);
+  const { opened, theirs, servers } = await openAll(bench, shape, room);
   const series: SettingSeries[] = [];
   try {
     for (const batch of bench.batches) {
@@ -47,6 +53,14 @@ export async function measureDecode(bench: Bench, shape: ShapeName): Promise<Cas
           name,
           measure: async () => rate(await llamaDecodeMs(build, model, bench.threads, work)),
         })),
+        // The pace of a stream after its first token, among as many others.
+        ...servers.map(({ name, ask }) => ({
+          name,
+          measure: async () => rate((await ask(batch, contextTokens, decodeSteps)).tpotP50Ms!),
+          warmUp: async () => {
+            await ask(batch, contextTokens, 4);
+          },
+        })),
         roof(opened[0]?.steps.runtime.weightBytes ?? 2 ** 28, bench.threads),
       ];
       series.push(...(await compare(bench, `${shape}, decode`, `${batch}`, contestants)));
@@ -54,11 +68,12 @@ export async function measureDecode(bench: Bench, shape: ShapeName): Promise<Cas
     return { case: 'decode', shape, series, facts: weightFacts(opened) };
   } finally {
     for (const { steps } of opened) steps.close();
+    for (const { stop } of servers) await stop();
   }
 }
 
 export async function measurePrefill(bench: Bench, shape: ShapeName): Promise<CaseRecord> {
-  const { opened, theirs } = await openAll(bench, shape, { sequences: 1, tokens: prefillTokens });
+  const { opened, theirs, servers } = await openAll(bench, shape, { sequences: 1, tokens: prefillTokens });
   const rate = (ms: number) => ({ tokensPerSecond: (prefillTokens * 1000) / ms });
   try {
     const contestants: Contestant[] = [
@@ -73,13 +88,47 @@ export async function measurePrefill(bench: Bench, shape: ShapeName): Promise<Ca
         name,
         measure: async () => rate(await llamaPrefillMs(build, model, bench.threads, prefillTokens)),
       })),
+      ...servers.map(({ name, ask }) => ({
+        name,
+        measure: async () => rate((await ask(1, prefillTokens, 1)).ttftP50Ms!),
+        warmUp: async () => {
+          await ask(1, prefillTokens, 1);
+        },
+      })),
       roof(opened[0]?.steps.runtime.weightBytes ?? 2 ** 28, bench.threads),
     ];
     const series = await compare(bench, `${shape}, prefill`, `${prefillTokens}`, contestants);
     return { case: 'prefill', shape, series, facts: weightFacts(opened) };
   } finally {
     for (const { steps } of opened) steps.close();
+    for (const { stop } of servers) await stop();
   }
+}
+
+/** A server and what it does with `clients` requests at once. */
+interface Served {
+  name: string;
+  ask: (clients: number, promptTokens: number, outputTokens: number) => Promise<Figures>;
+  stop: () => Promise<void>;
+}
+
+async function serveVllm(bench: Bench, shape: ShapeName, maxClients: number): Promise<Served[]> {
+  if (!bench.peers.has('vllm')) return [];
+  const missing = missingVllm();
+  if (missing !== null) {
+    bench.skip('vllm', missing);
+    return [];
+  }
+  bench.onProgress(`${shape}: start ${vllmName}`);
+  const plan = { shape, adapters: largeAdapter, numAdapters: 0, maxClients, threads: bench.threads };
+  const server = await startVllm({ ...plan, formats: bench.formats }, bench.cpus);
+  let seed = Date.now() % 2 ** 31;
+  const ask: Served['ask'] = (clients, promptTokens, outputTokens) =>
+    runClosedLoop(server.url, (prompt, client) => server.completion(prompt, client, outputTokens), {
+      ...{ clients, requestsPerClient: 1, promptTokens, outputTokens },
+      ...{ vocabSize: shapes[shape].vocabSize, seed: seed++, timeoutMs: 600_000 },
+    });
+  return [{ name: vllmName, ask, stop: server.stop }];
 }
 
 interface Opened {
@@ -106,7 +155,11 @@ async function openAll(bench: Bench, shape: ShapeName, room: { sequences: number
       theirs.push({ name: `${build.name} ${kind}`, build, model: await modelGguf(shape, kind) });
     }
   }
-  return { opened, theirs };
+  const servers = await serveVllm(bench, shape, room.sequences).catch((error: Error) => {
+    bench.skip(vllmName, error.message);
+    return [];
+  });
+  return { opened, theirs, servers };
 }
 
 /** Four bits everywhere is what the ratios are of; the real file of SmolLM2 and eight bits are shown beside it. */
@@ -137,7 +190,7 @@ export function showDecode(record: CaseRecord): Table[] {
     };
   };
   const note =
-    `Output tokens per second of ${decodeSteps} steps after ${contextTokens} tokens, greedy. ${medianNote(numRounds(record))} ` +
+    `Output tokens per second of ${decodeSteps} steps after ${contextTokens} tokens, greedy; of vLLM by a stream's pace over HTTP. ${medianNote(numRounds(record))} ` +
     'Of read: the bytes of a step (weights and KV) over its time, as a share of the read bandwidth measured in the same round. ' +
     `Of int8: operations of the matrices over the time, as a share of the peak of vpdpbusd. Weights: ${megabytes(record, weightsFact)}.`;
   return [
@@ -156,7 +209,7 @@ export function showPrefill(record: CaseRecord): Table[] {
     gigabytes: null,
     gigaops: (2 * linearElements(shape, false) * rate) / 1e9,
   });
-  const note = `Prompt tokens per second of one prompt, the last row sampled. ${medianNote(numRounds(record))}`;
+  const note = `Prompt tokens per second of one prompt, the last row sampled; of vLLM by the time to its first token. ${medianNote(numRounds(record))}`;
   return [
     {
       title: `Prefill, ${shapes[shape].title}`,
