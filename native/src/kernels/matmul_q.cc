@@ -15,17 +15,27 @@
 namespace motet::MOTET_ISA {
 namespace {
 
-// Rows and tiles of the biggest block: what the registers hold. And tiles of one row, which are streams of memory: two are read
-// faster than one, four or eight on a Zen 5.
+// Few rows: rows and tiles of the biggest block that the registers hold. And tiles of one row, which are streams of memory: two are
+// read faster than one, four or eight on a Zen 5.
 #if defined(MOTET_ISA_avx512)
-constexpr int kMaxRows = 6, kTiles = 2, kTilesOfOne = 2;
+constexpr int kMaxRows = 6, kTilesOfFew = 2, kTilesOfOne = 2;
 #elif defined(MOTET_ISA_avx2)
-constexpr int kMaxRows = 4, kTiles = 1, kTilesOfOne = 2;
+constexpr int kMaxRows = 4, kTilesOfFew = 1, kTilesOfOne = 2;
 #else
-constexpr int kMaxRows = 2, kTiles = 1, kTilesOfOne = 1;
+constexpr int kMaxRows = 2, kTilesOfFew = 1, kTilesOfOne = 1;
 #endif
-// Few rows: up to two of the biggest blocks. On from there unpacking the weights first is faster.
+// Up to two of the biggest blocks. On from there unpacking the weights first is faster.
 constexpr int kFewRows = 2 * kMaxRows;
+// Many rows: tiles that go together, and how many rows of so many are a block. What is said of a row once serves all its tiles, so
+// that three by four are faster than two by six.
+#if defined(MOTET_ISA_amx)
+constexpr int kTiles = 2;
+#elif defined(MOTET_ISA_avx512)
+constexpr int kTiles = 3;
+#else
+constexpr int kTiles = 1;
+#endif
+constexpr int rows_of_turn(int tiles) { return tiles > 2 ? 4 : kMaxRows; }
 // How far ahead one or two rows ask for the weights of each stream, and more rows, which take longer, for the second level of
 // cache.
 constexpr int64_t kPrefetchBytes = 2048, kPrefetchFarBytes = 6144;
@@ -217,7 +227,7 @@ void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows
 template <WeightFormat kFormat, int kRows>
 MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
   if constexpr (kRows > 0) {
-    constexpr int kNum = kRows == 1 ? kTilesOfOne : kTiles;
+    constexpr int kNum = kRows == 1 ? kTilesOfOne : kTilesOfFew;
     constexpr int kFirst = kRows <= kMaxRows ? kRows : (kRows + 1) / 2;
     if (x.num_rows == kRows) return few_tiles<kFormat, kFirst, kRows - kFirst, kNum>(y, ldy, w, x, begin, end);
     few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end);
@@ -293,9 +303,9 @@ struct Many {
   int64_t first_row;
 };
 
-// Adds the groups to the sums of num_rows rows of a block. Of fewer than kRows the rest is computed of what lies behind
+// Adds the groups to the sums of num_rows rows of a block for all tiles, kNum of them. Of fewer than kRows the rest is computed of what lies behind
 // them, and dropped.
-template <WeightFormat kFormat, int kRows>
+template <WeightFormat kFormat, int kRows, int kNum>
 void block_many(const Many& m, int64_t row, int num_rows) {
   using U = Unpacked<kFormat, false>;
   constexpr FormatInfo kInfo = U::kInfo;
@@ -303,41 +313,41 @@ void block_many(const Many& m, int64_t row, int num_rows) {
   const RowsOfBlock rows(x, row);
   float* const sums = m.sums + (row - m.first_row) * kSumStride;
 
-  f32x16 acc[kRows][kTiles];
+  f32x16 acc[kRows][kNum];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 4
+    for (int t = 0; t < kNum; ++t)
       acc[r][t] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride + t * kTileColumns);
   }
-  const uint8_t* p[kTiles];
-  for (int t = 0; t < kTiles; ++t) p[t] = m.unpacked[t];
+  const uint8_t* p[kNum];
+  for (int t = 0; t < kNum; ++t) p[t] = m.unpacked[t];
   for (int64_t g = m.g_begin; g < m.g_begin + m.num_groups; ++g) {
-    i32x16 dot[kRows][kTiles];
+    i32x16 dot[kRows][kNum];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const i32x16 start = GroupOfRow<kFormat>(rows, r, g).zero_sum(x);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) dot[r][t] = start;
+#pragma GCC unroll 4
+      for (int t = 0; t < kNum; ++t) dot[r][t] = start;
     }
 #pragma GCC unroll 8
     for (int c = 0; c < U::kVectors; ++c) {
-      u8x64 w[kTiles];
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) w[t] = load_bytes(p[t] + 64 * c);
+      u8x64 w[kNum];
+#pragma GCC unroll 4
+      for (int t = 0; t < kNum; ++t) w[t] = load_bytes(p[t] + 64 * c);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const u8x64 word = bytes_word(GroupOfRow<kFormat>(rows, r, g).low + 4 * c);
-#pragma GCC unroll 2
-        for (int t = 0; t < kTiles; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], w[t], word);
+#pragma GCC unroll 4
+        for (int t = 0; t < kNum; ++t) dot[r][t] = dot4_weights<kFormat>(dot[r][t], w[t], word);
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const GroupOfRow<kFormat> group(rows, r, g);
       const u8x64 word = bytes_word(group.middle);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kNum; ++t) {
         const uint8_t* w = p[t] + 64 * group.chunk;
         if constexpr (U::kHasTimes16) {
           dot[r][t] = dot4(dot[r][t], load_bytes(w + 64 * U::kVectors), word);
@@ -351,16 +361,16 @@ void block_many(const Many& m, int64_t row, int num_rows) {
       for (int r = 0; r < kRows; ++r) {
         const GroupOfRow<kFormat> group(rows, r, g);
         const u8x64 word = bytes_word(group.wide);
-#pragma GCC unroll 2
-        for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 4
+        for (int t = 0; t < kNum; ++t) {
           const i32x16 product = dot4(i32_zero(), load_bytes(p[t] + 64 * group.chunk), word);
           dot[r][t] = dot[r][t] + shift_left<kWideShift>(product);
         }
       }
     }
-    f32x16 scale[kTiles], min[kTiles];
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) {
+    f32x16 scale[kNum], min[kNum];
+#pragma GCC unroll 4
+    for (int t = 0; t < kNum; ++t) {
       scale[t] = load(reinterpret_cast<const float*>(p[t] + U::kScaleAt));
       if constexpr (kInfo.has_min) min[t] = load(reinterpret_cast<const float*>(p[t] + U::kMinAt));
       p[t] += U::kBytes;
@@ -369,8 +379,8 @@ void block_many(const Many& m, int64_t row, int num_rows) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = GroupOfRow<kFormat>(rows, r, g).at;
       const f32x16 xs = f32_set1(x.scale[at]);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kNum; ++t) {
         acc[r][t] = fma(to_f32(dot[r][t]), scale[t] * xs, acc[r][t]);
         if constexpr (kInfo.has_min) acc[r][t] = fma(min[t], f32_set1(x.offsets[at]), acc[r][t]);
       }
@@ -380,9 +390,9 @@ void block_many(const Many& m, int64_t row, int num_rows) {
   const int64_t stride = m.is_last ? m.ldy : kSumStride;
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t)
-      if (r < num_rows && t < m.num_tiles) store(out + r * stride + t * kTileColumns, acc[r][t]);
+#pragma GCC unroll 4
+    for (int t = 0; t < kNum; ++t)
+      if (r < num_rows) store(out + r * stride + t * kTileColumns, acc[r][t]);
   }
 }
 
@@ -405,42 +415,40 @@ namespace motet::MOTET_ISA {
 namespace {
 #endif
 
-// The rows [row, row + num_rows) of one block, in turns of an even number.
-template <WeightFormat kFormat>
+// The rows [row, row + num_rows) of one block, in turns.
+template <WeightFormat kFormat, int kNum>
 void rows_of_block(const Many& m, int64_t row, int num_rows) {
-  for (int r = 0; r < num_rows;) {
-    const int left = num_rows - r;
-    // What leaves one or two rows over would take a turn for them alone.
-    const int turn = left > kMaxRows && left < kMaxRows + 3 ? (left + 1) / 2 : left < kMaxRows ? left : kMaxRows;
-    if (turn > 4 && kMaxRows > 4) block_many<kFormat, kMaxRows>(m, row + r, turn);
-    else if (turn > 2 && kMaxRows > 2) block_many<kFormat, 4>(m, row + r, turn);
-    else block_many<kFormat, 2>(m, row + r, turn);
-    r += turn;
+  constexpr int kTurn = rows_of_turn(kNum);
+  for (int r = 0; r < num_rows; r += kTurn) {
+    const int turn = num_rows - r < kTurn ? num_rows - r : kTurn;
+    if (turn > 4 && kTurn > 4) block_many<kFormat, kTurn, kNum>(m, row + r, turn);
+    else if (turn > 2 && kTurn > 2) block_many<kFormat, 4, kNum>(m, row + r, turn);
+    else block_many<kFormat, 2, kNum>(m, row + r, turn);
   }
 }
 
-// num_tiles tiles for the rows [first_row, end_row) of a pass. next_tiles: how many tiles on the next ones are; 0: there are
+// kNum tiles for the rows [first_row, end_row) of a pass. next_tiles: how many tiles on the next ones are; 0: there are
 // none.
-template <WeightFormat kFormat>
-void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const QuantizedRows& x, int64_t first_row,
-               int64_t end_row, int64_t next_tiles) {
+template <WeightFormat kFormat, int kNum>
+void many_rows(float* y, int64_t ldy, const uint8_t* tiles, const QuantizedRows& x, int64_t first_row, int64_t end_row,
+               int64_t next_tiles) {
   using T = Tile<kFormat>;
   constexpr bool kAmx = Amx<kFormat>::kUsed;
   using U = Unpacked<kFormat, kAmx && T::kInfo.zero != 0>;
   constexpr int64_t kChunkGroups = kChunkFeatures / T::kInfo.group_size;
-  alignas(64) uint8_t unpacked[kTiles][kChunkGroups * U::kBytes];
+  alignas(64) uint8_t unpacked[kNum][kChunkGroups * U::kBytes];
   alignas(64) float sums[(kMaxPassRows + kMaxRows) * kSumStride];
   const int64_t stride = T::bytes(x.k), groups = x.k / T::kInfo.group_size;
   const int64_t num_chunks = (groups + kChunkGroups - 1) / kChunkGroups;
   const bool are_far = (end_row - first_row) * ldy * static_cast<int64_t>(sizeof(float)) >= kFarResultBytes;
-  Many m{{}, num_tiles, &x, 0, 0, false, y, ldy, sums, first_row};
-  for (int t = 0; t < kTiles; ++t) m.unpacked[t] = unpacked[t < num_tiles ? t : 0];
+  Many m{{}, kNum, &x, 0, 0, false, y, ldy, sums, first_row};
+  for (int t = 0; t < kTiles; ++t) m.unpacked[t] = unpacked[t < kNum ? t : 0];
   for (int64_t g = 0; g < groups; g += kChunkGroups) {
     m.g_begin = g;
     m.num_groups = groups - g < kChunkGroups ? groups - g : kChunkGroups;
     m.is_last = g + m.num_groups == groups;
     // While the rows go over this chunk the next is on its way, or the first of the next tiles.
-    for (int t = 0; t < num_tiles; ++t) {
+    for (int t = 0; t < kNum; ++t) {
       const uint8_t* const tile = tiles + t * stride;
       const T next(m.is_last ? tile + next_tiles * stride : tile, x.k);
       U::fill(unpacked[t], T(tile, x.k), g, m.num_groups, next, m.is_last ? 0 : g + m.num_groups);
@@ -449,10 +457,10 @@ void many_rows(float* y, int64_t ldy, const uint8_t* tiles, int num_tiles, const
       // A block asks for some of its lines in each chunk.
       if (are_far) {
         for (int64_t r = g / kChunkGroups; r < x.block_rows(row); r += num_chunks)
-          for (int t = 0; t < num_tiles; ++t) prefetch_l2(y + (row + r) * ldy + t * kTileColumns);
+          for (int t = 0; t < kNum; ++t) prefetch_l2(y + (row + r) * ldy + t * kTileColumns);
       }
       if constexpr (kAmx) Amx<kFormat>::rows(m, row, x.block_rows(row));
-      else rows_of_block<kFormat>(m, row, x.block_rows(row));
+      else rows_of_block<kFormat, kNum>(m, row, x.block_rows(row));
     }
   }
 }
@@ -467,9 +475,20 @@ void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const Quantiz
   Amx<kFormat>::begin();
   for (int64_t row = 0; row < x.num_rows; row += pass_rows(x.k)) {
     const int64_t end_row = x.num_rows - row < pass_rows(x.k) ? x.num_rows : row + pass_rows(x.k);
-    for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
-      const int tiles = tile_end - t < kTiles ? static_cast<int>(tile_end - t) : kTiles;
-      many_rows<kFormat>(y + t * kTileColumns, ldy, w.data + t * stride, tiles, x, row, end_row, t + tiles < tile_end ? tiles : 0);
+    for (int64_t t = tile_begin; t < tile_end;) {
+      // Four are two and two, so that none is alone.
+      const int64_t left = tile_end - t, num = left == 4 && kTiles == 3 ? 2 : left < kTiles ? left : kTiles;
+      const auto go = [&]<int kNum>() {
+        many_rows<kFormat, kNum>(y + t * kTileColumns, ldy, w.data + t * stride, x, row, end_row, left > num ? num : 0);
+      };
+      if constexpr (kTiles > 2) {
+        if (num == 3) go.template operator()<3>();
+      }
+      if constexpr (kTiles > 1) {
+        if (num == 2) go.template operator()<2>();
+      }
+      if (num == 1) go.template operator()<1>();
+      t += num;
     }
   }
   Amx<kFormat>::end();
