@@ -8,6 +8,7 @@ import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { Dispatcher } from 'undici';
 import { formatStanding, modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
+import type { Connections } from './connections.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
@@ -31,7 +32,7 @@ export type Forward = {
   endpoints: Endpoints;
   router: Router;
   lengths: LengthPredictor;
-  dispatcher: Dispatcher;
+  connections: Connections;
   /** Sent with every request: who the gateway is. */
   engineHeaders: EngineHeaders;
   limits: ForwardLimits;
@@ -289,20 +290,20 @@ function noteLength({ lengths, onLength }: Forward, ask: Ask, { completionTokens
 
 /** Asks one engine. Returns when the answer is complete, or, for a stream, when its first bytes are here. */
 async function ask(
-  { dispatcher, endpoints, engineHeaders, limits }: Forward,
+  { connections, endpoints, engineHeaders, limits }: Forward,
   { endpoint }: Slot,
   { path, headers, body, ask: asked }: ForwardRequest,
   attempt: Attempt,
 ): Promise<Answer> {
   attempt.allow(limits.firstByteTimeoutMs);
   const options: Dispatcher.DispatchOptions = {
-    ...{ origin: endpoint.url, path, method: 'POST', body },
+    ...{ path, method: 'POST', body },
     headers: headerList(headers, formatStanding(asked), engineHeaders()),
   };
   const send = () => {
-    const exchange = new Exchange();
+    const exchange = new Exchange(connections, endpoint.url);
     attempt.watch(exchange);
-    exchange.send(dispatcher, options);
+    exchange.send(options);
     return exchange;
   };
   let exchange = send();

@@ -10,6 +10,7 @@ import { createListener } from './app.ts';
 import { startBatches } from './batches/start.ts';
 import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
+import { Connections } from './connections.ts';
 import { Traffic } from './console/traffic.ts';
 import { type Directory, listedDirectory } from './directory.ts';
 import { Endpoints, listedEngine } from './endpoints.ts';
@@ -71,11 +72,9 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     metrics.shed.inc({ tenant, reason }),
   );
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
-  const dispatcher = new Agent({
-    connect: { timeout: config.connectTimeoutMs },
-    headersTimeout: 0,
-    bodyTimeout: 0,
-  });
+  const toEngines = { connect: { timeout: config.connectTimeoutMs }, headersTimeout: 0, bodyTimeout: 0 };
+  const connections = new Connections(toEngines);
+  const shadowAgent = new Agent(toEngines);
   watchRouting(metrics, router, endpoints);
   watchState(metrics, { endpoints, directory, admission });
   watchQuota(metrics, usage, () => meters instanceof RedisMeters && !meters.isShared);
@@ -83,7 +82,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   const routes = new Routes({
     admission,
     endpoints,
-    dispatcher,
+    dispatcher: shadowAgent,
     engineHeaders,
     timeoutMs: config.firstByteTimeoutMs,
     draining: draining.signal,
@@ -97,7 +96,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     endpoints,
     router,
     lengths: new LengthPredictor(),
-    dispatcher,
+    connections,
     engineHeaders,
     limits: config,
     onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
@@ -151,7 +150,8 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
       await usage.close();
       await directory.close();
       await endpoints.close();
-      await dispatcher.destroy();
+      await connections.destroy();
+      await shadowAgent.destroy();
       await quota.close();
     },
   };
