@@ -60,9 +60,13 @@ TEST_P(MatmulTest, IntegerProductIsTheContractsChain) {
                           {7, 80, 128},
                           {8, 31, 96},
                           {13, 49, 224},
+                          {13, 48, 96},
                           {16, 32, 416},
+                          {17, 96, 320},
+                          {21, 80, 288},
                           {24, 17, 64},
                           {31, 32, 64},
+                          {33, 112, 64},
                           {39, 64, 800}}) {
       SCOPED_TRACE(testing::Message()
                    << "format " << int(format) << " rows " << s.rows << " n " << s.n << " k " << s.k);

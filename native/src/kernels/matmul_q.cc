@@ -2,7 +2,7 @@
 //
 // Few rows are bound by reading the weights: they go over the packed bytes as these come from memory, all rows at once, or
 // half of them and then the other half.
-// Many rows are bound by arithmetic: a pair of tiles is unpacked a chunk of K at a time into a buffer that fits the first
+// Many rows are bound by arithmetic: some tiles are unpacked a chunk of K at a time into a buffer that fits the first
 // level of cache, and then all rows go over it, their sums waiting in y between chunks. Where the processor has integer
 // tile registers (AMX), blocks of sixteen rows use those.
 //
