@@ -3,7 +3,7 @@
 import { beforeAll, describe, expect, onTestFinished, test } from 'vitest';
 import { installCrds } from '../crds/install-crds.ts';
 import { type ControlPlane, sharedControlPlane, startControlPlane } from '../fixtures/control-plane.ts';
-import { answerForever, beginStream, chunkEvent, refuse, startFakeEngine } from '../fixtures/fake-engine.ts';
+import { answer, answerForever, beginStream, chunkEvent, refuse, startFakeEngine } from '../fixtures/fake-engine.ts';
 import { adapterRoute, baseModel, loraAdapter } from './resources.ts';
 import { type Cluster, type Engine, metricOf, modelIds, startCluster } from './start-cluster.ts';
 import { chatBody, errorOf, type TestGateway, until } from './start-gateway.ts';
@@ -65,6 +65,8 @@ describe('pods', () => {
     const received = engine.fake.nextReceived();
     const stream = await gateway.chat(chatBody({ stream: true }));
     const { res } = await received;
+    // What is asked meanwhile ends: it would fill the engine, and what comes then wait for a place.
+    engine.fake.script = answer;
     engine.fake.isReady = false;
     await until(
       () => statusOf(gateway, 'base'),
