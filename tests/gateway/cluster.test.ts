@@ -3,7 +3,14 @@
 import { beforeAll, describe, expect, onTestFinished, test } from 'vitest';
 import { installCrds } from '../crds/install-crds.ts';
 import { type ControlPlane, sharedControlPlane, startControlPlane } from '../fixtures/control-plane.ts';
-import { answer, answerForever, beginStream, chunkEvent, refuse, startFakeEngine } from '../fixtures/fake-engine.ts';
+import {
+  answer,
+  answerForever,
+  beginStream,
+  chunkEvent,
+  refuse,
+  startFakeEngine,
+} from '../fixtures/fake-engine.ts';
 import { adapterRoute, baseModel, loraAdapter } from './resources.ts';
 import { type Cluster, type Engine, metricOf, modelIds, startCluster } from './start-cluster.ts';
 import { chatBody, errorOf, type TestGateway, until } from './start-gateway.ts';
