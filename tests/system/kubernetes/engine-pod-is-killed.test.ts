@@ -29,9 +29,9 @@ async function streamToItsEnd(model: string): Promise<Ending> {
     const stream = await motet.client.chat.completions.create({
       model,
       messages: [{ role: 'user', content: 'Count to one hundred.' }],
-      max_tokens: 400,
+      max_tokens: 1200,
       stream: true,
-      // It goes on to max_tokens, so that the pod dies in the middle.
+      // It goes on to max_tokens, so that the pod dies in the middle: its end comes seconds after it is deleted.
       ...{ ignore_eos: true },
     });
     for await (const { choices } of stream) if (choices[0]?.finish_reason) finished = true;
