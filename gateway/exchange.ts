@@ -2,8 +2,7 @@
 // engine's bytes and the client's there is no stream, and no promise but those of the answer's beginning and end.
 
 import type { IncomingHttpHeaders } from 'node:http';
-import type { Client, Dispatcher } from 'undici';
-import type { Connections } from './connections.ts';
+import type { Dispatcher } from 'undici';
 
 export type Head = { status: number; headers: IncomingHttpHeaders; isStream: boolean };
 
@@ -32,14 +31,8 @@ export class Exchange implements Dispatcher.DispatchHandler {
   #sink: Sink | null = null;
   #isOver = false;
   #error: unknown = null;
-  readonly #connections: Connections;
-  readonly #origin: string;
-  readonly #client: Client;
 
-  constructor(connections: Connections, origin: string) {
-    this.#connections = connections;
-    this.#origin = origin;
-    this.#client = connections.take(origin);
+  constructor() {
     this.head = new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
@@ -47,11 +40,10 @@ export class Exchange implements Dispatcher.DispatchHandler {
   }
 
   /** Sends it. What goes wrong is told by `head` or the sink. */
-  send(options: Dispatcher.DispatchOptions): void {
+  send(dispatcher: Dispatcher, options: Dispatcher.DispatchOptions): void {
     try {
-      this.#client.dispatch(options, this);
+      dispatcher.dispatch(options, this);
     } catch (error) {
-      this.#connections.drop(this.#client);
       this.#fail(error);
     }
   }
@@ -112,7 +104,6 @@ export class Exchange implements Dispatcher.DispatchHandler {
   }
 
   onResponseEnd(_: Dispatcher.DispatchController, trailers: IncomingHttpHeaders): void {
-    this.#connections.give(this.#origin, this.#client);
     if (this.#isOver) return;
     if (this.#head!.isStream && this.#sink === null && this.#held.length === 0) {
       this.#fail(new Error('the stream ended before its first event'));
@@ -125,7 +116,6 @@ export class Exchange implements Dispatcher.DispatchHandler {
   }
 
   onResponseError(_: Dispatcher.DispatchController | undefined, error: Error): void {
-    this.#connections.drop(this.#client);
     if (!this.#isOver) this.#fail(error);
   }
 

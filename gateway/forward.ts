@@ -8,7 +8,6 @@ import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { Dispatcher } from 'undici';
 import { formatStanding, modelHeader, usageHeader } from '../engine/protocol.ts';
 import type { Admission, Slot } from './admission.ts';
-import type { Connections } from './connections.ts';
 import type { Endpoint, Endpoints } from './endpoints.ts';
 import type { EngineHeaders } from './engine-headers.ts';
 import { type ErrorCode, errorBody, GatewayError } from './errors.ts';
@@ -32,7 +31,7 @@ export type Forward = {
   endpoints: Endpoints;
   router: Router;
   lengths: LengthPredictor;
-  connections: Connections;
+  dispatcher: Dispatcher;
   /** Sent with every request: who the gateway is. */
   engineHeaders: EngineHeaders;
   limits: ForwardLimits;
@@ -290,20 +289,20 @@ function noteLength({ lengths, onLength }: Forward, ask: Ask, { completionTokens
 
 /** Asks one engine. Returns when the answer is complete, or, for a stream, when its first bytes are here. */
 async function ask(
-  { connections, endpoints, engineHeaders, limits }: Forward,
+  { dispatcher, endpoints, engineHeaders, limits }: Forward,
   { endpoint }: Slot,
   { path, headers, body, ask: asked }: ForwardRequest,
   attempt: Attempt,
 ): Promise<Answer> {
   attempt.allow(limits.firstByteTimeoutMs);
   const options: Dispatcher.DispatchOptions = {
-    ...{ path, method: 'POST', body },
+    ...{ origin: endpoint.url, path, method: 'POST', body },
     headers: headerList(headers, formatStanding(asked), engineHeaders()),
   };
   const send = () => {
-    const exchange = new Exchange(connections, endpoint.url);
+    const exchange = new Exchange();
     attempt.watch(exchange);
-    exchange.send(options);
+    exchange.send(dispatcher, options);
     return exchange;
   };
   let exchange = send();

@@ -10,7 +10,6 @@ import { createListener } from './app.ts';
 import { startBatches } from './batches/start.ts';
 import { Cluster, loadKubeConfig } from './cluster.ts';
 import { type Config, ConfigError, helpText, parseConfig } from './config.ts';
-import { Connections } from './connections.ts';
 import { Traffic } from './console/traffic.ts';
 import { type Directory, listedDirectory } from './directory.ts';
 import { Endpoints, listedEngine } from './endpoints.ts';
@@ -72,9 +71,11 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     metrics.shed.inc({ tenant, reason }),
   );
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
-  const toEngines = { connect: { timeout: config.connectTimeoutMs }, headersTimeout: 0, bodyTimeout: 0 };
-  const connections = new Connections(toEngines);
-  const shadowAgent = new Agent(toEngines);
+  const dispatcher = new Agent({
+    connect: { timeout: config.connectTimeoutMs },
+    headersTimeout: 0,
+    bodyTimeout: 0,
+  });
   watchRouting(metrics, router, endpoints);
   watchState(metrics, { endpoints, directory, admission });
   watchQuota(metrics, usage, () => meters instanceof RedisMeters && !meters.isShared);
@@ -82,7 +83,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
   const routes = new Routes({
     admission,
     endpoints,
-    dispatcher: shadowAgent,
+    dispatcher,
     engineHeaders,
     timeoutMs: config.firstByteTimeoutMs,
     draining: draining.signal,
@@ -96,7 +97,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     endpoints,
     router,
     lengths: new LengthPredictor(),
-    connections,
+    dispatcher,
     engineHeaders,
     limits: config,
     onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
@@ -150,8 +151,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
       await usage.close();
       await directory.close();
       await endpoints.close();
-      await connections.destroy();
-      await shadowAgent.destroy();
+      await dispatcher.destroy();
       await quota.close();
     },
   };

@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kTaskMacs = 256 * 1024;
 // Tasks per thread that an operation is cut into, so that a thread that was held up is caught up with.
 constexpr int kTasksPerThread = 4;
-// Least groups of activations worth a task: about three microseconds.
+// Least groups of activations worth a task: about five microseconds.
 constexpr int64_t kQuantizeTaskGroups = 512;
 // Query rows of one prefill task at most: enough to share each key load.
 constexpr int kAttentionTaskRows = 32;
