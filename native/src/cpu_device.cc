@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -45,6 +46,12 @@ constexpr double kShrinkBytesPerNs = 25, kShrinkMacsPerNs = 60, kShrinkTaskNs = 
 constexpr int kTilesPerLoraTile = kLoraTileColumns / kTileColumns;
 // Least tiles of a task of one or two rows, in tiles of adapters.
 constexpr int kStreamUnits = 6;
+
+// Of the adapters' B: how much a thread asks for while it computes the product that this is added to, a part of its second level of
+// cache; the least tiles of adapters of such a product; and how many pieces of memory that may be.
+constexpr size_t kDeltaBytes = 256 << 10;
+constexpr size_t kLeastUnits = 3;
+constexpr int kMaxAheadPieces = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -141,8 +148,7 @@ class CpuDevice final : public Device {
     const int k = projections[0].weight->in_features;
     const bool any_quantized =
         !reference_mode_ && std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return is_quantized(p.weight->format); });
-    if (any_quantized) quantize(x, ldx, num_rows, k);
-    shrink_deltas(projections, x, ldx, num_rows, k, layer, lora);
+    quantize_and_shrink(any_quantized, projections, x, ldx, num_rows, k, layer, lora);
 
     // A task's columns get their deltas as soon as they are there, while they are in the cache. Many rows are cut into passes
     // first: a thread that goes on in its pass finds the activations in its cache.
@@ -157,14 +163,20 @@ class CpuDevice final : public Device {
       for_each_part(task, projections, [&](size_t i, int begin, int end) {
         const Projection& p = projections[i];
         const Deltas& deltas = deltas_[task.pass * projections.size() + i];
-        if (deltas.num_jobs > 0) prefetch_deltas(deltas, begin / kTilesPerLoraTile);
         float* const y = p.y + row_begin * p.ldy;
-        if (!reference_mode_ && is_quantized(p.weight->format)) {
-          kernels_.matmul_q(y, p.ldy, *p.weight, rows_of(quantized_, row_begin, row_end), begin, end);
-        } else {
-          kernels_.matmul_f(y, p.ldy, *p.weight, x + row_begin * ldx, ldx, row_end - row_begin, begin, end);
+        // As many tiles at once as what expand reads of them is asked for.
+        const int step = deltas.num_jobs > 0 ? tiles_of_turn(deltas) : end - begin;
+        for (int from = begin, to; from < end; from = to) {
+          to = std::min(from + step, end);
+          if (!reference_mode_ && is_quantized(p.weight->format)) {
+            Ahead pieces[kMaxAheadPieces];
+            const int num_pieces = deltas.num_jobs > 0 ? deltas_ahead(deltas, from, to, pieces) : 0;
+            kernels_.matmul_q(y, p.ldy, *p.weight, rows_of(quantized_, row_begin, row_end), from, to, pieces, num_pieces);
+          } else {
+            kernels_.matmul_f(y, p.ldy, *p.weight, x + row_begin * ldx, ldx, row_end - row_begin, from, to);
+          }
+          if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, from, to);
         }
-        if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, begin, end);
       });
     });
     for (const auto& p : projections)
@@ -622,7 +634,7 @@ class CpuDevice final : public Device {
   template <typename F>
   void run(int num_tasks, F&& f) {
     if (num_tasks == 1) return f(0, 0);
-    pool_.run(num_tasks, f);
+    if (num_tasks > 1) pool_.run(num_tasks, f);
   }
 
   // Calls f(begin, end) over rows, in this thread when there is too little to share.
@@ -634,7 +646,7 @@ class CpuDevice final : public Device {
     run(static_cast<int>(ceil_div(num_rows, per_task)), [&](int t, int) { f(t * per_task, std::min(num_rows, (t + 1) * per_task)); });
   }
 
-  void quantize(const float* x, int64_t ldx, int num_rows, int k) {
+  void place_quantized(int num_rows, int k) {
     const size_t places = static_cast<size_t>(num_rows) * (k / kActivationGroup) + kRowBlock;
     grow(q_bytes_, places * 2 * kActivationGroup / sizeof(float));
     grow(q_scales_, places);
@@ -648,29 +660,33 @@ class CpuDevice final : public Device {
     }
     quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), q_offsets_.data.get(), q_sums_.data(), q_first_sums_.data(),
                   q_chunks_.data(), q_middles_.data(), q_highs_.data(), k, num_rows};
-    // Pieces of one block of rows each: what two threads write lies apart.
-    const int64_t groups = k / kActivationGroup, num_blocks = ceil_div(num_rows, int64_t{kRowBlock});
-    const int64_t wanted = std::min(num_rows * groups / kQuantizeTaskGroups, int64_t{pool_.num_threads()} * kTasksPerThread);
-    const int64_t ranges = std::clamp(ceil_div(wanted, num_blocks), int64_t{1}, ceil_div(groups, int64_t{16}));
-    run(static_cast<int>(num_blocks * ranges), [&](int task, int) {
-      const int row = static_cast<int>(task / ranges) * kRowBlock;
-      const int64_t range = task % ranges;
-      kernels_.quantize_rows(quantized_, x, ldx, row, std::min(row + kRowBlock, num_rows), static_cast<int>(groups * range / ranges),
-                             static_cast<int>(groups * (range + 1) / ranges));
-    });
   }
 
-  // Lists the modules that the rows' adapters have on these projections, and computes x · Aᵀ of them all.
-  void shrink_deltas(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int k, int layer, const LoraPlan& lora) {
+  // Both read x alone, so they go together: each time that threads wait for one another takes microseconds.
+  void quantize_and_shrink(bool quantizes, std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int k, int layer,
+                           const LoraPlan& lora) {
+    if (quantizes) place_quantized(num_rows, k);
     plan_jobs(projections, num_rows, layer, lora);
-    if (jobs_.empty()) return;
-    plan_pieces(lora, k);
-    run(static_cast<int>(tasks_.size()), [&](int index, int) {
-      const Task& task = tasks_[index];
-      for (int i = task.begin; i < task.end; ++i) {
-        const Piece& piece = pieces_[i];
-        kernels_.lora_shrink(&jobs_[piece.first_job], piece.num_jobs, x, ldx, k, piece.row_begin, piece.row_end, piece.j_begin, piece.j_end);
+    tasks_.clear();
+    if (!jobs_.empty()) plan_pieces(lora, k);
+    // To quantise: pieces of one block of rows each, so that what two threads write lies apart.
+    const int64_t groups = k / kActivationGroup, num_blocks = ceil_div(num_rows, int64_t{kRowBlock});
+    const int64_t wanted = std::min(num_rows * groups / kQuantizeTaskGroups, int64_t{pool_.num_threads()} * kTasksPerThread);
+    const int64_t ranges = std::clamp(ceil_div(wanted, num_blocks), int64_t{1}, std::max<int64_t>(ceil_div(groups, int64_t{16}), 1));
+    const int num_shrinks = static_cast<int>(tasks_.size()), num_quantizes = quantizes ? static_cast<int>(num_blocks * ranges) : 0;
+    run(num_shrinks + num_quantizes, [&](int index, int) {
+      if (index < num_shrinks) {
+        const Task& task = tasks_[index];
+        for (int i = task.begin; i < task.end; ++i) {
+          const Piece& piece = pieces_[i];
+          kernels_.lora_shrink(&jobs_[piece.first_job], piece.num_jobs, x, ldx, k, piece.row_begin, piece.row_end, piece.j_begin, piece.j_end);
+        }
+        return;
       }
+      const int64_t range = (index - num_shrinks) % ranges;
+      const int row = static_cast<int>((index - num_shrinks) / ranges) * kRowBlock;
+      kernels_.quantize_rows(quantized_, x, ldx, row, std::min(row + kRowBlock, num_rows), static_cast<int>(groups * range / ranges),
+                             static_cast<int>(groups * (range + 1) / ranges));
     });
   }
 
@@ -843,14 +859,32 @@ class CpuDevice final : public Device {
     }
   }
 
-  // Asks for what expand reads first, so that it comes while the base's tiles are computed.
-  void prefetch_deltas(const Deltas& deltas, int tile) {
-    constexpr size_t kBytes = 2048;
-    for (int i = 0; i < std::min(deltas.num_jobs, kLoraStreams); ++i) {
-      const LoraModule& module = *jobs_[deltas.first_job + i].module;
-      const auto* from = static_cast<const uint8_t*>(module.b_tiles[tile]);
-      for (size_t b = 0; b < std::min(kBytes, lora_b_tile_bytes(module.format, module.rank)); b += 64) __builtin_prefetch(from + b, 0, 2);
+  // How many packed tiles a product goes over before their deltas are added: whole tiles of the adapters.
+  int tiles_of_turn(const Deltas& deltas) const {
+    size_t bytes = 1;
+    for (const LoraJob& job : std::span(jobs_).subspan(deltas.first_job, deltas.num_jobs)) bytes += lora_b_tile_bytes(job.module->format, job.module->rank);
+    return static_cast<int>(std::clamp<size_t>(kDeltaBytes / bytes, kLeastUnits, INT_MAX / kTilesPerLoraTile)) * kTilesPerLoraTile;
+  }
+
+  // What expand reads for the packed tiles [begin, end), in its order, up to kDeltaBytes of it.
+  int deltas_ahead(const Deltas& deltas, int begin, int end, Ahead (&pieces)[kMaxAheadPieces]) const {
+    const int first = begin / kTilesPerLoraTile, last = static_cast<int>(ceil_div(end, kTilesPerLoraTile));
+    int count = 0;
+    size_t bytes = 0;
+    for (const LoraJob& job : std::span(jobs_).subspan(deltas.first_job, deltas.num_jobs)) {
+      const LoraModule& module = *job.module;
+      const size_t tile_bytes = lora_b_tile_bytes(module.format, module.rank);
+      for (int t = first; t < last; ++t, bytes += tile_bytes) {
+        const auto* const at = static_cast<const uint8_t*>(module.b_tiles[t]);
+        if (t > first && pieces[count - 1].end == at) {
+          pieces[count - 1].end += tile_bytes;
+        } else {
+          if (count == kMaxAheadPieces || bytes >= kDeltaBytes) return count;
+          pieces[count++] = {at, at + tile_bytes};
+        }
+      }
     }
+    return count;
   }
 
   // y[rows] += delta for the packed tiles [begin, end), which begin with a tile of the adapters. A row's deltas are added in
@@ -877,7 +911,7 @@ class CpuDevice final : public Device {
   QuantizedRows quantized_{};
   std::vector<int32_t> q_sums_, q_first_sums_, q_chunks_, q_middles_, q_highs_;
   std::vector<Task> tasks_, next_tasks_;
-  std::vector<ThreadPool::Ahead> ahead_;
+  std::vector<Ahead> ahead_;
   std::vector<Deltas> deltas_, all_deltas_;  // of each pass of rows and each projection; before rows are cut
   std::vector<LoraJob> jobs_, all_jobs_;     // projection after projection
   std::vector<int> group_of_job_, next_job_;

@@ -18,7 +18,7 @@ void pause() {
 }
 
 // Asks for one KiB. The second level of cache: the first is small and busy.
-void ask(ThreadPool::Ahead& ahead) {
+void ask(Ahead& ahead) {
   for (int i = 0; i < 16 && ahead.at < ahead.end; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
 }
 

@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels/kernels.h"
+
 namespace motet {
 
 class ThreadPool {
@@ -21,12 +23,6 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
-
-  // Bytes that a thread reads first in some later call.
-  struct Ahead {
-    const uint8_t* at = nullptr;
-    const uint8_t* end = nullptr;
-  };
 
   // Calls function(task, thread) once for every task in [0, num_tasks), tasks claimed in ascending order,
   // thread in [0, num_threads); returns when all are done, and then everything they wrote is visible. The

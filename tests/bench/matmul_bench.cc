@@ -125,7 +125,7 @@ void product(ThreadPool& pool, const Case& c, const Buffer& weights, int n, int 
     pool.run((tiles + per_task - 1) / per_task, [&](int task, int) {
       const int begin = task * per_task, end = std::min(begin + per_task, tiles);
       if (is_quantized(c.format))
-        kernels().matmul_q(y.data(), n, w, quantized, begin, end);
+        kernels().matmul_q(y.data(), n, w, quantized, begin, end, nullptr, 0);
       else
         kernels().matmul_f(y.data(), n, w, x.data(), k, rows, begin, end);
     });

@@ -82,7 +82,7 @@ TEST_P(MatmulTest, IntegerProductIsTheContractsChain) {
         for (int n = 0; n < tiles * kTileColumns; ++n)
           expected[size_t(r) * ldy + n] = n < s.n ? chain_q(w, x, r, n) : 0;
       }
-      kernels_.matmul_q(y.data(), ldy, view(w, bytes), x.view(), 0, tiles);
+      kernels_.matmul_q(y.data(), ldy, view(w, bytes), x.view(), 0, tiles, nullptr, 0);
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(y, expected));
     }
   }
@@ -111,7 +111,7 @@ TEST_P(MatmulTest, IntegerProductIsExactAtTheExtremes) {
         std::vector<float> y(size_t(rows) * 16), expected(y.size());
         for (int r = 0; r < rows; ++r)
           for (int n = 0; n < 16; ++n) expected[size_t(r) * 16 + n] = chain_q(w, x, r, n);
-        kernels_.matmul_q(y.data(), 16, view(w, bytes), x.view(), 0, 1);
+        kernels_.matmul_q(y.data(), 16, view(w, bytes), x.view(), 0, 1, nullptr, 0);
         ASSERT_NO_FATAL_FAILURE(expect_same_bits(y, expected, "format " + std::to_string(int(format))));
       }
     }
@@ -129,7 +129,7 @@ TEST_P(MatmulTest, IntegerProductIsCloseToTheRealOne) {
     Rows rows(1, k);
     kernels_.quantize_rows(rows.view(), x.data(), k, 0, 1, 0, k / kActivationGroup);
     std::vector<float> y(n);
-    kernels_.matmul_q(y.data(), n, view(w, bytes), rows.view(), 0, n / kTileColumns);
+    kernels_.matmul_q(y.data(), n, view(w, bytes), rows.view(), 0, n / kTileColumns, nullptr, 0);
     double error = 0, total = 0;
     for (int c = 0; c < n; ++c) {
       double exact = 0;
@@ -207,7 +207,7 @@ TEST_P(MatmulTest, SplittingRowsAndTilesChangesNothing) {
         return kernels_.matmul_f(y + row * n, n, view(w, bytes), x.data() + row * k, k, num_rows, tile_begin,
                                  tile_end);
       Rows part = quantize({x.begin() + row * k, x.begin() + (row + num_rows) * k}, num_rows, k);
-      kernels_.matmul_q(y + row * n, n, view(w, bytes), part.view(), tile_begin, tile_end);
+      kernels_.matmul_q(y + row * n, n, view(w, bytes), part.view(), tile_begin, tile_end, nullptr, 0);
     };
     std::vector<float> whole(size_t(rows) * n), parts(size_t(rows) * n, kUntouched);
     product(whole.data(), 0, rows, 0, tiles);
@@ -221,6 +221,32 @@ TEST_P(MatmulTest, SplittingRowsAndTilesChangesNothing) {
       row += num_rows;
     }
     ASSERT_NO_FATAL_FAILURE(expect_same_bits(parts, whole, "format " + std::to_string(int(format))));
+  }
+}
+
+// Pieces of any size, more of them than there are turns and fewer.
+TEST_P(MatmulTest, WhatIsAskedForAheadChangesNoBits) {
+  Random random(9);
+  const int n = 80, k = 160;
+  const AlignedVector<uint8_t> memory(4096);
+  std::vector<Ahead> ahead;
+  for (int i = 0; i < 50; ++i) {
+    const int begin = random.integer(0, 4000), length = random.integer(1, 4096 - begin);
+    ahead.push_back({memory.data() + begin, memory.data() + begin + length});
+  }
+  for (WeightFormat format : all_formats()) {
+    if (!is_quantized(format)) continue;
+    const AlignedVector<uint8_t> bytes = pack(random_matrix(random, format, n, k));
+    const PackedMatrix w{format, n, k, bytes.data()};
+    for (const int rows : {1, 2, 7, 12, 13, 40}) {
+      Rows x = quantize(random.normals(size_t(rows) * k), rows, k);
+      std::vector<float> without(size_t(rows) * n), with = without;
+      kernels_.matmul_q(without.data(), n, w, x.view(), 0, n / kTileColumns, nullptr, 0);
+      for (const int count : {1, 50}) {
+        kernels_.matmul_q(with.data(), n, w, x.view(), 0, n / kTileColumns, ahead.data(), count);
+        ASSERT_NO_FATAL_FAILURE(expect_same_bits(with, without, "format " + std::to_string(int(format)) + ", rows " + std::to_string(rows)));
+      }
+    }
   }
 }
 
@@ -238,7 +264,7 @@ TEST_P(MatmulTest, EveryNumberOfRowsGivesTheSameBits) {
       const int num_rows = static_cast<int>(rows.size()) / k;
       Rows quantized = quantize(rows, num_rows, k);
       std::vector<float> y(size_t(num_rows) * n);
-      kernels_.matmul_q(y.data(), n, view(w, bytes), quantized.view(), 0, n / kTileColumns);
+      kernels_.matmul_q(y.data(), n, view(w, bytes), quantized.view(), 0, n / kTileColumns, nullptr, 0);
       return y;
     };
     std::vector<float> alone;
@@ -263,7 +289,7 @@ TEST_P(MatmulTest, NothingOutsideTheTilesIsWritten) {
   const std::vector<float> x = random.normals(size_t(rows) * k);
   Rows quantized = quantize(x, rows, k);
   std::vector<float> q(size_t(rows) * n, kUntouched), f = q;
-  kernels_.matmul_q(q.data(), n, view(w, bytes), quantized.view(), 1, 3);
+  kernels_.matmul_q(q.data(), n, view(w, bytes), quantized.view(), 1, 3, nullptr, 0);
   kernels_.matmul_f(f.data(), n, view(w, bytes), x.data(), k, rows, 1, 3);
   for (int i = 0; i < rows * n; ++i) {
     const bool inside = i % n >= 16 && i % n < 48;

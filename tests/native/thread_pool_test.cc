@@ -35,7 +35,7 @@ TEST_P(ThreadPoolTest, RunsEveryTaskOnceWhereEachThreadHasItsOwn) {
   ThreadPool pool(GetParam());
   const std::vector<uint8_t> bytes(1 << 16);
   // The last ends within a line, and is longer than a wait.
-  std::vector<ThreadPool::Ahead> ahead(GetParam(), {bytes.data(), bytes.data() + 100});
+  std::vector<Ahead> ahead(GetParam(), {bytes.data(), bytes.data() + 100});
   ahead.back().end = bytes.data() + bytes.size();
   for (int call = 0; call < 300; ++call) {
     const int num_tasks = call % 20;

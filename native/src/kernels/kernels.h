@@ -68,6 +68,12 @@ inline constexpr int kPeakShift = 4;               // m counts 16ths
 inline constexpr int kWideShift = 11;              // t counts 2048ths
 inline constexpr float kPeakMax = 127 * 128 + 63;  // the greatest |n| of a peak
 
+// Bytes that a thread reads later than what it does now.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  const uint8_t* end = nullptr;
+};
+
 // What KV blocks hold. kF32: for reference. kF16: saturated to ±65504. kInt8: per position and head n · scale, n from −127 to
 // 127 and the scale in f16, rounded up; keys rotated by a Hadamard matrix, which queries are too. On SmolLM2-135M the rotation
 // brings the divergence from f32 down from 0.0026 to 0.0012 nats; f16 is at 0.0007.
@@ -206,8 +212,10 @@ struct Kernels {
   // y[r][n] = Σ_k x[r][k] · w[n][k] for the tiles [tile_begin, tile_end), integer dot products per group:
   //   y = fma chain over groups, in order, from 0:  y ← fma(f32(Σ q_w·n_x − zero·Σ n_x), scale_w·scale_x, y), then
   //   y ← fma(min, scale_x·f32(Σ n_x), y) where the format has a min.
-  // y has room for whole tiles (ldy ≥ 16·numTiles). Quantised formats only.
-  void (*matmul_q)(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin, int tile_end);
+  // y has room for whole tiles (ldy ≥ 16·numTiles). Quantised formats only. On the way it asks for the num_ahead pieces `ahead`, none
+  // of them empty, a few lines at a time, so that they are in the second level of cache when it is done.
+  void (*matmul_q)(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin, int tile_end, const Ahead* ahead,
+                   int num_ahead);
 
   // The same with f32 activations, any format: w dequantised as fma(f32(q − zero), scale, min), y ← fma(w, x, y) over k in order.
   void (*matmul_f)(float* y, int64_t ldy, const PackedMatrix& w, const float* x, int64_t ldx, int num_rows, int tile_begin, int tile_end);

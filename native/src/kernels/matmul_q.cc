@@ -98,6 +98,38 @@ MOTET_INLINE bool any_wide(const RowsOfBlock& rows, int64_t g) {
   return (bits(load_i32(highs) == i32_zero()) & kAll) != kAll;
 }
 
+// Asks for pieces of memory in turns of so many lines.
+class Asker {
+ public:
+  // In the first num_turns turns all is asked for.
+  Asker(const Ahead* pieces, int num_pieces, int64_t num_turns) : piece_(pieces), end_(pieces + num_pieces) {
+    int64_t lines = 0;
+    for (const Ahead* p = piece_; p < end_; ++p) lines += (p->end - p->at + 63) / 64;
+    lines_ = (lines + num_turns - 1) / num_turns;
+    if (piece_ < end_) at_ = piece_->at;
+  }
+
+  MOTET_INLINE void turn() {
+    if (piece_ < end_) ask();
+  }
+
+ private:
+  void ask() {
+    for (int64_t i = 0; i < lines_; ++i) {
+      prefetch_l2(at_);
+      at_ += 64;
+      if (at_ < piece_->end) continue;
+      if (++piece_ == end_) return;
+      at_ = piece_->at;
+    }
+  }
+
+  const Ahead* piece_;
+  const Ahead* end_;
+  const uint8_t* at_ = nullptr;
+  int64_t lines_;
+};
+
 // Four input features of one row, the same in every column.
 template <WeightFormat kFormat>
 MOTET_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 w, u8x64 x) {
@@ -108,7 +140,7 @@ MOTET_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 w, u8x64 x) {
 // from each other, and their columns y_apart.
 template <WeightFormat kFormat, int kRows, int kNum>
 void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int64_t apart, const QuantizedRows& x,
-               int64_t row) {
+               int64_t row, Asker& asker) {
   using T = Tile<kFormat>;
   constexpr FormatInfo kInfo = T::kInfo;
   const T first(tiles, x.k);
@@ -126,6 +158,7 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
   u8x64 unpacked[kNum][kKeeps ? 8 : 1];
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* const weights = first.group(g);
+    asker.turn();
     for (int t = 0; t < kNum; ++t) first.template ask_ahead<kRows <= 2>(g, t * apart, kRows <= 2 ? kPrefetchBytes : kPrefetchFarBytes);
     i32x16 dot[kRows][kNum];
 #pragma GCC unroll 16
@@ -209,28 +242,31 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
 // The tiles [begin, end) for kRows rows and then kMore more, cut into kNum runs that are read side by side: so many streams
 // of memory. What is left over goes in fewer. The second rows find the tiles in the cache.
 template <WeightFormat kFormat, int kRows, int kMore, int kNum>
-void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
+void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Asker& asker) {
   const int64_t stride = Tile<kFormat>::bytes(x.k), run = (end - begin) / kNum;
   for (int64_t t = begin; t < begin + run; ++t) {
     const uint8_t* const tiles = w.data + t * stride;
     float* const to = y + t * kTileColumns;
-    block_few<kFormat, kRows, kNum>(to, ldy, run * kTileColumns, tiles, run * stride, x, 0);
+    block_few<kFormat, kRows, kNum>(to, ldy, run * kTileColumns, tiles, run * stride, x, 0, asker);
     if constexpr (kMore > 0)
-      block_few<kFormat, kMore, kNum>(to + kRows * ldy, ldy, run * kTileColumns, tiles, run * stride, x, kRows);
+      block_few<kFormat, kMore, kNum>(to + kRows * ldy, ldy, run * kTileColumns, tiles, run * stride, x, kRows, asker);
   }
   if constexpr (kNum > 1) {
-    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kMore, kNum / 2>(y, ldy, w, x, begin + run * kNum, end);
+    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kMore, kNum / 2>(y, ldy, w, x, begin + run * kNum, end, asker);
   }
 }
 
 // few_tiles with the number of rows as a template argument.
 template <WeightFormat kFormat, int kRows>
-MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end) {
+MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end, const Ahead* ahead,
+                           int num_ahead) {
   if constexpr (kRows > 0) {
     constexpr int kNum = kRows == 1 ? kTilesOfOne : kTilesOfFew;
     constexpr int kFirst = kRows <= kMaxRows ? kRows : (kRows + 1) / 2;
-    if (x.num_rows == kRows) return few_tiles<kFormat, kFirst, kRows - kFirst, kNum>(y, ldy, w, x, begin, end);
-    few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end);
+    if (x.num_rows != kRows) return few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end, ahead, num_ahead);
+    const int64_t walks = (end - begin + kNum - 1) / kNum * (kRows > kFirst ? 2 : 1);
+    Asker asker(ahead, num_ahead, walks * (x.k / format_info(kFormat).group_size));
+    few_tiles<kFormat, kFirst, kRows - kFirst, kNum>(y, ldy, w, x, begin, end, asker);
   }
 }
 
@@ -409,7 +445,7 @@ struct Amx {
 #include "matmul_q_amx.h"
 namespace motet::avx512 {
 void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
-              int tile_end);
+              int tile_end, const Ahead* ahead, int num_ahead);
 }
 namespace motet::MOTET_ISA {
 namespace {
@@ -417,10 +453,11 @@ namespace {
 
 // The rows [row, row + num_rows) of one block, in turns.
 template <WeightFormat kFormat, int kNum>
-void rows_of_block(const Many& m, int64_t row, int num_rows) {
+void rows_of_block(const Many& m, int64_t row, int num_rows, Asker& asker) {
   constexpr int kTurn = rows_of_turn(kNum);
   for (int r = 0; r < num_rows; r += kTurn) {
     const int turn = num_rows - r < kTurn ? num_rows - r : kTurn;
+    asker.turn();
     if (turn > 4 && kTurn > 4) block_many<kFormat, kTurn, kNum>(m, row + r, turn);
     else if (turn > 2 && kTurn > 2) block_many<kFormat, 4, kNum>(m, row + r, turn);
     else block_many<kFormat, 2, kNum>(m, row + r, turn);
@@ -431,7 +468,7 @@ void rows_of_block(const Many& m, int64_t row, int num_rows) {
 // none.
 template <WeightFormat kFormat, int kNum>
 void many_rows(float* y, int64_t ldy, const uint8_t* tiles, const QuantizedRows& x, int64_t first_row, int64_t end_row,
-               int64_t next_tiles) {
+               int64_t next_tiles, Asker& asker) {
   using T = Tile<kFormat>;
   constexpr bool kAmx = Amx<kFormat>::kUsed;
   using U = Unpacked<kFormat, kAmx && T::kInfo.zero != 0>;
@@ -459,18 +496,26 @@ void many_rows(float* y, int64_t ldy, const uint8_t* tiles, const QuantizedRows&
         for (int64_t r = g / kChunkGroups; r < x.block_rows(row); r += num_chunks)
           for (int t = 0; t < kNum; ++t) prefetch_l2(y + (row + r) * ldy + t * kTileColumns);
       }
-      if constexpr (kAmx) Amx<kFormat>::rows(m, row, x.block_rows(row));
-      else rows_of_block<kFormat, kNum>(m, row, x.block_rows(row));
+      if constexpr (kAmx) {
+        asker.turn();
+        Amx<kFormat>::rows(m, row, x.block_rows(row));
+      } else {
+        rows_of_block<kFormat, kNum>(m, row, x.block_rows(row), asker);
+      }
     }
   }
 }
 
 template <WeightFormat kFormat>
 void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x,
-                            int tile_begin, int tile_end) {
+                     int tile_begin, int tile_end, const Ahead* ahead, int num_ahead) {
   if constexpr (!Amx<kFormat>::kUsed) {
-    if (x.num_rows <= kFewRows) return few_rows<kFormat, kFewRows>(y, ldy, w, x, tile_begin, tile_end);
+    if (x.num_rows <= kFewRows) return few_rows<kFormat, kFewRows>(y, ldy, w, x, tile_begin, tile_end, ahead, num_ahead);
   }
+  // A turn is one of a block of rows over a chunk, or a part of one.
+  const int64_t chunks = (w.in_features + kChunkFeatures - 1) / kChunkFeatures;
+  const int64_t turns = Amx<kFormat>::kUsed ? (x.num_rows + kRowBlock - 1) / kRowBlock : (x.num_rows + rows_of_turn(kTiles) - 1) / rows_of_turn(kTiles);
+  Asker asker(ahead, num_ahead, (tile_end - tile_begin + kTiles - 1) / kTiles * chunks * turns);
   const int64_t stride = Tile<kFormat>::bytes(w.in_features);
   Amx<kFormat>::begin();
   for (int64_t row = 0; row < x.num_rows; row += pass_rows(x.k)) {
@@ -479,7 +524,7 @@ void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const Quantiz
       // Four are two and two, so that none is alone.
       const int64_t left = tile_end - t, num = left == 4 && kTiles == 3 ? 2 : left < kTiles ? left : kTiles;
       const auto go = [&]<int kNum>() {
-        many_rows<kFormat, kNum>(y + t * kTileColumns, ldy, w.data + t * stride, x, row, end_row, left > num ? num : 0);
+        many_rows<kFormat, kNum>(y + t * kTileColumns, ldy, w.data + t * stride, x, row, end_row, left > num ? num : 0, asker);
       };
       if constexpr (kTiles > 2) {
         if (num == 3) go.template operator()<3>();
@@ -497,11 +542,11 @@ void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const Quantiz
 }  // namespace
 
 void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
-              int tile_end) {
+              int tile_end, const Ahead* ahead, int num_ahead) {
 #if defined(MOTET_ISA_amx)
   // Below a full block the tile registers gain nothing.
   if (x.num_rows < kRowBlock || format_info(w.format).group_size != kActivationGroup)
-    return avx512::matmul_q(y, ldy, w, x, tile_begin, tile_end);
+    return avx512::matmul_q(y, ldy, w, x, tile_begin, tile_end, ahead, num_ahead);
 #endif
   dispatch_format(w.format, [&]<WeightFormat kFormat>() __attribute__((always_inline)) {
 #if defined(MOTET_ISA_amx)
@@ -509,7 +554,7 @@ void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows&
 #else
     if constexpr (format_info(kFormat).group_size != 0)
 #endif
-      matmul_q_format<kFormat>(y, ldy, w, x, tile_begin, tile_end);
+      matmul_q_format<kFormat>(y, ldy, w, x, tile_begin, tile_end, ahead, num_ahead);
   });
 }
 

@@ -9,7 +9,7 @@ namespace motet::MOTET_ISA {
 
 void quantize_rows(const QuantizedRows& out, const float* x, int64_t ldx, int row_begin, int row_end, int group_begin, int group_end);
 void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
-              int tile_end);
+              int tile_end, const Ahead* ahead, int num_ahead);
 void matmul_f(float* y, int64_t ldy, const PackedMatrix& w, const float* x, int64_t ldx, int num_rows,
               int tile_begin, int tile_end);
 void unpack_row(float* out, const PackedMatrix& w, int32_t n);
