@@ -293,10 +293,13 @@ describe('a file that is not right', () => {
 describe('the budget', () => {
   test('is kept, and what is worth least leaves', async () => {
     const folder = await newFolder();
-    const disk = await openDisk(folder, 4);
+    // Two that are written within a millisecond would be worth the same.
+    let wallMs = Date.now();
+    const disk = await openDisk(folder, 4, { wallClock: () => wallMs });
     for (let i = 0; i < 4; i++) {
       write(disk, blockHash(i), { depth: i });
       await disk.settle();
+      wallMs += 1000;
     }
     disk.touch(blockHash(0));
     write(disk, blockHash(4));
