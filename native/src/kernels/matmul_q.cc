@@ -1,7 +1,7 @@
 // y = x · wᵀ over packed tiles with int8 activations (kernels.h: QuantizedRows).
 //
 // Few rows are bound by reading the weights: they go over the packed bytes as these come from memory, all rows at once, or
-// half of them and then the other half.
+// some of them and then the others.
 // Many rows are bound by arithmetic: some tiles are unpacked a chunk of K at a time into a buffer that fits the first
 // level of cache, and then all rows go over it, their sums waiting in y between chunks. Where the processor has integer
 // tile registers (AMX), blocks of sixteen rows use those.
@@ -24,8 +24,14 @@ constexpr int kMaxRows = 4, kTilesOfFew = 1, kTilesOfOne = 2;
 #else
 constexpr int kMaxRows = 2, kTilesOfFew = 1, kTilesOfOne = 1;
 #endif
-// Up to two of the biggest blocks. On from there unpacking the weights first is faster.
+// Up to so many rows. On from there unpacking the weights first is faster. They are of one block (kernels.h).
+#if defined(MOTET_ISA_avx512)
+constexpr int kFewRows = 16;
+#else
 constexpr int kFewRows = 2 * kMaxRows;
+#endif
+static_assert(kFewRows <= kRowBlock);
+constexpr int blocks_of_few(int rows) { return (rows + kMaxRows - 1) / kMaxRows; }
 // Many rows: tiles that go together, and how many rows of so many are a block. What is said of a row once serves all its tiles, so
 // that three by four are faster than two by six.
 #if defined(MOTET_ISA_amx)
@@ -239,20 +245,23 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
   }
 }
 
-// The tiles [begin, end) for kRows rows and then kMore more, cut into kNum runs that are read side by side: so many streams
-// of memory. What is left over goes in fewer. The second rows find the tiles in the cache.
-template <WeightFormat kFormat, int kRows, int kMore, int kNum>
+// All of kRows rows, from row kAt on, in blocks of like size: the later ones find the tiles in the cache.
+template <WeightFormat kFormat, int kRows, int kNum, int kAt = 0>
+MOTET_INLINE void blocks_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int64_t apart, const QuantizedRows& x, Asker& asker) {
+  constexpr int kBlocks = blocks_of_few(kRows), kHere = (kRows + kBlocks - 1) / kBlocks;
+  block_few<kFormat, kHere, kNum>(y + kAt * ldy, ldy, y_apart, tiles, apart, x, kAt, asker);
+  if constexpr (kRows > kHere) blocks_few<kFormat, kRows - kHere, kNum, kAt + kHere>(y, ldy, y_apart, tiles, apart, x, asker);
+}
+
+// The tiles [begin, end) for kRows rows, cut into kNum runs that are read side by side: so many streams of memory. What is left over
+// goes in fewer.
+template <WeightFormat kFormat, int kRows, int kNum>
 void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Asker& asker) {
   const int64_t stride = Tile<kFormat>::bytes(x.k), run = (end - begin) / kNum;
-  for (int64_t t = begin; t < begin + run; ++t) {
-    const uint8_t* const tiles = w.data + t * stride;
-    float* const to = y + t * kTileColumns;
-    block_few<kFormat, kRows, kNum>(to, ldy, run * kTileColumns, tiles, run * stride, x, 0, asker);
-    if constexpr (kMore > 0)
-      block_few<kFormat, kMore, kNum>(to + kRows * ldy, ldy, run * kTileColumns, tiles, run * stride, x, kRows, asker);
-  }
+  for (int64_t t = begin; t < begin + run; ++t)
+    blocks_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, run * kTileColumns, w.data + t * stride, run * stride, x, asker);
   if constexpr (kNum > 1) {
-    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kMore, kNum / 2>(y, ldy, w, x, begin + run * kNum, end, asker);
+    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kNum / 2>(y, ldy, w, x, begin + run * kNum, end, asker);
   }
 }
 
@@ -262,11 +271,10 @@ MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const Q
                            int num_ahead) {
   if constexpr (kRows > 0) {
     constexpr int kNum = kRows == 1 ? kTilesOfOne : kTilesOfFew;
-    constexpr int kFirst = kRows <= kMaxRows ? kRows : (kRows + 1) / 2;
     if (x.num_rows != kRows) return few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end, ahead, num_ahead);
-    const int64_t walks = (end - begin + kNum - 1) / kNum * (kRows > kFirst ? 2 : 1);
+    const int64_t walks = (end - begin + kNum - 1) / kNum * blocks_of_few(kRows);
     Asker asker(ahead, num_ahead, walks * (x.k / format_info(kFormat).group_size));
-    few_tiles<kFormat, kFirst, kRows - kFirst, kNum>(y, ldy, w, x, begin, end, asker);
+    few_tiles<kFormat, kRows, kNum>(y, ldy, w, x, begin, end, asker);
   }
 }
 
