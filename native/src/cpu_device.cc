@@ -646,6 +646,7 @@ class CpuDevice final : public Device {
     run(static_cast<int>(ceil_div(num_rows, per_task)), [&](int t, int) { f(t * per_task, std::min(num_rows, (t + 1) * per_task)); });
   }
 
+  // Gives the quantised rows memory.
   void place_quantized(int num_rows, int k) {
     const size_t places = static_cast<size_t>(num_rows) * (k / kActivationGroup) + kRowBlock;
     grow(q_bytes_, places * 2 * kActivationGroup / sizeof(float));
@@ -662,7 +663,8 @@ class CpuDevice final : public Device {
                   q_chunks_.data(), q_middles_.data(), q_highs_.data(), k, num_rows};
   }
 
-  // Both read x alone, so they go together: each time that threads wait for one another takes microseconds.
+  // Quantises the rows, and computes x · Aᵀ of the modules that their adapters have on these projections. Both read x alone, so they
+  // go together: each time that threads wait for one another takes microseconds.
   void quantize_and_shrink(bool quantizes, std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int k, int layer,
                            const LoraPlan& lora) {
     if (quantizes) place_quantized(num_rows, k);
