@@ -17,6 +17,7 @@ import { admitByKey, answerError, answerFailure, enter, onlyMethod } from './req
 import type { Ledger } from './request/ledger.ts';
 import { begin, type ObserveParts, observe } from './request/observe.ts';
 import { readBody } from './request/read-body.ts';
+import type { Turns } from './turns.ts';
 
 export type AppParts = AnswerParts & {
   /** Null: there is nowhere to keep files. */
@@ -28,6 +29,7 @@ export type AppParts = AnswerParts & {
   metrics: Metrics;
   /** Where requests that have ended are noted. */
   ledger: Ledger;
+  turns: Turns;
   /** Aborted when the gateway takes no more requests. */
   draining: AbortSignal;
 };

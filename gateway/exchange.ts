@@ -3,6 +3,7 @@
 
 import type { IncomingHttpHeaders } from 'node:http';
 import type { Dispatcher } from 'undici';
+import type { Turns } from './turns.ts';
 
 export type Head = { status: number; headers: IncomingHttpHeaders; isStream: boolean };
 
@@ -31,8 +32,10 @@ export class Exchange implements Dispatcher.DispatchHandler {
   #sink: Sink | null = null;
   #isOver = false;
   #error: unknown = null;
+  readonly #turns: Turns;
 
-  constructor() {
+  constructor(turns: Turns) {
+    this.#turns = turns;
     this.head = new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
@@ -116,7 +119,11 @@ export class Exchange implements Dispatcher.DispatchHandler {
   }
 
   onResponseError(_: Dispatcher.DispatchController | undefined, error: Error): void {
-    if (!this.#isOver) this.#fail(error);
+    // There is nothing left to pause or to close.
+    this.#controller = null;
+    this.#turns.take(() => {
+      if (!this.#isOver) this.#fail(error);
+    });
   }
 
   #fail(error: unknown): void {

@@ -23,6 +23,7 @@ import { type HedgeResult, winnerOf } from './routing/hedge.ts';
 import type { PickReason } from './routing/pick-endpoint.ts';
 import { type RouteAsk, type Router, routeAsk } from './routing/router.ts';
 import { errorEvent, WholeEvents } from './sse.ts';
+import type { Turns } from './turns.ts';
 
 export type ForwardLimits = { firstByteTimeoutMs: number; idleTimeoutMs: number };
 
@@ -32,6 +33,8 @@ export type Forward = {
   router: Router;
   lengths: LengthPredictor;
   dispatcher: Dispatcher;
+  /** For those whose engines break off. */
+  turns: Turns;
   /** Sent with every request: who the gateway is. */
   engineHeaders: EngineHeaders;
   limits: ForwardLimits;
@@ -289,7 +292,7 @@ function noteLength({ lengths, onLength }: Forward, ask: Ask, { completionTokens
 
 /** Asks one engine. Returns when the answer is complete, or, for a stream, when its first bytes are here. */
 async function ask(
-  { dispatcher, endpoints, engineHeaders, limits }: Forward,
+  { dispatcher, turns, endpoints, engineHeaders, limits }: Forward,
   { endpoint }: Slot,
   { path, headers, body, ask: asked }: ForwardRequest,
   attempt: Attempt,
@@ -300,7 +303,7 @@ async function ask(
     headers: headerList(headers, formatStanding(asked), engineHeaders()),
   };
   const send = () => {
-    const exchange = new Exchange();
+    const exchange = new Exchange(turns);
     attempt.watch(exchange);
     exchange.send(dispatcher, options);
     return exchange;

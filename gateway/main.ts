@@ -4,7 +4,6 @@ import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
 import { hostname } from 'node:os';
 import { type Logger, pino } from 'pino';
-import { Agent } from 'undici';
 import { Admission } from './admission.ts';
 import { createListener } from './app.ts';
 import { startBatches } from './batches/start.ts';
@@ -14,6 +13,7 @@ import { Traffic } from './console/traffic.ts';
 import { type Directory, listedDirectory } from './directory.ts';
 import { Endpoints, listedEngine } from './endpoints.ts';
 import { keyHeaders, tokenFileHeaders, withSender } from './engine-headers.ts';
+import { EnginePools } from './engine-pools.ts';
 import { GatewayError } from './errors.ts';
 import type { Forward } from './forward.ts';
 import { CompositionNames } from './groups/composition.ts';
@@ -33,6 +33,7 @@ import { Routes } from './routes/routes.ts';
 import { Router } from './routing/router.ts';
 import { serve } from './serve.ts';
 import { startTracing } from './tracing.ts';
+import { Turns } from './turns.ts';
 
 export type Gateway = {
   port: number;
@@ -71,7 +72,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     metrics.shed.inc({ tenant, reason }),
   );
   // The waits for the first byte and between bytes are kept in forward.ts, where the reason is known.
-  const dispatcher = new Agent({
+  const dispatcher = new EnginePools({
     connect: { timeout: config.connectTimeoutMs },
     headersTimeout: 0,
     bodyTimeout: 0,
@@ -92,12 +93,14 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     onAbort: (route, target) => metrics.routeAborts.inc({ route, target }),
     log,
   });
+  const turns = new Turns();
   const forward: Forward = {
     admission,
     endpoints,
     router,
     lengths: new LengthPredictor(),
     dispatcher,
+    turns,
     engineHeaders,
     limits: config,
     onEngineError: (engine, reason) => metrics.engineErrors.inc({ engine, reason }),
@@ -129,6 +132,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
     traffic,
     metrics,
     ledger,
+    turns,
     log,
     draining: draining.signal,
     cutOff: cutOff.signal,
@@ -146,6 +150,7 @@ export async function startGateway(config: Config, log: Logger): Promise<Gateway
         log.warn({ timeoutMs: config.drainTimeoutMs }, 'requests in flight are cut off');
         cutOff.abort(new GatewayError('shutting_down', 'the gateway is shutting down'));
       });
+      turns.flush();
       ledger.write();
       await batchesClosed;
       await usage.close();

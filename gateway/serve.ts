@@ -5,7 +5,7 @@
 import { once } from 'node:events';
 import { createServer, type RequestListener, type ServerResponse } from 'node:http';
 import { type AddressInfo, Server, type Socket } from 'node:net';
-import { setTimeout as sleep } from 'node:timers/promises';
+import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises';
 
 export type Serving = {
   port: number;
@@ -25,7 +25,7 @@ const keepAliveMs = 75_000;
 const drainKeepAliveMs = 5_000;
 /** A client may have opened a connection ahead of need; what it sends on it at once is still answered. */
 const unusedGraceMs = 500;
-/** For error events to leave. */
+/** For error events to leave, and for what was cut off to be noted. */
 const farewellMs = 500;
 
 /** What one client may take of the server. Beyond it the answer is 408 or 431, and its connection is closed. */
@@ -111,6 +111,9 @@ export async function serve(
         server.closeAllConnections();
         await closed;
       }
+      // The answers on the last connections end a little after them, and are still to be noted.
+      for (const endMs = performance.now() + farewellMs; unanswered.size > 0 && performance.now() < endMs; )
+        await nextTurn();
       // Ends its own timers.
       server.close();
     },

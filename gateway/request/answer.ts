@@ -191,10 +191,12 @@ function followRoute(
 }
 
 /** The answer is wanted until the client goes away before it has all of it, or the time to drain is over. */
-function endingOf({ res, ends }: Arrival, cutOff: AbortSignal): Ending {
+function endingOf(arrival: Arrival, cutOff: AbortSignal): Ending {
+  const { res, ends } = arrival;
   const ending = new Ending();
   const hangUp = () => {
-    if (!res.writableFinished) ending.end(new GatewayError('client_closed_request', 'the client hung up'));
+    if (arrival.isHungUp || !res.writableFinished)
+      ending.end(new GatewayError('client_closed_request', 'the client hung up'));
   };
   if (cutOff.aborted) ending.end(cutOff.reason);
   ends.push(

@@ -13,6 +13,8 @@ export type Arrival = {
   readonly facts: Facts;
   /** Whose key it showed; null where nobody needs one, and before the door. */
   caller: Caller | null;
+  /** Its connection was closed before the client had all of its answer. */
+  isHungUp: boolean;
   /** Called in turn when the answer has ended, be it that the client is gone. */
   readonly ends: (() => void)[];
 };

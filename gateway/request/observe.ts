@@ -6,6 +6,7 @@ import type { NextFunction, Request, Response } from 'express';
 import type { Traffic } from '../console/traffic.ts';
 import { errorTable } from '../errors.ts';
 import type { Metrics } from '../metrics.ts';
+import type { Turns } from '../turns.ts';
 import type { Arrival, Facts } from './arrival.ts';
 import type { Ledger } from './ledger.ts';
 
@@ -13,6 +14,8 @@ export type ObserveParts = {
   metrics: Metrics;
   traffic: Traffic;
   ledger: Ledger;
+  /** For those whose clients hang up. */
+  turns: Turns;
   /** The route of a path as a metric label. */
   routeOf(path: string): string;
   /** Asked every few seconds by machines; in the log they would bury what matters. */
@@ -37,24 +40,29 @@ export function begin(
   const requestId = typeof asked === 'string' && /^[\w.:-]{1,128}$/.test(asked) ? asked : randomUUID();
   const facts: Facts = { requestId, route, attempts: 0, requestBytes: 0, responseBytes: 0 };
   if (req.socket.remoteAddress !== undefined) facts.client = req.socket.remoteAddress;
-  const arrival: Arrival = { req, res, facts, caller: null, ends: [] };
+  const arrival: Arrival = { req, res, facts, caller: null, isHungUp: false, ends: [] };
   res.setHeader('X-Request-Id', requestId);
   parts.metrics.inFlight.inc();
   parts.traffic.begin(facts);
-  res.on('close', () => {
+  const end = () => {
     noteEnd(parts, arrival, startMs);
-    for (const end of arrival.ends) end();
+    for (const each of arrival.ends) each();
+  };
+  res.on('close', () => {
+    arrival.isHungUp = !res.writableFinished;
+    if (arrival.isHungUp) parts.turns.take(end);
+    else end();
   });
   return arrival;
 }
 
 function noteEnd(
   { metrics, traffic, ledger, unimportantRoutes }: ObserveParts,
-  { res, facts }: Arrival,
+  { res, facts, isHungUp }: Arrival,
   startMs: number,
 ): void {
   metrics.inFlight.dec();
-  if (!res.writableFinished) facts.errorCode ??= 'client_closed_request';
+  if (isHungUp) facts.errorCode ??= 'client_closed_request';
   const status = facts.errorCode === undefined ? res.statusCode : errorTable[facts.errorCode].status;
   const durationMs = performance.now() - startMs;
   const ttfbMs = facts.firstByteMs === undefined ? undefined : facts.firstByteMs - startMs;

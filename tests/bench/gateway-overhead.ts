@@ -123,7 +123,7 @@ async function measure(): Promise<void> {
         await measureEvents(streamed);
         await tellStalls(gateway.url, 'under streams of events');
       }
-      if (parts.has('streams')) await measureOpenStreams(gateway);
+      if (parts.has('streams')) await measureOpenStreams(gateway, nodeEngine.child);
       await stop(gateway.child);
     }
   } finally {
@@ -235,21 +235,14 @@ async function measureEvents(ways: Way[]): Promise<void> {
   console.table(rows);
 }
 
-/** Memory of the gateway with many streams that are open and wait for their next event. */
-async function measureOpenStreams({ url, child }: Started): Promise<void> {
-  const dispatcher = new Agent({ connections: numOpen, headersTimeout: 0, bodyTimeout: 0 });
+/**
+ * Memory of the gateway with many streams that are open and wait for their next event, and its stalls when they are opened, when all
+ * of their clients hang up in one moment, and when their engine is killed.
+ */
+async function measureOpenStreams({ url, child }: Started, engine: ChildProcess): Promise<void> {
   const before = memoryOf(child.pid!).rssBytes;
   const startMs = performance.now();
-  const bodies: AsyncIterator<Buffer>[] = [];
-  while (bodies.length < numOpen) {
-    const some = Array.from({ length: Math.min(100, numOpen - bodies.length) }, async () => {
-      const body = await ask(url, dispatcher, { waits: true });
-      const chunks = body[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
-      await chunks.next();
-      return chunks;
-    });
-    bodies.push(...(await Promise.all(some)));
-  }
+  const clients = await openStreams(url);
   const openedMs = performance.now() - startMs;
   await tellStalls(url, `while ${numOpen} streams were opened`);
   await sleep(2_000);
@@ -258,9 +251,29 @@ async function measureOpenStreams({ url, child }: Started): Promise<void> {
   console.log(
     `${numOpen} open streams: ${mib(after)} MiB resident, ${mib(before)} before; opened in ${(openedMs / 1000).toFixed(1)} s`,
   );
-  await dispatcher.destroy();
+  await clients.destroy();
   await sleep(1_000);
   await tellStalls(url, `while ${numOpen} clients hung up at once`);
+  const others = await openStreams(url);
+  await tellStalls(url, `while ${numOpen} streams were opened again`);
+  engine.kill('SIGKILL');
+  await sleep(2_000);
+  await tellStalls(url, `while the engine of ${numOpen} streams died`);
+  await others.destroy();
+}
+
+/** @returns whose streams they are: each has had its first event */
+async function openStreams(url: string): Promise<Agent> {
+  const dispatcher = new Agent({ connections: numOpen, headersTimeout: 0, bodyTimeout: 0 });
+  for (let numOpened = 0; numOpened < numOpen; numOpened += 100) {
+    const open = async () => {
+      const body = await ask(url, dispatcher, { waits: true });
+      await body[Symbol.asyncIterator]().next();
+      body.on('error', () => {});
+    };
+    await Promise.all(Array.from({ length: Math.min(100, numOpen - numOpened) }, open));
+  }
+  return dispatcher;
 }
 
 /** Since this was asked last: by monitorEventLoopDelay in the gateway, whose values have its own interval of 10 ms in them. */
