@@ -6,6 +6,7 @@ import { once } from 'node:events';
 import { createServer, type RequestListener, type ServerResponse } from 'node:http';
 import { type AddressInfo, Server, type Socket } from 'node:net';
 import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises';
+import { Bag } from './bag.ts';
 
 export type Serving = {
   port: number;
@@ -67,7 +68,7 @@ export async function serve(
   );
   // Connections on which nothing was asked yet.
   const unused = new Set<Socket>();
-  const unanswered = new Set<ServerResponse>();
+  const unanswered = new Bag<ServerResponse>();
   let isDraining = false;
   server.on('connection', (socket) => {
     unused.add(socket);
@@ -76,8 +77,7 @@ export async function serve(
   server.prependListener('request', (req, res) => {
     unused.delete(req.socket);
     if (isDraining) res.shouldKeepAlive = false;
-    unanswered.add(res);
-    res.on('close', () => unanswered.delete(res));
+    res.on('close', unanswered.add(res));
   });
   server.listen(port, host);
   await once(server, 'listening');
@@ -87,7 +87,7 @@ export async function serve(
     async drain(timeoutMs, cutOff) {
       isDraining = true;
       server.keepAliveTimeout = drainKeepAliveMs;
-      for (const res of unanswered) if (!res.headersSent) res.shouldKeepAlive = false;
+      for (const res of unanswered.values()) if (!res.headersSent) res.shouldKeepAlive = false;
       const closed = once(server, 'close');
       // Not the HTTP server's own `close`: it would cut idle connections.
       Server.prototype.close.call(server);

@@ -1,6 +1,8 @@
 // What each caller's requests did lately, for the console: what is under way, and sums of what ended, second by second for
 // a minute. Bounded by the minute and by the names that resources and engines say: a name that a client made up is not kept.
 
+import { Bag } from '../bag.ts';
+
 /** A request as the gateway's log knows it. Filled in as it happens. */
 export type TrafficFacts = {
   tenant?: string;
@@ -39,15 +41,19 @@ export const windowS = 10;
 type Second = { atS: number; byCaller: Map<string | null, Map<string, Sums>> };
 
 export class Traffic {
-  readonly #live = new Set<TrafficFacts>();
+  readonly #live = new Bag<TrafficFacts>();
   readonly #seconds: Second[] = Array.from({ length: keptS + 1 }, () => ({ atS: -1, byCaller: new Map() }));
 
-  begin(facts: TrafficFacts): void {
-    this.#live.add(facts);
+  /** @returns to be called when it has ended */
+  begin(facts: TrafficFacts): (ended: Ended, nowMs: number) => void {
+    const remove = this.#live.add(facts);
+    return (ended, nowMs) => {
+      remove();
+      this.#noteEnd(facts, ended, nowMs);
+    };
   }
 
-  end(facts: TrafficFacts, ended: Ended, nowMs: number): void {
-    this.#live.delete(facts);
+  #noteEnd(facts: TrafficFacts, ended: Ended, nowMs: number): void {
     if (facts.model === undefined) return;
     const atS = Math.floor(nowMs / 1000);
     const second = this.#seconds[atS % this.#seconds.length]!;
@@ -72,7 +78,7 @@ export class Traffic {
   /** Requests under way, by tenant; those of whom none is are not there. */
   inFlightByTenant(): Map<string, number> {
     const inFlight = new Map<string, number>();
-    for (const { tenant, model } of this.#live) {
+    for (const { tenant, model } of this.#live.values()) {
       if (tenant !== undefined && model !== undefined) inFlight.set(tenant, (inFlight.get(tenant) ?? 0) + 1);
     }
     return inFlight;
@@ -80,9 +86,9 @@ export class Traffic {
 
   /** @param caller  null where nobody needs a key */
   of(caller: string | null, nowMs: number): RecentTraffic {
-    const live = [...this.#live].filter(
-      ({ tenant, model }) => model !== undefined && (tenant ?? null) === caller,
-    );
+    const live = this.#live
+      .values()
+      .filter(({ tenant, model }) => model !== undefined && (tenant ?? null) === caller);
     const lastS = Math.floor(nowMs / 1000) - 1;
     const models = new Map<string, Sums>();
     const requestsBySecond: number[] = [];

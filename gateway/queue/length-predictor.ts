@@ -2,8 +2,9 @@
 // buckets double. Old answers fade. The guess is the median. A wrong guess costs a request nothing but its place among equals
 // (fair-queue.ts): counters are put right when the length is known.
 
-/** Adapters that are remembered; the one that was asked least recently goes. About 500 bytes each. */
+/** Adapters that are remembered, about 500 bytes each. When there are more, those go that answered least recently. */
 const maxAdapters = 4_096;
+const numForgotten = 512;
 /** 1, 2–3, 4–7, … tokens. */
 const numBuckets = 18;
 /** Prompts below 64, 512, 4,096 tokens, and the rest. */
@@ -16,8 +17,8 @@ const minWeight = 3;
 const unknownTokens = 128;
 
 export class LengthPredictor {
-  /** Least recently used first. [numPromptSizes × numBuckets] */
-  readonly #histograms = new Map<string, Float32Array>();
+  readonly #histograms = new Map<string, Histogram>();
+  #numNoted = 0;
 
   get numAdapters(): number {
     return this.#histograms.size;
@@ -25,7 +26,7 @@ export class LengthPredictor {
 
   /** Tokens of all answers to one request. @param maxTokens  of one answer; null: no bound is known */
   predict(adapter: string, promptTokens: number, maxTokens: number | null, numChoices = 1): number {
-    const histogram = this.#histograms.get(adapter);
+    const histogram = this.#histograms.get(adapter)?.weights;
     const most = maxTokens ?? Number.POSITIVE_INFINITY;
     if (histogram === undefined) return Math.min(unknownTokens, most) * numChoices;
     const begin = promptSizeOf(promptTokens) * numBuckets;
@@ -36,16 +37,32 @@ export class LengthPredictor {
 
   /** An answer has ended by itself. */
   note(adapter: string, promptTokens: number, outputTokens: number): void {
-    const histogram = this.#histograms.get(adapter) ?? new Float32Array(numPromptSizes * numBuckets);
-    this.#histograms.delete(adapter);
-    this.#histograms.set(adapter, histogram);
-    if (this.#histograms.size > maxAdapters)
-      this.#histograms.delete(this.#histograms.keys().next().value as string);
+    let histogram = this.#histograms.get(adapter);
+    if (histogram === undefined) {
+      if (this.#histograms.size === maxAdapters) this.#forgetSome();
+      histogram = { weights: new Float32Array(numPromptSizes * numBuckets), notedAt: 0 };
+      this.#histograms.set(adapter, histogram);
+    }
+    this.#numNoted += 1;
+    histogram.notedAt = this.#numNoted;
+    const { weights } = histogram;
     const begin = promptSizeOf(promptTokens) * numBuckets;
-    for (let i = begin; i < begin + numBuckets; i++) histogram[i]! *= 1 - fade;
-    histogram[begin + bucketOf(outputTokens)]! += 1;
+    for (let i = begin; i < begin + numBuckets; i++) weights[i]! *= 1 - fade;
+    weights[begin + bucketOf(outputTokens)]! += 1;
+  }
+
+  /** Many at a time, so that no request pays for an order that is only wanted here. */
+  #forgetSome(): void {
+    const oldestFirst = [...this.#histograms].sort(([, one], [, other]) => one.notedAt - other.notedAt);
+    for (const [adapter] of oldestFirst.slice(0, numForgotten)) this.#histograms.delete(adapter);
   }
 }
+
+/**
+ * @property weights  [numPromptSizes × numBuckets]
+ * @property notedAt  the number of the answer that was noted last
+ */
+type Histogram = { weights: Float32Array; notedAt: number };
 
 function bucketOf(tokens: number): number {
   return Math.min(numBuckets - 1, Math.floor(Math.log2(Math.max(1, tokens))));

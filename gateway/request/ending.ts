@@ -1,6 +1,7 @@
 // Whether an answer is still wanted. It stands in for an AbortSignal on the way of every request, since it is cheaper to make, to
 // listen to and to let go of.
 
+import { Bag } from '../bag.ts';
 import type { GatewayError } from '../errors.ts';
 
 export class Ending {
@@ -37,7 +38,7 @@ export class Ending {
 }
 
 /** Listeners of signals that very many requests listen to. */
-const listenersOf = new WeakMap<AbortSignal, Set<() => void>>();
+const listenersOf = new WeakMap<AbortSignal, Bag<() => void>>();
 
 /**
  * Calls back when the signal is aborted. The signal itself has one listener: it would search all of them for each that comes or goes.
@@ -47,14 +48,12 @@ const listenersOf = new WeakMap<AbortSignal, Set<() => void>>();
 export function onceAborted(signal: AbortSignal, listener: () => void): () => void {
   let listeners = listenersOf.get(signal);
   if (listeners === undefined) {
-    const all = new Set<() => void>();
+    const all = new Bag<() => void>();
     signal.addEventListener('abort', () => {
-      for (const each of all) each();
+      for (const each of all.values()) each();
     });
     listenersOf.set(signal, all);
     listeners = all;
   }
-  const all = listeners;
-  all.add(listener);
-  return () => void all.delete(listener);
+  return listeners.add(listener);
 }

@@ -43,9 +43,9 @@ export function begin(
   const arrival: Arrival = { req, res, facts, caller: null, isHungUp: false, ends: [] };
   res.setHeader('X-Request-Id', requestId);
   parts.metrics.inFlight.inc();
-  parts.traffic.begin(facts);
+  const endTraffic = parts.traffic.begin(facts);
   const end = () => {
-    noteEnd(parts, arrival, startMs);
+    noteEnd(parts, arrival, startMs, endTraffic);
     for (const each of arrival.ends) each();
   };
   res.on('close', () => {
@@ -57,9 +57,10 @@ export function begin(
 }
 
 function noteEnd(
-  { metrics, traffic, ledger, unimportantRoutes }: ObserveParts,
+  { metrics, ledger, unimportantRoutes }: ObserveParts,
   { res, facts, isHungUp }: Arrival,
   startMs: number,
+  endTraffic: ReturnType<Traffic['begin']>,
 ): void {
   metrics.inFlight.dec();
   if (isHungUp) facts.errorCode ??= 'client_closed_request';
@@ -68,7 +69,7 @@ function noteEnd(
   const ttfbMs = facts.firstByteMs === undefined ? undefined : facts.firstByteMs - startMs;
   const usage = facts.usage?.();
   const completionTokens = usage?.completionTokens ?? 0;
-  traffic.end(facts, { status, completionTokens, ...(ttfbMs !== undefined && { ttfbMs }) }, Date.now());
+  endTraffic({ status, completionTokens, ...(ttfbMs !== undefined && { ttfbMs }) }, Date.now());
   const isUnimportant = unimportantRoutes.has(facts.route);
   ledger.note({ facts, usage, status, durationMs, ttfbMs, isUnimportant });
 }

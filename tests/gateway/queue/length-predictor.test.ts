@@ -38,10 +38,17 @@ test('an answer is never expected to be longer than it may be, and several count
   expect(predictor.predict('unknown', 100, 16)).toBe(16);
 });
 
-test('forgets the adapters that were asked least recently', () => {
+test('forgets the adapters that answered least recently', () => {
   const predictor = new LengthPredictor();
-  for (let i = 0; i < 5_000; i++) predictor.note(`a${i}`, 10, 1_000);
+  for (let i = 0; i < 4_096; i++) predictor.note(`a${i}`, 10, 1_000);
+  predictor.note('a0', 10, 1_000);
   expect(predictor.numAdapters).toBe(4_096);
+  for (let i = 4_096; i < 10_000; i++) {
+    predictor.note(`a${i}`, 10, 1_000);
+    expect(predictor.numAdapters).toBeLessThanOrEqual(4_096);
+    if (i === 4_096) expect([0, 1].map((of) => predictor.predict(`a${of}`, 10, null))).toEqual([768, 128]);
+  }
+  expect(predictor.numAdapters).toBeGreaterThan(3_500);
   expect(predictor.predict('a0', 10, null)).toBe(128);
-  expect(predictor.predict('a4999', 10, null)).toBe(768);
+  expect(predictor.predict('a9999', 10, null)).toBe(768);
 });
