@@ -152,7 +152,7 @@ class CpuDevice final : public Device {
 
     // A task's columns get their deltas as soon as they are there, while they are in the cache. Many rows are cut into passes
     // first: a thread that goes on in its pass finds the activations in its cache.
-    const int num_passes = any_quantized ? static_cast<int>(ceil_div(num_rows, pass_rows(k))) : 1;
+    const int num_passes = any_quantized ? static_cast<int>(ceil_div(num_rows, pass_rows(k, kernels_.q_bytes))) : 1;
     const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), kRowBlock) * kRowBlock);
     cut_jobs(projections.size(), num_rows, rows_of_pass);
     cut_tasks(tasks_, projections, num_rows, rows_of_pass);
@@ -649,7 +649,7 @@ class CpuDevice final : public Device {
   // Gives the quantised rows memory.
   void place_quantized(int num_rows, int k) {
     const size_t places = static_cast<size_t>(num_rows) * (k / kActivationGroup) + kRowBlock;
-    grow(q_bytes_, places * 2 * kActivationGroup / sizeof(float));
+    grow(q_bytes_, places * kernels_.q_bytes / sizeof(float));
     grow(q_scales_, places);
     grow(q_offsets_, places);
     if (q_chunks_.size() < places) {
@@ -660,7 +660,7 @@ class CpuDevice final : public Device {
       q_highs_.resize(places);
     }
     quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), q_offsets_.data.get(), q_sums_.data(), q_first_sums_.data(),
-                  q_chunks_.data(), q_middles_.data(), q_highs_.data(), k, num_rows};
+                  q_chunks_.data(), q_middles_.data(), q_highs_.data(), k, num_rows, kernels_.q_bytes};
   }
 
   // Quantises the rows, and computes x · Aᵀ of the modules that their adapters have on these projections. Both read x alone, so they

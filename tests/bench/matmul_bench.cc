@@ -118,7 +118,7 @@ void product(ThreadPool& pool, const Case& c, const Buffer& weights, int n, int 
   std::vector<int32_t> sums8(scale.size()), first_sums8 = sums8, peak_chunks = sums8, peak_middles = sums8, peak_highs = sums8;
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 2654435761u >> 8 & 0xffff) - 32768;
   const QuantizedRows quantized{reinterpret_cast<int8_t*>(q.data), scale.data(), offsets.data(), sums8.data(), first_sums8.data(), peak_chunks.data(),
-                                peak_middles.data(), peak_highs.data(), k, rows};
+                                peak_middles.data(), peak_highs.data(), k, rows, kernels().q_bytes};
   kernels().quantize_rows(quantized, x.data(), k, 0, rows, 0, k / kActivationGroup);
   const int tiles = static_cast<int>(num_tiles(n)), per_task = std::max(2, tiles / (pool.num_threads() * 8));
   const Seconds s = time_of([&] {

@@ -75,7 +75,7 @@ TEST_P(MatmulTest, IntegerProductIsTheContractsChain) {
       std::vector<float> features = random.normals(size_t(s.rows) * s.k);
       // Some groups have a peak far beyond their other values.
       for (size_t i = 5; i < features.size(); i += 97) features[i] *= 300;
-      Rows x = quantize(features, s.rows, s.k);
+      Rows x = quantize(features, s.rows, s.k, kernels_.q_bytes);
       const int tiles = static_cast<int>(num_tiles(s.n)), ldy = tiles * kTileColumns + 3;
       std::vector<float> y(size_t(s.rows) * ldy, kUntouched), expected = y;
       for (int r = 0; r < s.rows; ++r) {
@@ -100,7 +100,7 @@ TEST_P(MatmulTest, IntegerProductIsExactAtTheExtremes) {
       const AlignedVector<uint8_t> bytes = pack(w);
       // As one row, and as one of many.
       for (const int rows : {1, 17}) {
-        Rows x(rows, 64);
+        Rows x(rows, 64, kernels_.q_bytes);
         for (int r = 0; r < rows; ++r) {
           for (int i = 0; i < 64; ++i) x.low(r, i) = static_cast<int8_t>(127 * sign);
           x.scale[x.at(r, 0)] = x.scale[x.at(r, 32)] = 1.0f;
@@ -126,7 +126,7 @@ TEST_P(MatmulTest, IntegerProductIsCloseToTheRealOne) {
     const Matrix w = random_matrix(random, format, n, k);
     const AlignedVector<uint8_t> bytes = pack(w);
     const std::vector<float> x = random.normals(k);
-    Rows rows(1, k);
+    Rows rows(1, k, kernels_.q_bytes);
     kernels_.quantize_rows(rows.view(), x.data(), k, 0, 1, 0, k / kActivationGroup);
     std::vector<float> y(n);
     kernels_.matmul_q(y.data(), n, view(w, bytes), rows.view(), 0, n / kTileColumns, nullptr, 0);
@@ -206,7 +206,7 @@ TEST_P(MatmulTest, SplittingRowsAndTilesChangesNothing) {
       if (!is_quantized(format))
         return kernels_.matmul_f(y + row * n, n, view(w, bytes), x.data() + row * k, k, num_rows, tile_begin,
                                  tile_end);
-      Rows part = quantize({x.begin() + row * k, x.begin() + (row + num_rows) * k}, num_rows, k);
+      Rows part = quantize({x.begin() + row * k, x.begin() + (row + num_rows) * k}, num_rows, k, kernels_.q_bytes);
       kernels_.matmul_q(y + row * n, n, view(w, bytes), part.view(), tile_begin, tile_end, nullptr, 0);
     };
     std::vector<float> whole(size_t(rows) * n), parts(size_t(rows) * n, kUntouched);
@@ -239,7 +239,7 @@ TEST_P(MatmulTest, WhatIsAskedForAheadChangesNoBits) {
     const AlignedVector<uint8_t> bytes = pack(random_matrix(random, format, n, k));
     const PackedMatrix w{format, n, k, bytes.data()};
     for (const int rows : {1, 2, 7, 12, 13, 40}) {
-      Rows x = quantize(random.normals(size_t(rows) * k), rows, k);
+      Rows x = quantize(random.normals(size_t(rows) * k), rows, k, kernels_.q_bytes);
       std::vector<float> without(size_t(rows) * n), with = without;
       kernels_.matmul_q(without.data(), n, w, x.view(), 0, n / kTileColumns, nullptr, 0);
       for (const int count : {1, 50}) {
@@ -262,7 +262,7 @@ TEST_P(MatmulTest, EveryNumberOfRowsGivesTheSameBits) {
     for (int i = 0; i < most; i += 3) x[size_t(i) * k + random.integer(0, k - 1)] *= 100;  // a peak
     const auto product = [&](const std::vector<float>& rows) {
       const int num_rows = static_cast<int>(rows.size()) / k;
-      Rows quantized = quantize(rows, num_rows, k);
+      Rows quantized = quantize(rows, num_rows, k, kernels_.q_bytes);
       std::vector<float> y(size_t(num_rows) * n);
       kernels_.matmul_q(y.data(), n, view(w, bytes), quantized.view(), 0, n / kTileColumns, nullptr, 0);
       return y;
@@ -287,7 +287,7 @@ TEST_P(MatmulTest, NothingOutsideTheTilesIsWritten) {
   const Matrix w = random_matrix(random, WeightFormat::kInt4, n, k);
   const AlignedVector<uint8_t> bytes = pack(w);
   const std::vector<float> x = random.normals(size_t(rows) * k);
-  Rows quantized = quantize(x, rows, k);
+  Rows quantized = quantize(x, rows, k, kernels_.q_bytes);
   std::vector<float> q(size_t(rows) * n, kUntouched), f = q;
   kernels_.matmul_q(q.data(), n, view(w, bytes), quantized.view(), 1, 3, nullptr, 0);
   kernels_.matmul_f(f.data(), n, view(w, bytes), x.data(), k, rows, 1, 3);

@@ -477,7 +477,7 @@ TEST_F(SmallModel, RefusesInt8KvOfHeadsThatOverflowItsScores) {
 // More rows than one pass over the weights takes: a sequence with adapters goes on in the next one.
 TEST_F(SmallModel, ManyRowsGiveTheBitsOfEachSequenceAlone) {
   const std::vector<int> counts(12, 30);
-  ASSERT_GT(12 * 30, pass_rows(kHidden));
+  ASSERT_GT(12 * 30, pass_rows(kHidden, kActivationGroup));
   std::vector<Voice> voices;
   for (size_t s = 0; s < counts.size(); ++s) voices.push_back(kVoices[(s + 3) % kVoices.size()]);
   const auto model = open(false, 3);

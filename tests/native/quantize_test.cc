@@ -9,7 +9,7 @@ using namespace reference;
 class QuantizeTest : public KernelTest {
  protected:
   Rows run(const std::vector<float>& x, int num_rows, int k, int ldx) {
-    Rows out(num_rows, k);
+    Rows out(num_rows, k, kernels_.q_bytes);
     // In parts, as threads do it.
     const int groups = k / kActivationGroup;
     for (const auto& [row_begin, row_end] : {std::pair{0, num_rows / 2}, {num_rows / 2, num_rows}})
@@ -26,7 +26,7 @@ TEST_P(QuantizeTest, MatchesTheContractExactly) {
     for (const int k : {32, 64, 96, 576, 1632}) {
       std::vector<float> x = random.normals(size_t(num_rows) * k);
       for (float& v : x) v *= std::exp2(static_cast<float>(random.integer(-20, 20)));
-      const Rows actual = run(x, num_rows, k, k), expected = quantize(x, num_rows, k);
+      const Rows actual = run(x, num_rows, k, k), expected = quantize(x, num_rows, k, kernels_.q_bytes);
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.q, expected.q, "q"));
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.scale, expected.scale, "scale"));
       ASSERT_NO_FATAL_FAILURE(expect_same_bits(actual.sums8, expected.sums8, "sums"));
@@ -45,7 +45,7 @@ TEST_P(QuantizeTest, RowsMayLieApart) {
   const std::vector<float> x = random.normals(size_t(num_rows) * ldx);
   std::vector<float> dense;
   for (int r = 0; r < num_rows; ++r) dense.insert(dense.end(), x.begin() + r * ldx, x.begin() + r * ldx + k);
-  expect_same_bits(run(x, num_rows, k, ldx).q, quantize(dense, num_rows, k).q);
+  expect_same_bits(run(x, num_rows, k, ldx).q, quantize(dense, num_rows, k, kernels_.q_bytes).q);
 }
 
 TEST_P(QuantizeTest, TiesRoundToEven) {

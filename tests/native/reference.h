@@ -205,15 +205,16 @@ inline AlignedVector<uint8_t> pack(const Matrix& m) {
 // --- Quantised rows ---
 
 struct Rows {
-  int num_rows, k;
+  int num_rows, k, q_bytes;
   std::vector<int8_t> q;
   std::vector<float> scale, offsets;
   std::vector<int32_t> sums8, first_sums8, peak_chunks, peak_middles, peak_highs;
 
-  Rows(int num_rows, int k)
+  Rows(int num_rows, int k, int q_bytes)
       : num_rows(num_rows),
         k(k),
-        q((size_t(num_rows) * k / 32 + kRowBlock) * 64),
+        q_bytes(q_bytes),
+        q((size_t(num_rows) * k / 32 + kRowBlock) * q_bytes),
         scale(size_t(num_rows) * k / 32 + kRowBlock),
         offsets(scale.size()),
         sums8(scale.size()),
@@ -222,30 +223,33 @@ struct Rows {
         peak_middles(scale.size()),
         peak_highs(scale.size()) {}
   QuantizedRows view() {
-    return {q.data(), scale.data(), offsets.data(), sums8.data(), first_sums8.data(), peak_chunks.data(), peak_middles.data(), peak_highs.data(), k, num_rows};
+    return {q.data(), scale.data(), offsets.data(), sums8.data(), first_sums8.data(), peak_chunks.data(), peak_middles.data(), peak_highs.data(), k, num_rows, q_bytes};
   }
   size_t at(int row, int feature) const {
     const int block = row / 16, height = std::min(16, num_rows - 16 * block);
     return size_t(block) * 16 * (k / 32) + size_t(feature / 32) * height + row % 16;
   }
-  int8_t& low(int row, int feature) { return q[at(row, feature) * 64 + feature % 32]; }
+  int8_t& low(int row, int feature) { return q[at(row, feature) * q_bytes + feature % 32]; }
   // The whole integer of one value.
   int integer(int row, int feature) const {
     const size_t group = at(row, feature);
     const int place = feature % 32;
-    const int top = peak_chunks[group] == place / 4
-                        ? static_cast<int8_t>(static_cast<uint32_t>(peak_highs[group]) >> (8 * (place % 4)))
-                        : 0;
-    return q[group * 64 + place] + 16 * q[group * 64 + 32 + place] + 2048 * top;
+    const auto of_peak = [&](int32_t four) {
+      return peak_chunks[group] == place / 4 ? static_cast<int8_t>(static_cast<uint32_t>(four) >> (8 * (place % 4))) : 0;
+    };
+    return q[group * q_bytes + place] + 16 * of_peak(peak_middles[group]) + 2048 * of_peak(peak_highs[group]);
   }
   // Makes a value the peak of its group, its integer low + 128 · high, and brings what is said of the group in line.
   void set_peak(int row, int feature, int high) {
     const size_t group = at(row, feature);
     const int place = feature % 32;
     const int top = static_cast<int>(std::floor((high + 8) / 16.0));
-    q[group * 64 + 32 + place] = static_cast<int8_t>(8 * (high - 16 * top));
     peak_chunks[group] = place / 4;
-    std::memcpy(&peak_middles[group], &q[group * 64 + 32 + place / 4 * 4], 4);
+    peak_middles[group] = static_cast<int32_t>(static_cast<uint32_t>(8 * (high - 16 * top) & 255) << (8 * (place % 4)));
+    if (q_bytes > 32) {
+      std::memset(&q[group * q_bytes + 32], 0, 32);
+      std::memcpy(&q[group * q_bytes + 32 + place / 4 * 4], &peak_middles[group], 4);
+    }
     peak_highs[group] = static_cast<int32_t>(static_cast<uint32_t>(top & 255) << (8 * (place % 4)));
     int sum = 0, first_sum = 0;
     for (int i = 0; i < 32; ++i) {
@@ -260,8 +264,8 @@ struct Rows {
 };
 
 // x [num_rows, k]; every value finite.
-inline Rows quantize(const std::vector<float>& x, int num_rows, int k) {
-  Rows out(num_rows, k);
+inline Rows quantize(const std::vector<float>& x, int num_rows, int k, int q_bytes) {
+  Rows out(num_rows, k, q_bytes);
   for (int r = 0; r < num_rows; ++r) {
     for (int group = 0; group < k / 32; ++group) {
       const float* from = x.data() + size_t(r) * k + group * 32;

@@ -29,6 +29,7 @@ void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows&
               int num_ahead);
 }
 namespace amx {
+void quantize_rows(const QuantizedRows& out, const float* x, int64_t ldx, int row_begin, int row_end, int group_begin, int group_end);
 void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin, int tile_end, const Ahead* ahead,
               int num_ahead);
 }
@@ -63,10 +64,19 @@ bool has_amx() {
   return is_granted;
 }
 
-// One set with another's integer product.
-Kernels with_matmul_q(const char* name, Kernels table, decltype(Kernels::matmul_q) matmul_q) {
-  table.name = name;
-  table.matmul_q = matmul_q;
+// One set with another integer product.
+Kernels avxvnni_of(Kernels table) {
+  table.name = "avxvnni";
+  table.matmul_q = avxvnni::matmul_q;
+  return table;
+}
+
+// The same with rows that lie as the tile registers want them.
+Kernels amx_of(Kernels table) {
+  table.name = "amx";
+  table.q_bytes = 2 * kActivationGroup;
+  table.quantize_rows = amx::quantize_rows;
+  table.matmul_q = amx::matmul_q;
   return table;
 }
 
@@ -75,8 +85,8 @@ Kernels with_matmul_q(const char* name, Kernels table, decltype(Kernels::matmul_
 
 const Kernels* kernels_by_name(const char* name) {
 #if defined(__x86_64__)
-  static const Kernels amx_table = with_matmul_q("amx", avx512::table, amx::matmul_q);
-  static const Kernels avxvnni_table = with_matmul_q("avxvnni", avx2::table, avxvnni::matmul_q);
+  static const Kernels amx_table = amx_of(avx512::table);
+  static const Kernels avxvnni_table = avxvnni_of(avx2::table);
   if (std::strcmp(name, "amx") == 0) return has_amx() ? &amx_table : nullptr;
   if (std::strcmp(name, "avxvnni") == 0) return has_avxvnni() ? &avxvnni_table : nullptr;
   if (std::strcmp(name, "avx512") == 0) return has_avx512() ? &avx512::table : nullptr;

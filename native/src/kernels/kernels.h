@@ -30,16 +30,17 @@ namespace motet {
 inline constexpr int kRowBlock = 16;
 struct QuantizedRows {
   // At `at(row, group)`, [R, K/32] each, with …
-  int8_t* q;             // … [2, 32]  the low parts q, then m at the peak's place and 0 elsewhere
+  int8_t* q;             // … [q_bytes]  the low parts q [32]; where q_bytes is 64, then m at the peak's place and 0 elsewhere [32]
   float* scale;          // … []
   float* offsets;        // … []   scale · f32(Σ n over the group): what a weight's min is multiplied by
   int32_t* sums8;        // … []   −8 · Σ n over the group: a zero point of 8 adds that, one of 128 sixteen times as much
   int32_t* first_sums8;  // … []   the same over its first 16 input features
   int32_t* peak_chunks;  // … []   which four input features of the group the peak is among, 0 to 7
-  int32_t* peak_middles; // … []   m as a byte at the peak's place among those four, the others 0: once more, what q has
+  int32_t* peak_middles; // … []   m as a byte at the peak's place among those four, the others 0
   int32_t* peak_highs;   // … []   t in the same way
   int32_t k;             // K, a multiple of 32
   int32_t num_rows;      // R
+  int32_t q_bytes;       // as the kernels want it (Kernels::q_bytes)
 
   int block_rows(int64_t row) const {  // rows of the block that `row` is in
     const int64_t left = num_rows - row / kRowBlock * kRowBlock;
@@ -52,16 +53,17 @@ struct QuantizedRows {
 // Rows that go together over the weights of a product with many rows: as many as the second-level cache holds, so that all
 // tiles find them there. Each pass unpacks the weights again. Whole blocks, at least four of them.
 inline constexpr int kMaxPassRows = 256;
-constexpr int pass_rows(int64_t k) {
-  constexpr int64_t kPassBytes = 768 << 10, kBytesOfGroup = 2 * kActivationGroup + 7 * sizeof(int32_t);
-  const int64_t fit = kPassBytes / (k / kActivationGroup * kBytesOfGroup) / kRowBlock * kRowBlock;
+constexpr int pass_rows(int64_t k, int q_bytes) {
+  constexpr int64_t kPassBytes = 768 << 10;
+  const int64_t bytes_of_group = q_bytes + 7 * sizeof(int32_t);
+  const int64_t fit = kPassBytes / (k / kActivationGroup * bytes_of_group) / kRowBlock * kRowBlock;
   return static_cast<int>(fit < 4 * kRowBlock ? 4 * kRowBlock : fit < kMaxPassRows ? fit : kMaxPassRows);
 }
 // The rows [row_begin, row_end) alone; row_begin is the first of a block.
 inline QuantizedRows rows_of(const QuantizedRows& x, int row_begin, int row_end) {
   const int64_t at = static_cast<int64_t>(row_begin) * (x.k / kActivationGroup);
-  return {x.q + at * 2 * kActivationGroup, x.scale + at, x.offsets + at, x.sums8 + at, x.first_sums8 + at, x.peak_chunks + at,
-          x.peak_middles + at, x.peak_highs + at, x.k, row_end - row_begin};
+  return {x.q + at * x.q_bytes, x.scale + at, x.offsets + at, x.sums8 + at, x.first_sums8 + at, x.peak_chunks + at,
+          x.peak_middles + at, x.peak_highs + at, x.k, row_end - row_begin, x.q_bytes};
 }
 inline constexpr int kHighShift = 7;               // h counts 128ths
 inline constexpr int kPeakShift = 4;               // m counts 16ths
@@ -202,6 +204,7 @@ struct SampleResult {
 
 struct Kernels {
   const char* name;  // one of kInstructionSets
+  int q_bytes;       // of a group in QuantizedRows::q
 
   // The groups [group_begin, group_end) of rows [row_begin, row_end) of x [R, K] (stride ldx) to int8. The peak is the first value of greatest magnitude.
   //   scale = max(second greatest |x| / 127, greatest |x| / kPeakMax), n = round-half-even(x · (1 / scale)), h = ⌊(n + 64) / 128⌋

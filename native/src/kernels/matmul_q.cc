@@ -33,14 +33,20 @@ constexpr int kFewRows = 2 * kMaxRows;
 static_assert(kFewRows <= kRowBlock);
 constexpr int blocks_of_few(int rows) { return (rows + kMaxRows - 1) / kMaxRows; }
 // Many rows: tiles that go together, and how many rows of so many are a block. What is said of a row once serves all its tiles, so
-// that three by four are faster than two by six.
-#if defined(MOTET_ISA_amx)
-constexpr int kTiles = 2;
-#elif defined(MOTET_ISA_avx512)
+// that three by four are faster than two by six. The tile registers take two.
+#if defined(MOTET_ISA_avx512)
 constexpr int kTiles = 3;
 #else
 constexpr int kTiles = 1;
 #endif
+constexpr bool uses_tile_registers([[maybe_unused]] WeightFormat format) {
+#if defined(MOTET_ISA_amx)
+  return format_info(format).group_size == kActivationGroup;
+#else
+  return false;
+#endif
+}
+constexpr int tiles_of(WeightFormat format) { return uses_tile_registers(format) ? 2 : kTiles; }
 constexpr int rows_of_turn(int tiles) { return tiles > 2 ? 4 : kMaxRows; }
 // How far ahead one or two rows ask for the weights of each stream, and more rows, which take longer, for the second level of
 // cache.
@@ -72,7 +78,7 @@ struct GroupOfRow {
     static constexpr int32_t kNone = 0;
     const QuantizedRows& x = rows.x;
     at = rows.first + g / kGroupsPerScale * rows.height + r;
-    low = x.q + at * 2 * kActivationGroup;
+    low = x.q + at * kQBytes;
     chunk = x.peak_chunks[at];
     middle = x.peak_middles + at;
     wide = x.peak_highs + at;
@@ -322,14 +328,10 @@ struct Unpacked {
 
 // Input features of a chunk: with the sums of a row taken up and laid down less often, longer ones are faster, as long as they
 // leave the first level of cache room for rows.
-#if defined(MOTET_ISA_amx)
-constexpr int kChunkFeatures = 128;
-#else
-constexpr int kChunkFeatures = 256;
-#endif
+constexpr int chunk_features(WeightFormat format) { return uses_tile_registers(format) ? 128 : 256; }
 // Results of so many bytes are not in the second level of cache: their lines are asked for before the sums are done.
 constexpr int64_t kFarResultBytes = 1 << 20;
-constexpr int64_t kSumStride = kTiles * kTileColumns;
+constexpr int64_t sum_stride(WeightFormat format) { return tiles_of(format) * kTileColumns; }
 
 // The groups [g_begin, g_begin + num_groups) of some tiles, unpacked, and the rows that go over them.
 struct Many {
@@ -341,7 +343,7 @@ struct Many {
   float* y;  // of row 0, at the first tile's columns
   int64_t ldy;
 
-  // The sums of a row for tile t wait at sums + 16 · kTiles · (row − first row of the pass) + 16 · t; the last chunk's
+  // The sums of a row for tile t wait at sums + sum_stride · (row − first row of the pass) + 16 · t; the last chunk's
   // go to y.
   float* sums;
   int64_t first_row;
@@ -355,14 +357,14 @@ void block_many(const Many& m, int64_t row, int num_rows) {
   constexpr FormatInfo kInfo = U::kInfo;
   const QuantizedRows& x = *m.x;
   const RowsOfBlock rows(x, row);
-  float* const sums = m.sums + (row - m.first_row) * kSumStride;
+  float* const sums = m.sums + (row - m.first_row) * sum_stride(kFormat);
 
   f32x16 acc[kRows][kNum];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int t = 0; t < kNum; ++t)
-      acc[r][t] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride + t * kTileColumns);
+      acc[r][t] = m.g_begin == 0 ? f32_zero() : load(sums + r * sum_stride(kFormat) + t * kTileColumns);
   }
   const uint8_t* p[kNum];
   for (int t = 0; t < kNum; ++t) p[t] = m.unpacked[t];
@@ -431,7 +433,7 @@ void block_many(const Many& m, int64_t row, int num_rows) {
     }
   }
   float* const out = m.is_last ? m.y + row * m.ldy : sums;
-  const int64_t stride = m.is_last ? m.ldy : kSumStride;
+  const int64_t stride = m.is_last ? m.ldy : sum_stride(kFormat);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -443,7 +445,6 @@ void block_many(const Many& m, int64_t row, int num_rows) {
 #if !defined(MOTET_ISA_amx)
 template <WeightFormat kFormat>
 struct Amx {
-  static constexpr bool kUsed = false;
   static void begin() {}
   static void end() {}
 };
@@ -451,10 +452,6 @@ struct Amx {
 }  // namespace
 }  // namespace motet::MOTET_ISA
 #include "matmul_q_amx.h"
-namespace motet::avx512 {
-void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
-              int tile_end, const Ahead* ahead, int num_ahead);
-}
 namespace motet::MOTET_ISA {
 namespace {
 #endif
@@ -478,11 +475,11 @@ template <WeightFormat kFormat, int kNum>
 void many_rows(float* y, int64_t ldy, const uint8_t* tiles, const QuantizedRows& x, int64_t first_row, int64_t end_row,
                int64_t next_tiles, Asker& asker) {
   using T = Tile<kFormat>;
-  constexpr bool kAmx = Amx<kFormat>::kUsed;
+  constexpr bool kAmx = uses_tile_registers(kFormat);
   using U = Unpacked<kFormat, kAmx && T::kInfo.zero != 0>;
-  constexpr int64_t kChunkGroups = kChunkFeatures / T::kInfo.group_size;
+  constexpr int64_t kChunkGroups = chunk_features(kFormat) / T::kInfo.group_size;
   alignas(64) uint8_t unpacked[kNum][kChunkGroups * U::kBytes];
-  alignas(64) float sums[(kMaxPassRows + kMaxRows) * kSumStride];
+  alignas(64) float sums[(kMaxPassRows + kMaxRows) * sum_stride(kFormat)];
   const int64_t stride = T::bytes(x.k), groups = x.k / T::kInfo.group_size;
   const int64_t num_chunks = (groups + kChunkGroups - 1) / kChunkGroups;
   const bool are_far = (end_row - first_row) * ldy * static_cast<int64_t>(sizeof(float)) >= kFarResultBytes;
@@ -517,27 +514,28 @@ void many_rows(float* y, int64_t ldy, const uint8_t* tiles, const QuantizedRows&
 template <WeightFormat kFormat>
 void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x,
                      int tile_begin, int tile_end, const Ahead* ahead, int num_ahead) {
-  if constexpr (!Amx<kFormat>::kUsed) {
-    if (x.num_rows <= kFewRows) return few_rows<kFormat, kFewRows>(y, ldy, w, x, tile_begin, tile_end, ahead, num_ahead);
-  }
+  // Below a full block the tile registers gain nothing.
+  constexpr bool kAmx = uses_tile_registers(kFormat);
+  if (x.num_rows <= (kAmx ? kRowBlock - 1 : kFewRows)) return few_rows<kFormat, kFewRows>(y, ldy, w, x, tile_begin, tile_end, ahead, num_ahead);
   // A turn is one of a block of rows over a chunk, or a part of one.
-  const int64_t chunks = (w.in_features + kChunkFeatures - 1) / kChunkFeatures;
-  const int64_t turns = Amx<kFormat>::kUsed ? (x.num_rows + kRowBlock - 1) / kRowBlock : (x.num_rows + rows_of_turn(kTiles) - 1) / rows_of_turn(kTiles);
-  Asker asker(ahead, num_ahead, (tile_end - tile_begin + kTiles - 1) / kTiles * chunks * turns);
+  constexpr int kMost = tiles_of(kFormat), kRowsOfTurn = kAmx ? kRowBlock : rows_of_turn(kMost);
+  const int64_t chunks = (w.in_features + chunk_features(kFormat) - 1) / chunk_features(kFormat);
+  const int64_t turns = (x.num_rows + kRowsOfTurn - 1) / kRowsOfTurn;
+  Asker asker(ahead, num_ahead, (tile_end - tile_begin + kMost - 1) / kMost * chunks * turns);
   const int64_t stride = Tile<kFormat>::bytes(w.in_features);
   Amx<kFormat>::begin();
-  for (int64_t row = 0; row < x.num_rows; row += pass_rows(x.k)) {
-    const int64_t end_row = x.num_rows - row < pass_rows(x.k) ? x.num_rows : row + pass_rows(x.k);
+  for (int64_t row = 0; row < x.num_rows; row += pass_rows(x.k, kQBytes)) {
+    const int64_t end_row = x.num_rows - row < pass_rows(x.k, kQBytes) ? x.num_rows : row + pass_rows(x.k, kQBytes);
     for (int64_t t = tile_begin; t < tile_end;) {
       // Four are two and two, so that none is alone.
-      const int64_t left = tile_end - t, num = left == 4 && kTiles == 3 ? 2 : left < kTiles ? left : kTiles;
+      const int64_t left = tile_end - t, num = left == 4 && kMost == 3 ? 2 : left < kMost ? left : kMost;
       const auto go = [&]<int kNum>() {
         many_rows<kFormat, kNum>(y + t * kTileColumns, ldy, w.data + t * stride, x, row, end_row, left > num ? num : 0, asker);
       };
-      if constexpr (kTiles > 2) {
+      if constexpr (kMost > 2) {
         if (num == 3) go.template operator()<3>();
       }
-      if constexpr (kTiles > 1) {
+      if constexpr (kMost > 1) {
         if (num == 2) go.template operator()<2>();
       }
       if (num == 1) go.template operator()<1>();
@@ -551,17 +549,8 @@ void matmul_q_format(float* y, int64_t ldy, const PackedMatrix& w, const Quantiz
 
 void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
               int tile_end, const Ahead* ahead, int num_ahead) {
-#if defined(MOTET_ISA_amx)
-  // Below a full block the tile registers gain nothing.
-  if (x.num_rows < kRowBlock || format_info(w.format).group_size != kActivationGroup)
-    return avx512::matmul_q(y, ldy, w, x, tile_begin, tile_end, ahead, num_ahead);
-#endif
   dispatch_format(w.format, [&]<WeightFormat kFormat>() __attribute__((always_inline)) {
-#if defined(MOTET_ISA_amx)
-    if constexpr (Amx<kFormat>::kUsed)
-#else
     if constexpr (format_info(kFormat).group_size != 0)
-#endif
       matmul_q_format<kFormat>(y, ldy, w, x, tile_begin, tile_end, ahead, num_ahead);
   });
 }

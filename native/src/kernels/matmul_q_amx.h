@@ -24,7 +24,6 @@ struct TileConfig {
 template <WeightFormat kFormat>
 struct Amx {
   static constexpr FormatInfo kInfo = format_info(kFormat);
-  static constexpr bool kUsed = kInfo.group_size == kActivationGroup;
   static constexpr bool kSigned = kInfo.zero != 0;
   using U = Unpacked<kFormat, kSigned>;
   static constexpr int kRows = 16;
@@ -124,12 +123,12 @@ struct Amx {
   // registers of another size would have to be configured, which takes longer.
   template <int kNum>
   static void block(const Many& m, int64_t row, int rows, const int32_t* wide) {
-    constexpr int64_t kChunkGroups = kChunkFeatures / kActivationGroup;
-    alignas(64) int32_t products[kTiles][kChunkGroups * kProductInts];
+    constexpr int64_t kChunkGroups = chunk_features(kFormat) / kActivationGroup;
+    alignas(64) int32_t products[tiles_of(kFormat)][kChunkGroups * kProductInts];
     const QuantizedRows& x = *m.x;
     const int64_t first = x.at(row, m.g_begin), n = m.num_groups;
-    const int8_t* const q = x.q + first * 2 * kActivationGroup;
-    const int64_t q_stride = rows * 2 * kActivationGroup;
+    const int8_t* const q = x.q + first * kQBytes;
+    const int64_t q_stride = rows * kQBytes;
     // Of a single tile the products are there twice.
     if constexpr (kInfo.bits == 4) multiply_groups(n, q, q_stride, m.unpacked[0], m.unpacked[1], products[0], products[1]);
     for (int t = 0; t < m.num_tiles; ++t) {
@@ -144,13 +143,13 @@ struct Amx {
   // The sums of kNum rows in the columns of tile t.
   template <int kNum>
   MOTET_INLINE static void add_groups(const Many& m, int t, int64_t row, int rows, const int32_t* products) {
-    float* const sums = m.sums + (row - m.first_row) * kSumStride + t * kTileColumns;
+    float* const sums = m.sums + (row - m.first_row) * sum_stride(kFormat) + t * kTileColumns;
     float* const out = m.is_last ? m.y + row * m.ldy + t * kTileColumns : sums;
-    const int64_t out_stride = m.is_last ? m.ldy : kSumStride;
+    const int64_t out_stride = m.is_last ? m.ldy : sum_stride(kFormat);
     const int64_t first = m.x->at(row, m.g_begin);
     f32x16 acc[kNum];
 #pragma GCC unroll 16
-    for (int r = 0; r < kNum; ++r) acc[r] = m.g_begin == 0 ? f32_zero() : load(sums + r * kSumStride);
+    for (int r = 0; r < kNum; ++r) acc[r] = m.g_begin == 0 ? f32_zero() : load(sums + r * sum_stride(kFormat));
     for (int64_t g = 0; g < m.num_groups; ++g) {
       const uint8_t* const w = m.unpacked[t] + g * U::kBytes;
       const float* const scales = m.x->scale + first + g * rows;
@@ -167,15 +166,15 @@ struct Amx {
   }
 
   static void begin() {
-    if constexpr (kUsed) configure();
+    if constexpr (uses_tile_registers(kFormat)) configure();
   }
   static void end() {
-    if constexpr (kUsed) _tile_release();
+    if constexpr (uses_tile_registers(kFormat)) _tile_release();
   }
 
   // One block of rows over a chunk.
   static void rows(const Many& m, int64_t row, int rows) {
-    int32_t wide[kChunkFeatures / kActivationGroup] = {};
+    int32_t wide[chunk_features(kFormat) / kActivationGroup] = {};
     const int32_t* highs = m.x->peak_highs + m.x->at(row, m.g_begin);
     // Of fewer than 16 rows the others are of the next group: at worst it is looked at for nothing.
     for (int64_t g = 0; g < m.num_groups; ++g) wide[g] = bits(load_i32(highs + g * rows) == i32_zero()) != 0xffff;

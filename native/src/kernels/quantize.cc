@@ -72,14 +72,16 @@ MOTET_INLINE void quantize_groups(const QuantizedRows& out, const float* x, int 
   store(scales, scale);
   store(offsets, scale * to_f32(sum));
   for (int g = 0; g < count; ++g, at += height) {
-    int8_t* const to = out.q + at * 2 * kActivationGroup;
+    int8_t* const to = out.q + at * kQBytes;
     const int chunk = peak[g] / 4;
     store_s8(to, n[0][g]);
     store_s8(to + 16, n[1][g]);
-    store_s8(to + 32, i32_zero());
-    store_s8(to + 48, i32_zero());
     to[peak[g]] = static_cast<int8_t>(low_byte[g]);
-    __builtin_memcpy(to + kActivationGroup + 4 * chunk, &middles[g], 4);
+    if constexpr (kQBytes > kActivationGroup) {
+      store_s8(to + kActivationGroup, i32_zero());
+      store_s8(to + kActivationGroup + 16, i32_zero());
+      __builtin_memcpy(to + kActivationGroup + 4 * chunk, &middles[g], 4);
+    }
     out.scale[at] = scales[g];
     out.offsets[at] = offsets[g];
     out.sums8[at] = sums8[g];

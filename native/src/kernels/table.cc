@@ -8,6 +8,7 @@ namespace motet::MOTET_ISA {
 
 constinit const Kernels table = {
     .name = MOTET_STRING(MOTET_ISA),
+    .q_bytes = kQBytes,
     .quantize_rows = quantize_rows,
     .matmul_q = matmul_q,
     .matmul_f = matmul_f,

@@ -7,6 +7,13 @@
 
 namespace motet::MOTET_ISA {
 
+// Bytes of a group in QuantizedRows::q. AMX multiplies by low and middle parts side by side; the others read less without the latter.
+#if defined(MOTET_ISA_amx)
+inline constexpr int kQBytes = 2 * kActivationGroup;
+#else
+inline constexpr int kQBytes = kActivationGroup;
+#endif
+
 void quantize_rows(const QuantizedRows& out, const float* x, int64_t ldx, int row_begin, int row_end, int group_begin, int group_end);
 void matmul_q(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int tile_begin,
               int tile_end, const Ahead* ahead, int num_ahead);
