@@ -151,9 +151,12 @@ class CpuDevice final : public Device {
     quantize_and_shrink(any_quantized, projections, x, ldx, num_rows, k, layer, lora);
 
     // A task's columns get their deltas as soon as they are there, while they are in the cache. Many rows are cut into passes
-    // first: a thread that goes on in its pass finds the activations in its cache.
-    const int num_passes = any_quantized ? static_cast<int>(ceil_div(num_rows, pass_rows(k, kernels_.q_bytes))) : 1;
-    const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), kRowBlock) * kRowBlock);
+    // first: a thread that goes on in its pass finds the activations in its cache. Each thread has as many passes as the others, and so
+    // its own rows from one projection to the next, unless they would be too few to unpack the weights for.
+    int64_t num_passes = any_quantized ? ceil_div(num_rows, pass_rows(k, kernels_.q_bytes)) : 1;
+    const int64_t even_passes = ceil_div(num_passes, pool_.num_threads()) * pool_.num_threads();
+    if (num_passes > 1 && num_rows >= even_passes * kMinPassRows) num_passes = even_passes;
+    const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), int64_t{kRowBlock}) * kRowBlock);
     cut_jobs(projections.size(), num_rows, rows_of_pass);
     cut_tasks(tasks_, projections, num_rows, rows_of_pass);
     look_ahead(next, num_rows);

@@ -51,13 +51,13 @@ struct QuantizedRows {
   }
 };
 // Rows that go together over the weights of a product with many rows: as many as the second-level cache holds, so that all
-// tiles find them there. Each pass unpacks the weights again. Whole blocks, at least four of them.
-inline constexpr int kMaxPassRows = 256;
+// tiles find them there. Each pass unpacks the weights again. Whole blocks.
+inline constexpr int kMinPassRows = 4 * kRowBlock, kMaxPassRows = 256;
 constexpr int pass_rows(int64_t k, int q_bytes) {
   constexpr int64_t kPassBytes = 768 << 10;
   const int64_t bytes_of_group = q_bytes + 7 * sizeof(int32_t);
   const int64_t fit = kPassBytes / (k / kActivationGroup * bytes_of_group) / kRowBlock * kRowBlock;
-  return static_cast<int>(fit < 4 * kRowBlock ? 4 * kRowBlock : fit < kMaxPassRows ? fit : kMaxPassRows);
+  return static_cast<int>(fit < kMinPassRows ? kMinPassRows : fit < kMaxPassRows ? fit : kMaxPassRows);
 }
 // The rows [row_begin, row_end) alone; row_begin is the first of a block.
 inline QuantizedRows rows_of(const QuantizedRows& x, int row_begin, int row_end) {
