@@ -8,6 +8,7 @@
 #pragma once
 #include "simd.h"
 #include "tile.h"
+#include "tile_registers.h"
 
 namespace motet::MOTET_ISA {
 namespace {
@@ -15,12 +16,6 @@ namespace {
 // Tile registers: 0 and 1 products (4 bits: of two tiles of weights; 8 bits: of the low and the middle parts), 2
 // activations, 3 weights. Not more: registers are renamed from a small pool, and while the core's other thread is busy
 // loads take 28 cycles with eight in use and 10 with four (Emerald Rapids).
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {};
-  uint8_t rows[16] = {};
-};
-
 template <WeightFormat kFormat>
 struct Amx {
   static constexpr FormatInfo kInfo = format_info(kFormat);
@@ -41,33 +36,7 @@ struct Amx {
     set(1, kRows, 64);
     set(2, kRows, features);
     set(3, features / 4, 64);
-    // Not _tile_loadconfig: gcc 12's tells the compiler of the first eight bytes only.
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
-  }
-
-  // The number of a register is part of the instruction. What is read and written is said exactly: a clobber of all memory
-  // would send the sums there and back.
-  template <int kTile>
-  MOTET_INLINE static void load_tile(const void* from) {
-    using Bytes = const uint8_t[16 * 64];
-    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(int64_t{64}),
-                     "m"(*static_cast<Bytes*>(from)));
-  }
-  template <int kTile>
-  MOTET_INLINE static void store_tile(int32_t* to) {
-    using Sums = int32_t[kBlockBytes / 4];
-    __asm__ volatile("tilestored %%tmm%c1, (%2,%3,1)"
-                     : "=m"(*reinterpret_cast<Sums*>(to))
-                     : "i"(kTile), "r"(to), "r"(int64_t{64}));
-  }
-  template <int kTile, int kActivations, int kWeights>
-  MOTET_INLINE static void multiply() {
-    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
-    if constexpr (kSigned) {
-      __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTile), "i"(kActivations), "i"(kWeights));
-    } else {
-      __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTile), "i"(kActivations), "i"(kWeights));
-    }
+    load_config(config);
   }
 
   // Two products of n groups, to memory. 4 bits: of the rows with either tile's weights. 8 bits: of the rows' low and middle
@@ -79,11 +48,11 @@ struct Amx {
       load_tile<2>(x + g * x_stride);
       load_tile<3>(w0 + g * U::kBytes);
       if (g > 0) store_tile<0>(to0 + (g - 1) * kProductInts);
-      multiply<0, 2, 3>();
+      multiply<kSigned, 0, 2, 3>();
       if constexpr (kInfo.bits == 4) load_tile<3>(w1 + g * U::kBytes);
       else load_tile<2>(x + g * x_stride + kActivationGroup);
       if (g > 0) store_tile<1>(to1 + (g - 1) * kProductInts);
-      multiply<1, 2, 3>();
+      multiply<kSigned, 1, 2, 3>();
     }
     store_tile<0>(to0 + (n - 1) * kProductInts);
     store_tile<1>(to1 + (n - 1) * kProductInts);
@@ -169,7 +138,7 @@ struct Amx {
     if constexpr (uses_tile_registers(kFormat)) configure();
   }
   static void end() {
-    if constexpr (uses_tile_registers(kFormat)) _tile_release();
+    if constexpr (uses_tile_registers(kFormat)) release_tiles();
   }
 
   // One block of rows over a chunk.
