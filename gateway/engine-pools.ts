@@ -1,11 +1,12 @@
 // The connections to engines: undici's pools, one for each engine. undici's own Agent counts all of a pool's connections whenever one of
 // them closes; when thousands of clients hang up at once, that takes longer than all else together.
 
-import { Dispatcher, Pool } from 'undici';
+import { Dispatcher, errors, Pool } from 'undici';
 
 export class EnginePools extends Dispatcher {
   readonly #options: Pool.Options;
   readonly #pools = new Map<string, Pool>();
+  #isDestroyed = false;
 
   constructor(options: Pool.Options) {
     super();
@@ -18,12 +19,14 @@ export class EnginePools extends Dispatcher {
   }
 
   override dispatch(options: Dispatcher.DispatchOptions, handler: Dispatcher.DispatchHandler): boolean {
+    if (this.#isDestroyed) throw new errors.ClientDestroyedError('the gateway has ended');
     const origin = String(options.origin);
     return (this.#pools.get(origin) ?? this.#open(origin)).dispatch(options, handler);
   }
 
   /** Those that carry a request, too: it fails. */
   override async destroy(): Promise<void> {
+    this.#isDestroyed = true;
     const all = [...this.#pools.values()];
     this.#pools.clear();
     await Promise.all(all.map((pool) => pool.destroy()));

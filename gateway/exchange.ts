@@ -121,6 +121,7 @@ export class Exchange implements Dispatcher.DispatchHandler {
   onResponseError(_: Dispatcher.DispatchController | undefined, error: Error): void {
     // There is nothing left to pause or to close.
     this.#controller = null;
+    if (this.#isOver) return;
     this.#turns.take(() => {
       if (!this.#isOver) this.#fail(error);
     });

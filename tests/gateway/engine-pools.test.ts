@@ -98,5 +98,6 @@ test('the pool of an engine that is gone is forgotten when another is new', asyn
   const failed = expect(held.head).rejects.toMatchObject({ code: 'UND_ERR_DESTROYED' });
   await pools.destroy();
   await failed;
+  await expect(begin(pools, first.origin, '/now').head).rejects.toMatchObject({ code: 'UND_ERR_DESTROYED' });
   expect(pools.size).toBe(0);
 });
