@@ -1,8 +1,8 @@
-// Requests that end before their time. Each costs some 50 µs: a connection is closed, a place is given to another, a log line written.
+// Requests that end before their time. Each costs up to 0.1 ms: a connection is closed, a place is given to another, a log line written.
 // When thousands do so in one moment, since the proxy before us or an engine has died, they are dealt with over many turns of the
 // event loop, so that whoever stays does not wait for all of them.
 
-/** So many in one turn: 1 to 2 ms. */
+/** So many in one turn, which takes 1 to 5 ms then. */
 const perTurn = 32;
 
 export class Turns {

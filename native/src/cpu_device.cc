@@ -652,7 +652,7 @@ class CpuDevice final : public Device {
   // Gives the quantised rows memory.
   void place_quantized(int num_rows, int k) {
     const size_t places = static_cast<size_t>(num_rows) * (k / kActivationGroup) + kRowBlock;
-    grow(q_bytes_, places * kernels_.q_bytes / sizeof(float));
+    grow(q_integers_, places * kernels_.q_bytes / sizeof(float));
     grow(q_scales_, places);
     grow(q_offsets_, places);
     if (q_chunks_.size() < places) {
@@ -662,7 +662,7 @@ class CpuDevice final : public Device {
       q_middles_.resize(places);
       q_highs_.resize(places);
     }
-    quantized_ = {reinterpret_cast<int8_t*>(q_bytes_.data.get()), q_scales_.data.get(), q_offsets_.data.get(), q_sums_.data(), q_first_sums_.data(),
+    quantized_ = {reinterpret_cast<int8_t*>(q_integers_.data.get()), q_scales_.data.get(), q_offsets_.data.get(), q_sums_.data(), q_first_sums_.data(),
                   q_chunks_.data(), q_middles_.data(), q_highs_.data(), k, num_rows, kernels_.q_bytes};
   }
 
@@ -912,7 +912,7 @@ class CpuDevice final : public Device {
   Region arena_, host_arena_;
   bool reference_mode_;
   ThreadPool pool_;
-  Buffer q_bytes_, q_scales_, q_offsets_, shrunk_, base_, scratch_, partials_, sample_scratch_;
+  Buffer q_integers_, q_scales_, q_offsets_, shrunk_, base_, scratch_, partials_, sample_scratch_;
   QuantizedRows quantized_{};
   std::vector<int32_t> q_sums_, q_first_sums_, q_chunks_, q_middles_, q_highs_;
   std::vector<Task> tasks_, next_tasks_;
