@@ -102,7 +102,7 @@ install_system_packages() {
   fi
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
   if ! has_cargo; then
-    echo "expected Cargo 1.87 or newer, got $(cargo --version); it is in Debian's security archive, or see https://rustup.rs"
+    echo "expected Cargo 1.87 or newer, got $(cargo --version 2>/dev/null || echo "one that does not say its version"); it is in Debian's security archive, or see https://rustup.rs"
     return 1
   fi
 }
