@@ -180,11 +180,11 @@ class CpuDevice final : public Device {
           }
           if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, from, to);
         }
+        if (!p.bias) return;
+        const int64_t column = int64_t{begin} * kTileColumns, count = std::min(int64_t{end} * kTileColumns, int64_t{p.weight->out_features}) - column;
+        for (int r = 0; r < row_end - row_begin; ++r) kernels_.add(y + r * p.ldy + column, p.bias + column, count);
       });
     });
-    for (const auto& p : projections)
-      if (p.bias)
-        for (int r = 0; r < num_rows; ++r) kernels_.add(p.y + r * p.ldy, p.bias, p.weight->out_features);
   }
 
   void rope(float* x, int64_t ldx, int num_heads, int head_dim, int num_rows, const RopeAngles& angles) override {
@@ -320,7 +320,9 @@ class CpuDevice final : public Device {
     over_rows(num_rows, int64_t{n} * 16, [&](int begin, int end) { f(gate + begin * ld, ld, gate + begin * ld, ld, up + begin * ld, ld, end - begin, n); });
   }
 
-  void add(float* y, const float* x, int64_t num_floats) override { kernels_.add(y, x, num_floats); }
+  void add(float* y, const float* x, int64_t ld, int num_rows) override {
+    over_rows(num_rows, ld, [&](int begin, int end) { kernels_.add(y + begin * ld, x + begin * ld, (end - begin) * ld); });
+  }
 
   void gather_rows(float* y, const float* x, int64_t ld, std::span<const int32_t> rows) override {
     for (size_t i = 0; i < rows.size(); ++i) std::memcpy(y + static_cast<int64_t>(i) * ld, x + rows[i] * ld, ld * sizeof(float));
@@ -640,13 +642,20 @@ class CpuDevice final : public Device {
     if (num_tasks > 1) pool_.run(num_tasks, f);
   }
 
+  // Neighbours to the same thread: the rows that it has had in the operation before are in its caches.
+  template <typename F>
+  void run_apart(int num_tasks, F&& f) {
+    if (num_tasks == 1) return f(0, 0);
+    if (num_tasks > 1) pool_.run_apart(num_tasks, {}, f);
+  }
+
   // Calls f(begin, end) over rows, in this thread when there is too little to share.
   template <typename F>
   void over_rows(int num_rows, int64_t work_per_row, F&& f) {
     const int per_task = static_cast<int>(std::max({int64_t{1}, kTaskMacs / std::max<int64_t>(work_per_row, 1),
                                                     ceil_div(num_rows, int64_t{pool_.num_threads()} * kTasksPerThread)}));
     if (per_task >= num_rows) return f(0, num_rows);
-    run(static_cast<int>(ceil_div(num_rows, per_task)), [&](int t, int) { f(t * per_task, std::min(num_rows, (t + 1) * per_task)); });
+    run_apart(static_cast<int>(ceil_div(num_rows, per_task)), [&](int t, int) { f(t * per_task, std::min(num_rows, (t + 1) * per_task)); });
   }
 
   // Gives the quantised rows memory.
@@ -679,17 +688,20 @@ class CpuDevice final : public Device {
     const int64_t wanted = std::min(num_rows * groups / kQuantizeTaskGroups, int64_t{pool_.num_threads()} * kTasksPerThread);
     const int64_t ranges = std::clamp(ceil_div(wanted, num_blocks), int64_t{1}, std::max<int64_t>(ceil_div(groups, int64_t{16}), 1));
     const int num_shrinks = static_cast<int>(tasks_.size()), num_quantizes = quantizes ? static_cast<int>(num_blocks * ranges) : 0;
-    run(num_shrinks + num_quantizes, [&](int index, int) {
-      if (index < num_shrinks) {
-        const Task& task = tasks_[index];
+    const int num_tasks = num_shrinks + num_quantizes;
+    // Both evenly over the tasks, so that each thread has its own rows to quantise.
+    run_apart(num_tasks, [&](int index, int) {
+      const int64_t quantize = int64_t{index} * num_quantizes / num_tasks;
+      if (int64_t{index + 1} * num_quantizes / num_tasks == quantize) {
+        const Task& task = tasks_[index - quantize];
         for (int i = task.begin; i < task.end; ++i) {
           const Piece& piece = pieces_[i];
           kernels_.lora_shrink(&jobs_[piece.first_job], piece.num_jobs, x, ldx, k, piece.row_begin, piece.row_end, piece.j_begin, piece.j_end);
         }
         return;
       }
-      const int64_t range = (index - num_shrinks) % ranges;
-      const int row = static_cast<int>((index - num_shrinks) / ranges) * kRowBlock;
+      const int64_t range = quantize % ranges;
+      const int row = static_cast<int>(quantize / ranges) * kRowBlock;
       kernels_.quantize_rows(quantized_, x, ldx, row, std::min(row + kRowBlock, num_rows), static_cast<int>(groups * range / ranges),
                              static_cast<int>(groups * (range + 1) / ranges));
     });

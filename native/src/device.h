@@ -122,7 +122,7 @@ class Device {
                          int window, float scale) = 0;
   // gate[r] = act(gate[r]) · up[r]
   virtual void activate(float* gate, const float* up, int64_t ld, int num_rows, int n, bool gelu) = 0;
-  virtual void add(float* y, const float* x, int64_t num_floats) = 0;
+  virtual void add(float* y, const float* x, int64_t ld, int num_rows) = 0;
   virtual void gather_rows(float* y, const float* x, int64_t ld, std::span<const int32_t> rows) = 0;
   // Samples rows [0, n) of logits (overwritten), which are the batch's samples first_sample + i.
   virtual void sample(float* logits, int64_t ldl, int vocab, const Batch& batch, int first_sample, int num_samples, int max_top,

@@ -315,12 +315,14 @@ void Model::run(const Batch& batch, const std::vector<const Adapter*>& adapters,
     }
   }
 
+  plan_last(batch, adapters);
+
   // Whatever ends the step before its last layer leaves the ring in the middle.
   const auto rewind = [](WeightStream* stream) { stream->rewind(); };
   std::unique_ptr<WeightStream, decltype(rewind)> unless_done(stream_.get());
   if (stream_) stream_->begin_step();
   device_->begin(batch, num_pages_);
-  device_->fetch_ahead(kv_layer(0), batch, dims_.sliding_windows[0]);
+  fetch_ahead(0, batch);
   clock_.lap(StepPart::kPlan);
   device_->embed(act_.x, embedding_, batch.token_ids, dims_.embedding_scale);
   clock_.lap(StepPart::kEmbed);
@@ -329,6 +331,66 @@ void Model::run(const Batch& batch, const std::vector<const Adapter*>& adapters,
   copy_hidden(batch, output);
   sample(batch, adapters, output);
   device_->synchronize();
+}
+
+// Which rows the last layer goes on with after their keys and values: those of each sequence from the first on that samples or is
+// read.
+void Model::plan_last(const Batch& b, const std::vector<const Adapter*>& adapters) {
+  LastRows& last = last_;
+  last.rows.clear(), last.sequence_starts.assign(1, 0), last.block_starts.assign(1, 0), last.block_ids.clear();
+  const auto first_in = [](std::span<const int32_t> rows, int32_t begin) {
+    const auto it = std::lower_bound(rows.begin(), rows.end(), begin);
+    return it == rows.end() ? INT32_MAX : *it;
+  };
+  last.begins.clear();
+  for (int s = 0; s < b.num_sequences(); ++s) {
+    const int32_t end = b.sequence_starts[s + 1];
+    const int32_t begin = std::min({first_in(b.sample_rows, b.sequence_starts[s]), first_in(b.hidden_rows, b.sequence_starts[s]), end});
+    last.begins.push_back(static_cast<int32_t>(last.rows.size()));
+    if (begin == end) continue;
+    for (int32_t r = begin; r < end; ++r) last.rows.push_back(r);
+    last.sequence_starts.push_back(static_cast<int32_t>(last.rows.size()));
+    last.block_ids.insert(last.block_ids.end(), b.block_ids.begin() + b.block_starts[s], b.block_ids.begin() + b.block_starts[s + 1]);
+    last.block_starts.push_back(static_cast<int32_t>(last.block_ids.size()));
+  }
+  const size_t num_rows = last.rows.size();
+  last.begins.push_back(static_cast<int32_t>(num_rows));
+  last.is_all = num_rows == b.token_ids.size();
+  const auto place = [&](int32_t row) { return static_cast<int32_t>(std::lower_bound(last.rows.begin(), last.rows.end(), row) - last.rows.begin()); };
+  last.sample_rows.clear(), last.hidden_rows.clear();
+  for (const int32_t r : b.sample_rows) last.sample_rows.push_back(last.is_all ? r : place(r));
+  for (const int32_t r : b.hidden_rows) last.hidden_rows.push_back(last.is_all ? r : place(r));
+  if (last.is_all) return;
+
+  last.token_ids.clear(), last.positions.clear();
+  const RopeAngles& angles = angles_[dims_.rope_table_index.back()];
+  const int half = dims_.head_dim / 2;
+  last.angles.cos.resize(num_rows * half);
+  last.angles.sin.resize(num_rows * half);
+  for (size_t i = 0; i < num_rows; ++i) {
+    const int32_t r = last.rows[i];
+    last.token_ids.push_back(b.token_ids[r]);
+    last.positions.push_back(b.positions[r]);
+    std::copy_n(angles.cos.begin() + int64_t{r} * half, half, last.angles.cos.begin() + i * half);
+    std::copy_n(angles.sin.begin() + int64_t{r} * half, half, last.angles.sin.begin() + i * half);
+  }
+  plan_lora(last.lora, b, adapters, [&](int s) { return std::pair(last.begins[s], last.begins[s + 1]); });
+  last.batch = {};
+  last.batch.token_ids = last.token_ids;
+  last.batch.positions = last.positions;
+  last.batch.sequence_starts = last.sequence_starts;
+  last.batch.block_starts = last.block_starts;
+  last.batch.block_ids = last.block_ids;
+  last.batch.staging_pages = b.staging_pages;
+}
+
+// Attention over layer l comes next; the last one has rows of its own.
+void Model::fetch_ahead(int l, const Batch& batch) {
+  if (l == dims_.num_layers) return;
+  const bool is_cut = l + 1 == dims_.num_layers && !last_.is_all;
+  if (is_cut && last_.rows.empty()) return;
+  if (is_cut) device_->begin(last_.batch, num_pages_);
+  device_->fetch_ahead(kv_layer(l), is_cut ? last_.batch : batch, dims_.sliding_windows[l]);
 }
 
 KvLayer Model::kv_layer(int l) const {
@@ -361,8 +423,8 @@ void Model::run_layer(int l, const Batch& batch) {
     set_bytes(l, stream_->await(l));
     clock_.lap(StepPart::kWeights);
   }
-  const auto [x, h, q, k, v, attn, gate, up, o] = act_;
-  const int rows = batch.num_tokens(), hidden = dims_.hidden_size, head_dim = dims_.head_dim;
+  auto& [x, h, q, k, v, attn, gate, up, o] = act_;
+  const int hidden = dims_.hidden_size, head_dim = dims_.head_dim;
   const int64_t ldh = padded(hidden), ldq = padded(int64_t{dims_.num_heads} * head_dim), ldkv = padded(int64_t{dims_.num_kv_heads} * head_dim);
   const int64_t ldi = padded(dims_.intermediate_size);
   auto projection = [&](Target t, float* y, int64_t ldy) {
@@ -373,47 +435,62 @@ void Model::run_layer(int l, const Batch& batch) {
   const Projection gate_up[] = {projection(Target::kGate, gate, ldi), projection(Target::kUp, up, ldi)};
   const Projection down[] = {projection(Target::kDown, o, ldh)};
   const KvLayer kv = kv_layer(l);
+  const RopeAngles& angles = angles_[dims_.rope_table_index[l]];
+  // In the last layer only some rows have queries, and all that comes of them.
+  const bool is_cut = l + 1 == dims_.num_layers && !last_.is_all;
+  const int all_rows = batch.num_tokens(), rows = is_cut ? static_cast<int>(last_.rows.size()) : all_rows;
+  const LoraPlan& lora = is_cut ? last_.lora : lora_;
 
-  device_->rmsnorm(h, ldh, x, ldh, layer.attention_norm, rows, hidden, dims_.norm_eps);
+  device_->rmsnorm(h, ldh, x, ldh, layer.attention_norm, all_rows, hidden, dims_.norm_eps);
   clock_.lap(StepPart::kNorm);
-  device_->project(qkv, h, ldh, rows, l, lora_, out);
+  if (is_cut) {
+    device_->project(std::span(qkv).subspan(1), h, ldh, all_rows, l, lora_, {});
+    device_->gather_rows(o, h, ldh, last_.rows);
+    device_->gather_rows(h, x, ldh, last_.rows);
+    std::swap(x, h);
+    if (rows > 0) device_->project(std::span(qkv).first(1), o, ldh, rows, l, lora, out);
+  } else {
+    device_->project(qkv, h, ldh, rows, l, lora, out);
+  }
   clock_.lap(StepPart::kQkv);
   // Heads of a row are adjacent, so a norm per head is a norm over rows · heads short rows.
-  auto norm_heads = [&](float* y, int64_t ld, int num_heads, const float* weight) {
-    for (int i = 0; i < num_heads; ++i) device_->rmsnorm(y + i * head_dim, ld, y + i * head_dim, ld, weight, rows, head_dim, dims_.norm_eps);
+  auto norm_heads = [&](float* y, int64_t ld, int num_rows, int num_heads, const float* weight) {
+    for (int i = 0; i < num_heads; ++i) device_->rmsnorm(y + i * head_dim, ld, y + i * head_dim, ld, weight, num_rows, head_dim, dims_.norm_eps);
   };
-  if (layer.q_norm) norm_heads(q, ldq, dims_.num_heads, layer.q_norm);
-  if (layer.k_norm) norm_heads(k, ldkv, dims_.num_kv_heads, layer.k_norm);
+  if (layer.q_norm) norm_heads(q, ldq, rows, dims_.num_heads, layer.q_norm);
+  if (layer.k_norm) norm_heads(k, ldkv, all_rows, dims_.num_kv_heads, layer.k_norm);
   clock_.lap(StepPart::kNorm);
-  const RopeAngles& angles = angles_[dims_.rope_table_index[l]];
-  device_->rope(q, ldq, dims_.num_heads, head_dim, rows, angles);
-  device_->rope(k, ldkv, dims_.num_kv_heads, head_dim, rows, angles);
+  device_->rope(q, ldq, dims_.num_heads, head_dim, rows, is_cut ? last_.angles : angles);
+  device_->rope(k, ldkv, dims_.num_kv_heads, head_dim, all_rows, angles);
   clock_.lap(StepPart::kRope);
   device_->store_kv(kv, batch, k, ldkv, v, ldkv);
   clock_.lap(StepPart::kKvWrite);
-  device_->attention(kv, batch, q, ldq, attn, ldq, dims_.num_heads, dims_.sliding_windows[l], dims_.attention_scale);
-  if (l + 1 < dims_.num_layers) device_->fetch_ahead(kv_layer(l + 1), batch, dims_.sliding_windows[l + 1]);
-  clock_.lap(StepPart::kAttention);
-  device_->project(out, attn, ldq, rows, l, lora_, gate_up);
-  clock_.lap(StepPart::kOut);
-  if (layer.post_attention_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_attention_norm, rows, hidden, dims_.norm_eps);
-  device_->add(x, o, int64_t{rows} * ldh);
+  if (rows > 0) {
+    device_->attention(kv, is_cut ? last_.batch : batch, q, ldq, attn, ldq, dims_.num_heads, dims_.sliding_windows[l], dims_.attention_scale);
+    fetch_ahead(l + 1, batch);
+    clock_.lap(StepPart::kAttention);
+    device_->project(out, attn, ldq, rows, l, lora, gate_up);
+    clock_.lap(StepPart::kOut);
+    if (layer.post_attention_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_attention_norm, rows, hidden, dims_.norm_eps);
+    device_->add(x, o, ldh, rows);
 
-  device_->rmsnorm(h, ldh, x, ldh, layer.mlp_norm, rows, hidden, dims_.norm_eps);
-  clock_.lap(StepPart::kNorm);
-  device_->project(gate_up, h, ldh, rows, l, lora_, down);
-  clock_.lap(StepPart::kGateUp);
-  device_->activate(gate, up, ldi, rows, dims_.intermediate_size, dims_.gelu);
-  clock_.lap(StepPart::kActivation);
-  device_->project(down, gate, ldi, rows, l, lora_, first_of_layer(l + 1));
-  clock_.lap(StepPart::kDown);
+    device_->rmsnorm(h, ldh, x, ldh, layer.mlp_norm, rows, hidden, dims_.norm_eps);
+    clock_.lap(StepPart::kNorm);
+    device_->project(gate_up, h, ldh, rows, l, lora, down);
+    clock_.lap(StepPart::kGateUp);
+    device_->activate(gate, up, ldi, rows, dims_.intermediate_size, dims_.gelu);
+    clock_.lap(StepPart::kActivation);
+    device_->project(down, gate, ldi, rows, l, lora, first_of_layer(l + 1));
+    clock_.lap(StepPart::kDown);
+  }
   if (is_streamed(l)) {
     device_->synchronize();  // nothing reads the slot any more
     stream_->release(l);
     set_bytes(l, nullptr);
   }
+  if (rows == 0) return;
   if (layer.post_mlp_norm) device_->rmsnorm(o, ldh, o, ldh, layer.post_mlp_norm, rows, hidden, dims_.norm_eps);
-  device_->add(x, o, int64_t{rows} * ldh);
+  device_->add(x, o, ldh, rows);
   clock_.lap(StepPart::kNorm);
 }
 
@@ -423,7 +500,7 @@ void Model::copy_hidden(const Batch& batch, StepOutput& output) {
   output.hidden.resize(static_cast<size_t>(num_rows) * hidden);
   if (num_rows == 0) return;
   const int64_t ldh = padded(hidden);
-  device_->gather_rows(act_.h, act_.x, ldh, batch.hidden_rows);
+  device_->gather_rows(act_.h, act_.x, ldh, last_.hidden_rows);
   device_->rmsnorm(act_.h, ldh, act_.h, ldh, final_norm_, num_rows, hidden, dims_.norm_eps);
   device_->synchronize();
   for (int i = 0; i < num_rows; ++i) std::memcpy(output.hidden.data() + static_cast<size_t>(i) * hidden, act_.h + i * ldh, size_t{4} * hidden);
@@ -446,7 +523,7 @@ void Model::sample(const Batch& batch, const std::vector<const Adapter*>& adapte
   for (int first = 0; first < num_samples; first += kLogitRows) {
     const int n = std::min(kLogitRows, num_samples - first);
     const auto rows = batch.sample_rows.subspan(first, n);
-    device_->gather_rows(act_.h, act_.x, ldh, rows);
+    device_->gather_rows(act_.h, act_.x, ldh, std::span(last_.sample_rows).subspan(first, n));
     device_->rmsnorm(act_.h, ldh, act_.h, ldh, final_norm_, n, dims_.hidden_size, dims_.norm_eps);
     plan_lora(head_lora_, batch, adapters, [&](int s) {
       const auto at = [&](int32_t row) { return static_cast<int32_t>(std::lower_bound(rows.begin(), rows.end(), row) - rows.begin()); };

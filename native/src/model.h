@@ -96,6 +96,8 @@ class Model {
   void check_blocks(const Batch& batch) const;
   KvLayer kv_layer(int layer) const;
   void run(const Batch& batch, const std::vector<const Adapter*>& adapters, StepOutput& output);
+  void plan_last(const Batch& batch, const std::vector<const Adapter*>& adapters);
+  void fetch_ahead(int layer, const Batch& batch);
   void run_layer(int layer, const Batch& batch);
   bool is_streamed(int layer) const;
   void set_bytes(int layer, const uint8_t* slot);
@@ -123,6 +125,18 @@ class Model {
   std::vector<RopeAngles> angles_;
   StepClock clock_;
   LoraPlan lora_, head_lora_;
+
+  // The rows that the last layer goes on with, where act_.x has them and nothing else afterwards: a prompt's other rows are over with
+  // their keys and values.
+  struct LastRows {
+    bool is_all = true;                              // of the batch; then only the last two are filled
+    Batch batch;                                     // for the device's attention: of the sequences that have such rows
+    std::vector<int32_t> rows, token_ids, positions, sequence_starts, block_starts, block_ids;
+    std::vector<int32_t> begins;                     // [numSequences + 1] of the whole batch, in `rows`
+    RopeAngles angles;
+    LoraPlan lora;
+    std::vector<int32_t> sample_rows, hidden_rows;   // as the batch's, in act_.x
+  } last_;
 };
 
 }  // namespace motet
