@@ -6,6 +6,7 @@
 
 #include <climits>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 
 #include "pages.h"
@@ -61,6 +62,12 @@ using Voice = std::vector<std::pair<int, float>>;  // adapter and weight
 struct Layer64 {
   Matrix projections[kNumLayerTargets];
   std::vector<float> attention_norm, mlp_norm, q_bias;
+};
+
+// Which rows' logits and hidden states are wanted.
+struct Wanted {
+  std::function<bool(int32_t row)> logits = [](int32_t) { return true; };
+  std::function<bool(int32_t row)> hidden = [](int32_t) { return false; };
 };
 
 class SmallModel : public testing::Test {
@@ -120,18 +127,20 @@ class SmallModel : public testing::Test {
     return adapters;
   }
 
-  // Sequence s has counts[s] tokens, a block of pages of its own, and voices[s]; each row's logits are wanted.
-  StepOutput run(Model& model, const std::vector<int>& counts, const std::vector<Voice>& voices, bool sample = true) {
-    return run_with(model, load_adapters(model), counts, voices, sample);
+  // Sequence s has counts[s] tokens, a block of pages of its own, and voices[s].
+  StepOutput run(Model& model, const std::vector<int>& counts, const std::vector<Voice>& voices, const Wanted& wanted = {}) {
+    return run_with(model, load_adapters(model), counts, voices, wanted);
   }
   StepOutput run_with(Model& model, const std::vector<std::shared_ptr<Adapter>>& loaded, const std::vector<int>& counts,
-                      const std::vector<Voice>& voices, bool sample = true) {
-    std::vector<int32_t> tokens, positions, starts{0}, block_starts{0}, blocks, adapter_starts{0}, handles, rows;
+                      const std::vector<Voice>& voices, const Wanted& wanted = {}) {
+    std::vector<int32_t> hidden_rows, tokens, positions, starts{0}, block_starts{0}, blocks, adapter_starts{0}, handles, rows;
     std::vector<float> weights;
     std::vector<const Adapter*> adapters;
     for (size_t s = 0; s < counts.size(); ++s) {
       for (int i = 0; i < counts[s]; ++i) {
-        if (sample) rows.push_back(static_cast<int32_t>(tokens.size()));
+        const auto row = static_cast<int32_t>(tokens.size());
+        if (wanted.logits(row)) rows.push_back(row);
+        if (wanted.hidden(row)) hidden_rows.push_back(row);
         tokens.push_back(token(i));
         positions.push_back(i);
       }
@@ -153,7 +162,7 @@ class SmallModel : public testing::Test {
     batch.token_ids = tokens, batch.positions = positions, batch.sequence_starts = starts;
     batch.block_starts = block_starts, batch.block_ids = blocks;
     batch.adapter_starts = adapter_starts, batch.adapter_handles = handles, batch.adapter_weights = weights;
-    batch.sample_rows = rows, batch.temperature = zeros, batch.top_p = ones, batch.min_p = zeros;
+    batch.sample_rows = rows, batch.hidden_rows = hidden_rows, batch.temperature = zeros, batch.top_p = ones, batch.min_p = zeros;
     batch.repetition_penalty = ones, batch.presence_penalty = zeros, batch.frequency_penalty = zeros;
     batch.top_k = none, batch.num_top = none, batch.seeds = seeds, batch.bias_starts = no_starts;
     batch.history_starts = no_starts, batch.history_prompt_counts = none;
@@ -488,6 +497,38 @@ TEST_F(SmallModel, ManyRowsGiveTheBitsOfEachSequenceAlone) {
   }
 }
 
+// In the last layer rows that nobody reads end with their keys and values.
+TEST_F(SmallModel, RowsThatAreWantedHaveTheSameBitsWhateverElseIs) {
+  constexpr int32_t kRows = 18 + 1 + 7 + 9 + 3 + 34;
+  const auto none = [](int32_t) { return false; };
+  const auto all = [](int32_t) { return true; };
+  const auto ends = [](int32_t row) { return row == 17 || row == 18 || row == 25 || row == 34 || row == 37 || row == 71; };
+  const auto some = [](int32_t row) { return row == 3 || row == 20 || (row >= 40 && row < 43); };
+  for (const bool reference_mode : {false, true}) {
+    const auto whole = open(reference_mode, 2);
+    const StepOutput expected = run(*whole, kCounts, kVoices, {all, all});
+    for (const Wanted& wanted : {Wanted{ends, none}, {none, ends}, {ends, some}, {some, ends}, {some, none}, {some, all}, {all, some}, {none, none}}) {
+      for (const int num_threads : {1, 3}) {
+        const auto model = open(reference_mode, num_threads);
+        const StepOutput output = run(*model, kCounts, kVoices, wanted);
+        const float *logits = output.logits.data(), *hidden = output.hidden.data();
+        for (int32_t row = 0; row < kRows; ++row) {
+          if (wanted.logits(row)) {
+            EXPECT_EQ(std::memcmp(logits, &expected.logits[size_t(row) * kVocab], kVocab * sizeof(float)), 0) << "row " << row;
+            logits += kVocab;
+          }
+          if (wanted.hidden(row)) {
+            EXPECT_EQ(std::memcmp(hidden, &expected.hidden[size_t(row) * kHidden], kHidden * sizeof(float)), 0) << "row " << row;
+            hidden += kHidden;
+          }
+        }
+        EXPECT_EQ(logits, output.logits.data() + output.logits.size());
+        EXPECT_EQ(hidden, output.hidden.data() + output.hidden.size());
+      }
+    }
+  }
+}
+
 // Adapters of one row each are read side by side, however many are left over.
 TEST_F(SmallModel, AdaptersSideBySideGiveTheBitsOfOneAlone) {
   for (const bool int8_adapters : {false, true}) {
@@ -521,11 +562,14 @@ TEST_F(SmallModel, AnAdapterThatWasInTheHostArenaGivesTheSameBits) {
   }
 }
 
-// Runs rows [begin, end) of one sequence; returns their logits.
+// Runs rows [begin, end) of one sequence; returns their logits, or the last one's.
 std::vector<float> run_rows(Model& model, int begin, int end, const std::vector<int32_t>& blocks, const std::vector<int32_t>& staging, int32_t (*token)(int),
-                            int64_t* staged_bytes = nullptr) {
+                            int64_t* staged_bytes = nullptr, bool only_last = false) {
   std::vector<int32_t> tokens, positions, rows;
-  for (int i = begin; i < end; ++i) tokens.push_back(token(i)), positions.push_back(i), rows.push_back(i - begin);
+  for (int i = begin; i < end; ++i) {
+    tokens.push_back(token(i)), positions.push_back(i);
+    if (!only_last || i + 1 == end) rows.push_back(i - begin);
+  }
   const std::vector<int32_t> starts{0, end - begin}, block_starts{0, static_cast<int32_t>(blocks.size())}, no_adapters{0, 0};
   const size_t n = rows.size();
   const std::vector<float> zeros(n), ones(n, 1);
@@ -548,7 +592,9 @@ std::vector<float> run_rows(Model& model, int begin, int end, const std::vector<
 // A sequence of 40 blocks with never more than 10 of them on the device: older ones go down as new ones come.
 TEST_F(SmallModel, ASequenceBiggerThanItsDevicePagesGivesTheSameBits) {
   constexpr int kTokens = 640, kChunk = 90, kWindowBlocks = 10;
-  for (const KvType type : {KvType::kF16, KvType::kInt8, KvType::kF32}) {
+  add_layers(1);  // so that the last one has no window
+  const std::pair<KvType, bool> cases[] = {{KvType::kF16, false}, {KvType::kF16, true}, {KvType::kInt8, false}, {KvType::kF32, false}, {KvType::kF32, true}};
+  for (const auto& [type, only_last] : cases) {
     std::vector<int32_t> all;
     for (int i = 0; i < kTokens / kBlockTokens; ++i) all.push_back(i);
     const bool reference = type == KvType::kF32;
@@ -557,7 +603,7 @@ TEST_F(SmallModel, ASequenceBiggerThanItsDevicePagesGivesTheSameBits) {
     const std::vector<int32_t> staging = {50, 60};
     ASSERT_LE(model->min_staging_pages(), 2);
     std::vector<int32_t> table;
-    std::vector<float> logits;
+    std::vector<float> logits, expected_of_rows;
     int num_on_host = 0;
     for (int begin = 0, end; begin < kTokens; begin = end) {
       end = begin + kChunk > 600 ? begin + 1 : begin + kChunk;  // decodes at the end
@@ -572,16 +618,17 @@ TEST_F(SmallModel, ASequenceBiggerThanItsDevicePagesGivesTheSameBits) {
         table.push_back(static_cast<int32_t>(table.size()) % kWindowBlocks);
       }
       int64_t staged_bytes = -1;
-      const std::vector<float> rows = run_rows(*model, begin, end, table, staging, token, &staged_bytes);
+      const std::vector<float> rows = run_rows(*model, begin, end, table, staging, token, &staged_bytes, only_last);
       logits.insert(logits.end(), rows.begin(), rows.end());
-      // All of them in the first layer; in the second its window hides them, but from the first rows of a chunk.
+      expected_of_rows.insert(expected_of_rows.end(), expected.begin() + int64_t{only_last ? end - 1 : begin} * kVocab, expected.begin() + int64_t{end} * kVocab);
+      // All of them in the first and the last layer; in the second its window hides them, but from the first rows of a chunk.
       const auto slice = static_cast<int64_t>(2 * kv_side_bytes(type, kKvHeads, kHeadDim));
-      EXPECT_GE(staged_bytes, num_on_host * slice);
+      EXPECT_GE(staged_bytes, 2 * num_on_host * slice);
       EXPECT_EQ(staged_bytes > 0, num_on_host > 0);
     }
     EXPECT_GE(num_on_host, 30);
-    ASSERT_EQ(logits.size(), expected.size());
-    EXPECT_EQ(std::memcmp(logits.data(), expected.data(), logits.size() * sizeof(float)), 0) << "type " << static_cast<int>(type);
+    ASSERT_EQ(logits.size(), expected_of_rows.size());
+    EXPECT_EQ(std::memcmp(logits.data(), expected_of_rows.data(), logits.size() * sizeof(float)), 0) << "type " << static_cast<int>(type);
   }
 }
 
@@ -644,7 +691,7 @@ TEST_F(SmallModel, RefusesPagesThatAreNotThereOrTwice) {
 
 TEST_F(SmallModel, RunsWithoutSamples) {
   const auto model = open(false, 2);
-  const StepOutput output = run(*model, {5}, {{{0, 1.0f}}}, false);
+  const StepOutput output = run(*model, {5}, {{{0, 1.0f}}}, {[](int32_t) { return false; }});
   EXPECT_TRUE(output.tokens.empty());
   EXPECT_TRUE(output.logits.empty());
 }
