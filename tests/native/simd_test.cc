@@ -91,5 +91,26 @@ TEST(SimdTest, ReductionsAddHalvesOntoEachOther) {
   EXPECT_EQ(reduce_max(v), 1e8f);
 }
 
+TEST(SimdTest, AddFoursPutsTheEvenAndTheOddSumsInOrder) {
+  i32x16 v[8], even, odd;
+  for (int i = 0; i < 128; ++i) v[i / 16].v[i % 16] = i * i;
+  add_fours(even, odd, v);
+  const auto sum = [](int first) { return first * first + (first + 1) * (first + 1) + (first + 2) * (first + 2) + (first + 3) * (first + 3); };
+  for (int i = 0; i < 16; ++i) {
+    EXPECT_EQ(even.v[i], sum(8 * i)) << i;
+    EXPECT_EQ(odd.v[i], sum(8 * i + 4)) << i;
+  }
+}
+
+TEST(SimdTest, SaturatedBytesStopAtTheirEnds) {
+  i32x16 v[4];
+  for (int i = 0; i < 64; ++i) v[i / 16].v[i % 16] = 10 * i - 320;
+  v[3].v[15] = INT32_MIN;
+  int8_t bytes[64];
+  store_bytes(bytes, saturate_s8(v[0], v[1], v[2], v[3]));
+  for (int i = 0; i < 63; ++i) EXPECT_EQ(bytes[i], std::clamp(10 * i - 320, -128, 127)) << i;
+  EXPECT_EQ(bytes[63], -128);
+}
+
 }  // namespace
 }  // namespace motet::scalar

@@ -16,7 +16,8 @@
 //   i32_zero, i32_set1, load_i32, store_i32, operators + - * & | ^, max, min
 //   shift_left<n>, shift_right<n> (arithmetic)
 //   to_f32, to_i32; as_f32, as_i32 (bit casts)
-//   load_u8, load_s8 (16 bytes widened), store_s8 (the low bytes)
+//   load_u8, load_s8 (16 bytes widened), store_s8 (the low bytes), saturate_s8 (the lanes of four vectors, cut to a byte each)
+//   add_fours(even, odd, v): the sums of four neighbouring lanes, four of a vector; those of eight are two vectors
 //   operators < <= > >= == on f32x16 and > == on i32x16 giving mask16; select(mask, if_true, if_false), bits,
 //   first_n
 //   load_f16, load_bf16, store_f16, store_bf16 (round to nearest even)

@@ -229,6 +229,21 @@ MOTET_INLINE i32x16 reduce_add(const i32x16 (&v)[16]) {
   return reduce_each(v, [](__m256i a, __m256i b) __attribute__((always_inline)) { return _mm256_add_epi32(a, b); });
 }
 
+MOTET_INLINE void add_fours(i32x16& even, i32x16& odd, const i32x16 (&v)[8]) {
+  __m256i two[4];  // of two vectors each: the even sums, and in the upper half the odd ones
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) two[i] = _mm256_hadd_epi32(_mm256_hadd_epi32(v[2 * i].a, v[2 * i].b), _mm256_hadd_epi32(v[2 * i + 1].a, v[2 * i + 1].b));
+  even = {_mm256_permute2x128_si256(two[0], two[1], 0x20), _mm256_permute2x128_si256(two[2], two[3], 0x20)};
+  odd = {_mm256_permute2x128_si256(two[0], two[1], 0x31), _mm256_permute2x128_si256(two[2], two[3], 0x31)};
+}
+
+// Sixteen bytes of each, in order.
+MOTET_INLINE __m256i saturate_s8_half(i32x16 x, i32x16 y) {
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(x.a, x.b), _mm256_packs_epi32(y.a, y.b));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+MOTET_INLINE u8x64 saturate_s8(i32x16 a, i32x16 b, i32x16 c, i32x16 d) { return {saturate_s8_half(a, b), saturate_s8_half(c, d)}; }
+
 MOTET_INLINE u8x64 load_bytes(const void* p) {
   return {load_256(p), load_256(static_cast<const __m256i*>(p) + 1)};
 }

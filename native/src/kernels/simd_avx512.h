@@ -150,6 +150,24 @@ MOTET_INLINE i32x16 reduce_add(const i32x16 (&v)[16]) {
   return reduce_each(v, [](__m512i a, __m512i b) __attribute__((always_inline)) { return _mm512_add_epi32(a, b); });
 }
 
+MOTET_INLINE void add_fours(i32x16& even, i32x16& odd, const i32x16 (&v)[8]) {
+  __m512i four[2];  // in quarter q: sum q of vectors 0, 1, 2, 3
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const i32x16* const w = v + 4 * i;
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(w[0].v, w[1].v), _mm512_unpackhi_epi32(w[0].v, w[1].v));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(w[2].v, w[3].v), _mm512_unpackhi_epi32(w[2].v, w[3].v));
+    four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  }
+  const __m512i of_even = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+  even = {_mm512_permutex2var_epi32(four[0], of_even, four[1])};
+  odd = {_mm512_permutex2var_epi32(four[0], _mm512_add_epi32(of_even, _mm512_set1_epi32(4)), four[1])};
+}
+
+MOTET_INLINE u8x64 saturate_s8(i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));  // four of each in every quarter
+  return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes)};
+}
 MOTET_INLINE u8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 MOTET_INLINE void store_bytes(void* p, u8x64 a) { _mm512_storeu_si512(p, a.v); }
 MOTET_INLINE u8x64 bytes_word(const void* p) {

@@ -202,6 +202,23 @@ MOTET_INLINE i32x16 reduce_add(const i32x16 (&v)[16]) {
   return out;
 }
 
+MOTET_INLINE void add_fours(i32x16& even, i32x16& odd, const i32x16 (&v)[8]) {
+  for (int i = 0; i < 16; ++i) {
+    const int32_t* const four = v[i / 2].v + i % 2 * 8;
+    even.v[i] = wrap(unwrap(four[0]) + unwrap(four[1]) + unwrap(four[2]) + unwrap(four[3]));
+    odd.v[i] = wrap(unwrap(four[4]) + unwrap(four[5]) + unwrap(four[6]) + unwrap(four[7]));
+  }
+}
+
+MOTET_INLINE u8x64 saturate_s8(i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
+  const i32x16 all[] = {a, b, c, d};
+  u8x64 out;
+  for (int i = 0; i < 64; ++i) {
+    const int32_t n = all[i / 16].v[i % 16];
+    out.v[i] = static_cast<uint8_t>(n < -128 ? -128 : n > 127 ? 127 : n);
+  }
+  return out;
+}
 MOTET_INLINE u8x64 load_bytes(const void* p) {
   u8x64 out;
   __builtin_memcpy(out.v, p, 64);
