@@ -10,9 +10,9 @@ class QuantizeTest : public KernelTest {
  protected:
   Rows run(const std::vector<float>& x, int num_rows, int k, int ldx) {
     Rows out(num_rows, k, kernels_.q_bytes);
-    // In parts, as threads do it.
-    const int groups = k / kActivationGroup;
-    for (const auto& [row_begin, row_end] : {std::pair{0, num_rows / 2}, {num_rows / 2, num_rows}})
+    // In parts, as threads do it: of the rows of one block, or whole blocks.
+    const int groups = k / kActivationGroup, cut = num_rows < kRowBlock ? num_rows / 2 : num_rows / kRowBlock / 2 * kRowBlock;
+    for (const auto& [row_begin, row_end] : {std::pair{0, cut}, {cut, num_rows}})
       for (const auto& [begin, end] : {std::pair{groups / 3, groups}, {0, groups / 3}})
         kernels_.quantize_rows(out.view(), x.data(), ldx, row_begin, row_end, begin, end);
     return out;
@@ -22,7 +22,7 @@ MOTET_TEST_ALL_KERNELS(QuantizeTest);
 
 TEST_P(QuantizeTest, MatchesTheContractExactly) {
   Random random(11);
-  for (const int num_rows : {1, 3, 16, 21}) {
+  for (const int num_rows : {1, 3, 16, 21, 40}) {
     for (const int k : {32, 64, 96, 576, 1632}) {
       std::vector<float> x = random.normals(size_t(num_rows) * k);
       for (float& v : x) v *= std::exp2(static_cast<float>(random.integer(-20, 20)));
@@ -124,6 +124,35 @@ TEST_P(QuantizeTest, TheLargestFloatSurvives) {
   EXPECT_EQ(out.integer(0, 3), 127);
   EXPECT_EQ(out.integer(0, 4), -127);
   EXPECT_EQ(out.sums8[0], 0);
+}
+
+// The rows of a block go together; each is what it is alone.
+TEST_P(QuantizeTest, RowsOfABlockHaveTheBitsOfOneAlone) {
+  Random random(13);
+  constexpr int kGroups = 2, kK = 32 * kGroups;
+  const float specials[] = {NAN, INFINITY, -INFINITY, 0.0f, 1e-44f, -std::numeric_limits<float>::max(), 1e6f, -300.0f, 126.0f};
+  for (int turn = 0; turn < 50; ++turn) {
+    std::vector<float> x = random.normals(kRowBlock * kK);
+    for (int r = 0; r < kRowBlock; ++r) {
+      const float special = specials[random.integer(0, 8)];
+      float* const group = x.data() + r * kK + 32 * random.integer(0, kGroups - 1);
+      const int count = random.integer(0, 2) == 0 ? 32 : random.integer(0, 3);
+      for (int i = 0; i < count; ++i) group[count == 32 ? i : random.integer(0, 31)] = special;
+    }
+    const Rows block = run(x, kRowBlock, kK, kK);
+    for (int r = 0; r < kRowBlock; ++r) {
+      const Rows one = run({x.begin() + r * kK, x.begin() + (r + 1) * kK}, 1, kK, kK);
+      for (int g = 0; g < kGroups; ++g) {
+        const size_t at = block.at(r, 32 * g);
+        const auto same = [&](const auto& a, const auto& b, size_t width) { return std::memcmp(&a[at * width], &b[g * width], width * sizeof a[0]) == 0; };
+        EXPECT_TRUE(same(block.q, one.q, one.q_bytes)) << "row " << r << " group " << g;
+        EXPECT_TRUE(same(block.scale, one.scale, 1) && same(block.offsets, one.offsets, 1) && same(block.sums8, one.sums8, 1) &&
+                    same(block.first_sums8, one.first_sums8, 1) && same(block.peak_chunks, one.peak_chunks, 1) &&
+                    same(block.peak_middles, one.peak_middles, 1) && same(block.peak_highs, one.peak_highs, 1))
+            << "row " << r << " group " << g;
+      }
+    }
+  }
 }
 
 }  // namespace
