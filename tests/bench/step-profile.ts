@@ -28,6 +28,8 @@ const rolesOf: Partial<Record<StepPart, string[]>> = {
   // The head is the embedding where the file has none of its own.
   head: ['lm_head', 'embedding'],
 };
+/** What the last layer has to do for all rows; the rest of it for those that sample. */
+const rolesOfAllRows = ['k_proj', 'v_proj'];
 
 interface Work {
   title: string;
@@ -121,6 +123,7 @@ function tableOf(
     .map((part) => ({ part, ms: spread(profiles.map(({ parts }) => parts[part])).median }))
     .sort((a, b) => b.ms - a.ms);
   const rest = step.median - parts.reduce((sum, { ms }) => sum + ms, 0);
+  const lastLayer = Math.max(...tensors.map(({ layer }) => layer));
   const line = (what: string, ms: number, reading = '', products = '') => [
     what,
     ms.toFixed(3),
@@ -137,12 +140,12 @@ function tableOf(
         const weights = tensors.filter(({ role }) => (rolesOf[part] ?? []).includes(role));
         if (weights.length === 0) return line(part, ms);
         const bytes = weights.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
-        const elements = weights.reduce(
-          (sum, { outFeatures, inFeatures }) => sum + outFeatures * inFeatures,
-          0,
-        );
+        const products = weights.reduce((sum, { role, layer, outFeatures, inFeatures }) => {
+          const sampledOnly = part === 'head' || (layer === lastLayer && !rolesOfAllRows.includes(role));
+          return sum + outFeatures * inFeatures * (sampledOnly ? samples : rows);
+        }, 0);
         const gigabytes = bytes / ms / 1e6;
-        const gops = (2 * elements * (part === 'head' ? samples : rows)) / ms / 1e6;
+        const gops = (2 * products) / ms / 1e6;
         return line(
           part,
           ms,
