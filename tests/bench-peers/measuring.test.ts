@@ -117,6 +117,22 @@ test('a sample waits for a quiet machine, and no longer than it may', async () =
   expect(await run(0, 0)).toBe(2);
 });
 
+test('a sample waits for what its own processes still do', async () => {
+  // Busy by a contestant's server: no others, but no quiet machine either.
+  let asked = 0;
+  const moment = () => {
+    const seconds = asked < 4 ? 1000 * asked : 3000;
+    return { atSeconds: asked++, busySeconds: seconds, ownSeconds: seconds };
+  };
+  await runRounds([{ name: 'a', measure: async () => ({ ms: 1 }) }], {
+    ...quiet,
+    maxWaitMs: 9,
+    rounds: 1,
+    moment,
+  });
+  expect(asked / 2).toBe(4);
+});
+
 test('one that fails is left out of the rounds that follow; the others go on', async () => {
   let calls = 0;
   const failing = {

@@ -26,9 +26,17 @@ export function cpuMoment(): CpuMoment {
 
 /** Share of the machine that others took between two moments, 0 to 1. */
 export function othersShare(before: CpuMoment, after: CpuMoment, numCpus = availableParallelism()): number {
-  const others = after.busySeconds - before.busySeconds - (after.ownSeconds - before.ownSeconds);
+  return busyShare(
+    { ...before, busySeconds: before.busySeconds - before.ownSeconds },
+    { ...after, busySeconds: after.busySeconds - after.ownSeconds },
+    numCpus,
+  );
+}
+
+/** Share of the machine that anybody took, 0 to 1. */
+export function busyShare(before: CpuMoment, after: CpuMoment, numCpus = availableParallelism()): number {
   const available = (after.atSeconds - before.atSeconds) * numCpus;
-  return available > 0 ? Math.min(1, Math.max(0, others / available)) : 0;
+  return available > 0 ? Math.min(1, Math.max(0, (after.busySeconds - before.busySeconds) / available)) : 0;
 }
 
 /** From the first line of /proc/stat: user, nice, system, irq, softirq and steal; not idle, not waiting for disks. */

@@ -1,9 +1,10 @@
 /**
  * Runs the peers of one case in turns: round 1 of each, round 2 of each, and so on, so that a slow moment of the machine
- * meets all of them. A sample waits, for a bounded time, until others leave the machine alone. One during which they took too
- * much of it is taken again, a bounded number of times; the quietest try counts, and the share that others had is reported.
+ * meets all of them. A sample waits, for a bounded time, until nobody uses the machine: neither others nor a contestant's
+ * server, whose threads may wait for more work without sleeping. One during which others took too much of it is taken again, a
+ * bounded number of times; the quietest try counts, and the share that others had is reported.
  */
-import { cpuMoment, othersShare } from './other-load.ts';
+import { busyShare, cpuMoment, othersShare } from './other-load.ts';
 
 export type Figures = Record<string, number>;
 
@@ -94,6 +95,6 @@ async function waitForQuiet({
   for (let waitedMs = 0; waitedMs < maxWaitMs; waitedMs += watchMs) {
     const before = moment();
     await new Promise((resolve) => setTimeout(resolve, watchMs));
-    if (othersShare(before, moment()) <= maxOthersShare) return;
+    if (busyShare(before, moment()) <= maxOthersShare) return;
   }
 }
