@@ -4,10 +4,10 @@
 //
 // Reads an array of that size again and again, each thread its own share, in several patterns: 1 to 8
 // streams, with and without prefetch, on huge pages where the kernel grants them. The fastest pattern is the
-// roof. The size matters: a model that fits into the last-level cache has that cache's roof, so ask with the
-// bytes that a step reads. Prints one JSON object: {"threads", "bytes", "gigabytesPerSecond": best run of the
-// best pattern, "median": the median of that pattern's runs, "streams", "prefetchBytes", "smallPages": the
-// best on pages of 4 KiB}.
+// roof, and its median run the figure, as steps are told by their median. The size matters: a model that fits
+// into the last-level cache has that cache's roof, so ask with the bytes that a step reads. Prints one JSON
+// object: {"threads", "bytes", "gigabytesPerSecond": the median run of the fastest pattern, "best": that
+// pattern's best run, "streams", "prefetchBytes", "smallPages": the figure on pages of 4 KiB}.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -69,7 +69,7 @@ constexpr Pattern kPatterns[] = {{1, 0, read_1},    {1, 2048, read_1}, {2, 2048,
                                  {4, 1024, read_4}, {4, 2048, read_4}, {8, 0, read_8},    {8, 1024, read_8}};
 
 struct Rate {
-  double best = 0, median = 0;
+  double median = 0, best = 0;
   Pattern pattern = kPatterns[0];
 };
 
@@ -92,7 +92,8 @@ Rate measure(motet::ThreadPool& pool, const uint8_t* data, size_t num_bytes, int
       for (const uint64_t sum : sums) check += sum;
     }
     std::sort(rates.begin(), rates.end());
-    if (rates.back() > fastest.best) fastest = {rates.back(), rates[rates.size() / 2], pattern};
+    const double median = rates[rates.size() / 2];
+    if (median > fastest.median) fastest = {median, rates.back(), pattern};
   }
   return fastest;
 }
@@ -124,10 +125,10 @@ int main(int argc, char** argv) {
   const Rate rate = measure(pool, huge, num_bytes, runs);
   munmap(huge, num_bytes + kSlackBytes);
   const Rate small = measure(pool, map(num_bytes, MADV_NOHUGEPAGE), num_bytes, runs);
-  const Rate& best = rate.best > small.best ? rate : small;
+  const Rate& roof = rate.median > small.median ? rate : small;
   std::printf(
-      "{\"threads\": %d, \"bytes\": %zu, \"gigabytesPerSecond\": %.1f, \"median\": %.1f, \"streams\": %d, "
+      "{\"threads\": %d, \"bytes\": %zu, \"gigabytesPerSecond\": %.1f, \"best\": %.1f, \"streams\": %d, "
       "\"prefetchBytes\": %zu, \"smallPages\": %.1f, \"check\": %llu}\n",
-      threads, num_bytes, best.best, best.median, best.pattern.streams, best.pattern.prefetch_bytes,
-      small.best, static_cast<unsigned long long>(check & 1));
+      threads, num_bytes, roof.median, roof.best, roof.pattern.streams, roof.pattern.prefetch_bytes,
+      small.median, static_cast<unsigned long long>(check & 1));
 }

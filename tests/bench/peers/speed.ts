@@ -23,7 +23,7 @@ import { type MotetSteps, openMotet } from './motet-steps.ts';
 import { type FileKind, modelGguf } from './peer-files.ts';
 import { bySetting, type CaseRecord, numRounds, type SettingSeries } from './record.ts';
 import { percent, showPercent, type Table } from './report.ts';
-import { measureRoof } from './roofs.ts';
+import { measureRoof, readGigabytesPerSecond } from './roofs.ts';
 import type { Contestant, Figures } from './rounds.ts';
 import { missingVllm, startVllm, vllmName } from './servers.ts';
 import { type ShapeName, shapes } from './shapes.ts';
@@ -41,6 +41,7 @@ export async function measureDecode(bench: Bench, shape: ShapeName): Promise<Cas
     for (const batch of bench.batches) {
       const work = { batch, contextTokens, steps: decodeSteps };
       const rate = (stepMs: number) => ({ tokensPerSecond: (batch * 1000) / stepMs });
+      const weightBytes = opened[0]?.steps.runtime.weightBytes ?? 2 ** 28;
       const contestants: Contestant[] = [
         ...opened.map(({ name, steps }) => ({
           name,
@@ -61,8 +62,8 @@ export async function measureDecode(bench: Bench, shape: ShapeName): Promise<Cas
             await ask(batch, contextTokens, 4);
           },
         })),
-        roof(opened[0]?.steps.runtime.weightBytes ?? 2 ** 28, bench.threads),
-      ];
+      ].map((contestant) => besideRoof(contestant, weightBytes, bench.threads));
+      contestants.push(roof(weightBytes, bench.threads));
       series.push(...(await compare(bench, `${shape}, decode`, `${batch}`, contestants)));
     }
     return { case: 'decode', shape, series, facts: weightFacts(opened) };
@@ -171,6 +172,16 @@ function ourKinds(shape: ShapeName, kinds: readonly FileKind[]): FileKind[] {
 const weightFacts = (opened: readonly Opened[]) =>
   Object.fromEntries(opened.map(({ name, steps }) => [weightsFact + name, steps.runtime.weightBytes]));
 
+/** Its samples with the read bandwidth just before and after them: memory may be twice as fast a minute later. */
+function besideRoof(contestant: Contestant, bytes: number, threads: number): Contestant {
+  const measure = async () => {
+    const before = await readGigabytesPerSecond(bytes, threads);
+    const figures = await contestant.measure();
+    return { ...figures, gigabytesPerSecond: (before + (await readGigabytesPerSecond(bytes, threads))) / 2 };
+  };
+  return { ...contestant, measure };
+}
+
 function roof(bytes: number, threads: number): Contestant {
   return { name: roofName, measure: async () => ({ ...(await measureRoof(bytes, threads)) }) };
 }
@@ -191,7 +202,7 @@ export function showDecode(record: CaseRecord): Table[] {
   };
   const note =
     `Output tokens per second of ${decodeSteps} steps after ${contextTokens} tokens, greedy; of vLLM by a stream's pace over HTTP. ${medianNote(numRounds(record))} ` +
-    'Of read: the bytes of a step (weights and KV) over its time, as a share of the read bandwidth measured in the same round. ' +
+    'Of read: the bytes of a step (weights and KV) over its time, as a share of the read bandwidth just before and after it. ' +
     `Of int8: operations of the matrices over the time, as a share of the peak of vpdpbusd. Weights: ${megabytes(record, weightsFact)}.`;
   return [
     {
@@ -247,7 +258,7 @@ function speedRows(
           name,
           spread(rates),
           ourRates && !name.startsWith(ours) ? ratios(ourRates, rates) : '',
-          shareOf(bytes, roofs.gigabytesPerSecond),
+          shareOf(bytes, figures.gigabytesPerSecond ?? roofs.gigabytesPerSecond),
           shareOf(
             each.map(({ gigaops }) => gigaops),
             roofs.vnniGops,
