@@ -348,6 +348,7 @@ interface Addon {
   compileGrammar(vocabulary: Vocabulary, kind: GrammarKind, text: string): Promise<Grammar>;
   cpuInfo(): { isa: string; isas: string[]; numCpus: number };
   readGguf(path: string): Promise<GgufFile>;
+  readIn(path: string): Promise<void>;
   packedBytes(format: WeightFormat | 'vector', outFeatures: number, inFeatures: number): number;
   sourceBytes(type: SourceType, numElements: number): number;
   packTensor(job: PackJob): Promise<void>;
@@ -362,6 +363,11 @@ const addon = createRequire(import.meta.url)(addonPath) as Addon;
 export const cpuInfo = addon.cpuInfo;
 /** Parses and checks a GGUF file's header (v2, v3); every count and offset is checked against the file's size first. */
 export const readGguf = addon.readGguf;
+/**
+ * Brings a file into the page cache as openRuntime maps it, on huge pages where there are any: who reads it first in another way
+ * leaves it on small ones. @throws io_failed
+ */
+export const readIn = addon.readIn;
 /** Bytes of a packed tensor; [1, n] for vectors. */
 export const packedBytes = addon.packedBytes;
 /** Bytes of a source tensor of that type; throws when numElements is no multiple of the type's block. */

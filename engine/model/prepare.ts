@@ -13,7 +13,7 @@ import { createHash } from 'node:crypto';
 import { type FileHandle, mkdir, open, realpath, stat } from 'node:fs/promises';
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
-import { type ModelDims, type PackedTensor, packedBytes, packTensor } from '../../native/index.ts';
+import { type ModelDims, type PackedTensor, packedBytes, packTensor, readIn } from '../../native/index.ts';
 import { InputError, ioError } from '../input-error.ts';
 import {
   freeBytesAt,
@@ -246,8 +246,10 @@ async function openPacked(path: string, key: string, verifyData: boolean): Promi
     const header = JSON.parse(json.toString('utf8')) as PackedHeader;
     const dataOffset = dataOffsetBytes(headerBytes);
     if (header.key !== key || (await file.stat()).size !== dataOffset + header.dataBytes) return null;
-    if (verifyData && (await hashData(file, path, dataOffset, header.dataBytes)) !== header.dataSha256)
-      return null;
+    if (verifyData) {
+      await readIn(path);
+      if ((await hashData(file, path, dataOffset, header.dataBytes)) !== header.dataSha256) return null;
+    }
     return {
       packedPath: path,
       dims: parseDims(header.dims),

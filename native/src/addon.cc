@@ -15,6 +15,7 @@
 
 #include "copy_worker.h"
 #include "grammar.h"
+#include "mapped_weights.h"
 #include "step_worker.h"
 #include "translate.h"
 #include "weight_stream.h"
@@ -464,6 +465,20 @@ Napi::Value read_gguf(const Napi::CallbackInfo& info) {
       [](Napi::Env env, GgufFile& file) -> Napi::Value { return from_gguf(env, file); });
 }
 
+Napi::Value read_in(const Napi::CallbackInfo& info) {
+  if (!info[0].IsString()) throw Napi::TypeError::New(info.Env(), "path: expected a string");
+  return Task<bool>::run(
+      info.Env(),
+      [path = info[0].As<Napi::String>().Utf8Value()] {
+        const FileDescriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+        struct stat st {};
+        if (file.get() < 0 || fstat(file.get(), &st) != 0 || (st.st_size > 0 && !map_weights(file.get(), static_cast<size_t>(st.st_size))))
+          throw IoError(path + ": " + std::strerror(errno));
+        return true;
+      },
+      [](Napi::Env env, bool&) -> Napi::Value { return env.Undefined(); });
+}
+
 Napi::Value packed_bytes_of(const Napi::CallbackInfo& info) {
   bool is_vector = false;
   const WeightFormat format = to_weight_format(info.Env(), info[0].ToString().Utf8Value(), &is_vector);
@@ -506,6 +521,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new AddonData{Napi::Persistent(RuntimeObject::define(env))});
   exports.Set("cpuInfo", Napi::Function::New<cpu_info>(env));
   exports.Set("readGguf", Napi::Function::New<read_gguf>(env));
+  exports.Set("readIn", Napi::Function::New<read_in>(env));
   exports.Set("packedBytes", Napi::Function::New<packed_bytes_of>(env));
   exports.Set("sourceBytes", Napi::Function::New<source_bytes_of>(env));
   exports.Set("packTensor", Napi::Function::New<pack>(env));

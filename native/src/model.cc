@@ -1,7 +1,6 @@
 #include "model.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -13,6 +12,7 @@
 #include <functional>
 #include <map>
 
+#include "mapped_weights.h"
 #include "weight_stream.h"
 
 namespace motet {
@@ -71,10 +71,8 @@ Model::Model(const std::string& packed_path, ModelDims dims, const std::vector<P
 Model::~Model() = default;
 
 void Model::map(const std::string& path, int fd) {
-  void* address = mmap(nullptr, file_bytes_, PROT_READ, MAP_SHARED, fd, 0);
-  if (address == MAP_FAILED) throw RuntimeError("packed file " + path + ": cannot be mapped: " + std::strerror(errno));
-  madvise(address, file_bytes_, MADV_WILLNEED);
-  map_ = {static_cast<const uint8_t*>(address), [size = file_bytes_](const uint8_t* p) { munmap(const_cast<uint8_t*>(p), size); }};
+  map_ = map_weights(fd, file_bytes_);
+  if (!map_) throw RuntimeError("packed file " + path + ": cannot be mapped: " + std::strerror(errno));
 }
 
 void Model::check_tensors(const std::vector<PackedTensorSpec>& tensors) const {

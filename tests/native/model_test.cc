@@ -2,7 +2,6 @@
 #include "model.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <climits>
 #include <cstdio>
@@ -11,6 +10,7 @@
 
 #include "pages.h"
 #include "reference.h"
+#include "temporary_file.h"
 #include "weight_stream.h"
 
 namespace motet {
@@ -28,20 +28,6 @@ constexpr WeightFormat kFormats[kNumLayerTargets] = {WeightFormat::kInt8,       
                                                      WeightFormat::kInt4MinF32, WeightFormat::kInt8Min,     WeightFormat::kInt4Min};
 constexpr int kHead = static_cast<int>(Target::kLmHead);
 constexpr int kNumAdapters = 8;
-
-class TemporaryFile {
- public:
-  TemporaryFile(const char* name, const std::vector<uint8_t>& bytes) : path_(testing::TempDir() + "motet-" + std::to_string(getpid()) + "-" + name) {
-    std::FILE* file = std::fopen(path_.c_str(), "wb");
-    EXPECT_EQ(std::fwrite(bytes.data(), 1, bytes.size(), file), bytes.size());
-    std::fclose(file);
-  }
-  ~TemporaryFile() { std::remove(path_.c_str()); }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
 
 template <typename Bytes>
 int64_t append(std::vector<uint8_t>& file, const Bytes& bytes) {
