@@ -221,7 +221,7 @@ export interface StepBatch {
 }
 
 /**
- * Parts of a step: a projection is counted with its quantising, adapters and biases; `norm` with the residual sums; `plan`
+ * Parts of a step: a projection is counted with its quantising, adapters and biases, `gate_up` with the activation; `norm` with the residual sums; `plan`
  * is what a step prepares before its first operation; `weights` is waiting for layers that stream. See src/step_clock.h.
  */
 export type StepPart =
@@ -235,7 +235,6 @@ export type StepPart =
   | 'attention'
   | 'out'
   | 'gate_up'
-  | 'activation'
   | 'down'
   | 'head'
   | 'sample';

@@ -44,8 +44,12 @@ constexpr int kShrinkTaskRows = 48;
 // About what one core reads and computes, to cut shrinks into tasks of like time, and the least time of one.
 constexpr double kShrinkBytesPerNs = 25, kShrinkMacsPerNs = 60, kShrinkTaskNs = 4000;
 constexpr int kTilesPerLoraTile = kLoraTileColumns / kTileColumns;
-// Least tiles of a task of one or two rows, in tiles of adapters.
-constexpr int kStreamUnits = 6;
+// Rows that wait for the weights' memory more than they compute, and the least tiles of a task of so few, in tiles of adapters.
+constexpr int kStreamRows = 2, kStreamUnits = 6;
+// What a thread computes of gate and up before it multiplies them: part of its second level of cache, and whole turns of a product's
+// tiles and of the adapters'.
+constexpr size_t kGatedBytes = 384 << 10;
+constexpr int kGatedTiles = 12;
 
 // Of the adapters' B: how much a thread asks for while it computes the product that this is added to, a part of its second level of
 // cache; the least tiles of adapters of such a product; and how many pieces of memory that may be.
@@ -145,46 +149,11 @@ class CpuDevice final : public Device {
 
   void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora,
                std::span<const Projection> next) override {
-    const int k = projections[0].weight->in_features;
-    const bool any_quantized =
-        !reference_mode_ && std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return is_quantized(p.weight->format); });
-    quantize_and_shrink(any_quantized, projections, x, ldx, num_rows, k, layer, lora);
-
-    // A task's columns get their deltas as soon as they are there, while they are in the cache. Many rows are cut into passes
-    // first: a thread that goes on in its pass finds the activations in its cache. Each thread has as many passes as the others, and so
-    // its own rows from one projection to the next, unless they would be too few to unpack the weights for.
-    int64_t num_passes = any_quantized ? ceil_div(num_rows, pass_rows(k, kernels_.q_bytes)) : 1;
-    const int64_t even_passes = ceil_div(num_passes, pool_.num_threads()) * pool_.num_threads();
-    if (num_passes > 1 && num_rows >= even_passes * kMinPassRows) num_passes = even_passes;
-    const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), int64_t{kRowBlock}) * kRowBlock);
-    cut_jobs(projections.size(), num_rows, rows_of_pass);
-    cut_tasks(tasks_, projections, num_rows, rows_of_pass);
-    look_ahead(next, num_rows);
-    pool_.run_apart(static_cast<int>(tasks_.size()), ahead_, [&](int index, int) {
-      const Task& task = tasks_[index];
-      const int row_begin = task.pass * rows_of_pass, row_end = std::min(row_begin + rows_of_pass, num_rows);
-      for_each_part(task, projections, [&](size_t i, int begin, int end) {
-        const Projection& p = projections[i];
-        const Deltas& deltas = deltas_[task.pass * projections.size() + i];
-        float* const y = p.y + row_begin * p.ldy;
-        // As many tiles at once as what expand reads of them is asked for.
-        const int step = deltas.num_jobs > 0 ? tiles_of_turn(deltas) : end - begin;
-        for (int from = begin, to; from < end; from = to) {
-          to = std::min(from + step, end);
-          if (!reference_mode_ && is_quantized(p.weight->format)) {
-            Ahead pieces[kMaxAheadPieces];
-            const int num_pieces = deltas.num_jobs > 0 ? deltas_ahead(deltas, from, to, pieces) : 0;
-            kernels_.matmul_q(y, p.ldy, *p.weight, rows_of(quantized_, row_begin, row_end), from, to, pieces, num_pieces);
-          } else {
-            kernels_.matmul_f(y, p.ldy, *p.weight, x + row_begin * ldx, ldx, row_end - row_begin, from, to);
-          }
-          if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, from, to);
-        }
-        if (!p.bias) return;
-        const int64_t column = int64_t{begin} * kTileColumns, count = std::min(int64_t{end} * kTileColumns, int64_t{p.weight->out_features}) - column;
-        for (int r = 0; r < row_end - row_begin; ++r) kernels_.add(y + r * p.ldy + column, p.bias + column, count);
-      });
-    });
+    project_with(projections, x, ldx, num_rows, layer, lora, next, nullptr);
+  }
+  void project_gated(std::span<const Projection> gate_up, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora,
+                     std::span<const Projection> next, bool gelu) override {
+    project_with(gate_up, x, ldx, num_rows, layer, lora, next, gelu ? kernels_.gelu_mul : kernels_.silu_mul);
   }
 
   void rope(float* x, int64_t ldx, int num_heads, int head_dim, int num_rows, const RopeAngles& angles) override {
@@ -315,11 +284,6 @@ class CpuDevice final : public Device {
     });
   }
 
-  void activate(float* gate, const float* up, int64_t ld, int num_rows, int n, bool gelu) override {
-    const auto f = gelu ? kernels_.gelu_mul : kernels_.silu_mul;
-    over_rows(num_rows, int64_t{n} * 16, [&](int begin, int end) { f(gate + begin * ld, ld, gate + begin * ld, ld, up + begin * ld, ld, end - begin, n); });
-  }
-
   void add(float* y, const float* x, int64_t ld, int num_rows) override {
     over_rows(num_rows, ld, [&](int begin, int end) { kernels_.add(y + begin * ld, x + begin * ld, (end - begin) * ld); });
   }
@@ -363,6 +327,7 @@ class CpuDevice final : public Device {
   }
 
  private:
+  using Activation = decltype(Kernels::silu_mul);
   // The jobs of one projection's deltas, wave after wave.
   struct Deltas {
     int first_job = 0, num_jobs = 0;
@@ -658,6 +623,78 @@ class CpuDevice final : public Device {
     run_apart(static_cast<int>(ceil_div(num_rows, per_task)), [&](int t, int) { f(t * per_task, std::min(num_rows, (t + 1) * per_task)); });
   }
 
+  // `activation`: null, or what the first of two projections goes through to be multiplied by the second.
+  void project_with(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora,
+                    std::span<const Projection> next, Activation activation) {
+    const int k = projections[0].weight->in_features;
+    const bool any_quantized =
+        !reference_mode_ && std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return is_quantized(p.weight->format); });
+    quantize_and_shrink(any_quantized, projections, x, ldx, num_rows, k, layer, lora);
+
+    // A task's columns get their deltas as soon as they are there, while they are in the cache. Many rows are cut into passes
+    // first: a thread that goes on in its pass finds the activations in its cache. Each thread has as many passes as the others, and so
+    // its own rows from one projection to the next, unless they would be too few to unpack the weights for.
+    int64_t num_passes = any_quantized ? ceil_div(num_rows, pass_rows(k, kernels_.q_bytes)) : 1;
+    const int64_t even_passes = ceil_div(num_passes, pool_.num_threads()) * pool_.num_threads();
+    if (num_passes > 1 && num_rows >= even_passes * kMinPassRows) num_passes = even_passes;
+    const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), int64_t{kRowBlock}) * kRowBlock);
+    cut_jobs(projections.size(), num_rows, rows_of_pass);
+    cut_tasks(tasks_, projections, num_rows, rows_of_pass);
+    look_ahead(next, num_rows);
+    const bool is_paired = num_cut(projections, num_rows) < projections.size();
+    pool_.run_apart(static_cast<int>(tasks_.size()), ahead_, [&](int index, int) {
+      const Task& task = tasks_[index];
+      const int row_begin = task.pass * rows_of_pass, row_end = std::min(row_begin + rows_of_pass, num_rows);
+      const auto part = [&](size_t i, int begin, int end) {
+        product(projections[i], deltas_[task.pass * projections.size() + i], x, ldx, row_begin, row_end, begin, end);
+      };
+      for_each_part(task, projections.first(num_cut(projections, num_rows)), [&](size_t i, int begin, int end) {
+        if (!is_paired) return part(i, begin, end);
+        // As many columns of both at once as the cache holds.
+        const int fit = static_cast<int>(kGatedBytes / ((row_end - row_begin) * 2 * kTileColumns * sizeof(float))) / kGatedTiles * kGatedTiles;
+        const int step = std::max(fit, kGatedTiles);
+        for (int from = begin, to; from < end; from = to) {
+          to = std::min(from + step, end);
+          part(0, from, to);
+          part(1, from, to);
+          activate(activation, projections[0], projections[1], row_begin, row_end, from, to);
+        }
+      });
+    });
+    if (activation && !is_paired) {
+      const int tiles = static_cast<int>(num_tiles(projections[0].weight->out_features));
+      over_rows(num_rows, int64_t{tiles} * kTileColumns * 16, [&](int begin, int end) { activate(activation, projections[0], projections[1], begin, end, 0, tiles); });
+    }
+  }
+
+  // The packed tiles [begin, end) of a projection for the rows of a pass, with what adapters and bias add.
+  void product(const Projection& p, const Deltas& deltas, const float* x, int64_t ldx, int row_begin, int row_end, int begin, int end) {
+    float* const y = p.y + row_begin * p.ldy;
+    // As many tiles at once as what expand reads of them is asked for.
+    const int step = deltas.num_jobs > 0 ? tiles_of_turn(deltas) : end - begin;
+    for (int from = begin, to; from < end; from = to) {
+      to = std::min(from + step, end);
+      if (!reference_mode_ && is_quantized(p.weight->format)) {
+        Ahead pieces[kMaxAheadPieces];
+        const int num_pieces = deltas.num_jobs > 0 ? deltas_ahead(deltas, from, to, pieces) : 0;
+        kernels_.matmul_q(y, p.ldy, *p.weight, rows_of(quantized_, row_begin, row_end), from, to, pieces, num_pieces);
+      } else {
+        kernels_.matmul_f(y, p.ldy, *p.weight, x + row_begin * ldx, ldx, row_end - row_begin, from, to);
+      }
+      if (deltas.num_jobs > 0) expand_deltas(p, deltas, row_begin, row_end, from, to);
+    }
+    if (!p.bias) return;
+    const int64_t column = int64_t{begin} * kTileColumns, count = std::min(int64_t{end} * kTileColumns, int64_t{p.weight->out_features}) - column;
+    for (int r = 0; r < row_end - row_begin; ++r) kernels_.add(y + r * p.ldy + column, p.bias + column, count);
+  }
+
+  // gate = activation(gate) · up, of the packed tiles [begin, end).
+  void activate(Activation activation, const Projection& gate, const Projection& up, int row_begin, int row_end, int begin, int end) {
+    const int column = begin * kTileColumns, count = std::min(end * kTileColumns, gate.weight->out_features) - column;
+    float* const y = gate.y + row_begin * gate.ldy + column;
+    activation(y, gate.ldy, y, gate.ldy, up.y + row_begin * up.ldy + column, up.ldy, row_end - row_begin, count);
+  }
+
   // Gives the quantised rows memory.
   void place_quantized(int num_rows, int k) {
     const size_t places = static_cast<size_t>(num_rows) * (k / kActivationGroup) + kRowBlock;
@@ -798,19 +835,27 @@ class CpuDevice final : public Device {
   // thread as are worth it. A task may go over from one projection to the next. Tiles are counted in whole tiles of adapters.
   void cut_tasks(std::vector<Task>& tasks, std::span<const Projection> projections, int num_rows, int rows_of_pass) const {
     tasks.clear();
+    const size_t num_here = num_cut(projections, num_rows);
     int64_t num_units = 0;
-    for (const auto& p : projections) num_units += ceil_div(num_tiles(p.weight->out_features), kTilesPerLoraTile);
-    const int64_t num_passes = ceil_div(num_rows, rows_of_pass);
-    const int64_t unit_macs = int64_t{projections[0].weight->in_features} * kLoraTileColumns * std::min(num_rows, rows_of_pass);
+    for (const auto& p : projections.first(num_here)) num_units += ceil_div(num_tiles(p.weight->out_features), kTilesPerLoraTile);
+    const int64_t num_passes = ceil_div(num_rows, rows_of_pass), num_together = projections.size() / num_here;
+    const int64_t unit_macs = int64_t{projections[0].weight->in_features} * kLoraTileColumns * std::min(num_rows, rows_of_pass) * num_together;
     const int64_t wanted = std::clamp<int64_t>(num_units * num_passes * unit_macs / (kTaskMacs * pool_.num_threads()), 1, kTasksPerThread * 2) * pool_.num_threads();
     // One or two rows wait for memory at the beginning of each task, so theirs are longer.
-    const int64_t most = num_rows > 2 ? num_units : std::max<int64_t>(num_units / kStreamUnits / pool_.num_threads(), 1) * pool_.num_threads();
+    const int64_t most = num_rows > kStreamRows ? num_units : std::max<int64_t>(num_units / kStreamUnits / pool_.num_threads(), 1) * pool_.num_threads();
     const int64_t tasks_of_pass = std::min({num_units, most, ceil_div(wanted, num_passes)});
     for (int pass = 0; pass < num_passes; ++pass) {
       for (int64_t i = 0; i < tasks_of_pass; ++i) {
         tasks.push_back({static_cast<int>(num_units * i / tasks_of_pass), static_cast<int>(num_units * (i + 1) / tasks_of_pass), pass});
       }
     }
+  }
+
+  // How many of the projections are cut into tasks. Of gate and up it is the gate, and a thread computes the same columns of both, which
+  // it can multiply then without waiting for others. Few rows read them one after the other, as longer streams of memory.
+  static size_t num_cut(std::span<const Projection> projections, int num_rows) {
+    const bool is_gated = projections.size() == 2 && projections[0].target == Target::kGate;
+    return is_gated && num_rows > kRowBlock ? 1 : projections.size();
   }
 
   // Calls f(projection, tile_begin, tile_end) for the parts of a task.
@@ -834,7 +879,7 @@ class CpuDevice final : public Device {
     cut_tasks(next_tasks_, next, num_rows, num_rows);
     for (int thread = 0; thread < pool_.num_threads(); ++thread) {
       bool is_first = true;
-      for_each_part(next_tasks_[pool_.first_task(static_cast<int>(next_tasks_.size()), thread)], next, [&](size_t p, int begin, int) {
+      for_each_part(next_tasks_[pool_.first_task(static_cast<int>(next_tasks_.size()), thread)], next.first(num_cut(next, num_rows)), [&](size_t p, int begin, int) {
         if (!is_first) return;
         is_first = false;
         const PackedMatrix& w = *next[p].weight;

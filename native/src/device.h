@@ -115,13 +115,14 @@ class Device {
   // nobody knows: a device may fetch their weights ahead.
   virtual void project(std::span<const Projection> projections, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora,
                        std::span<const Projection> next) = 0;
+  // The two projections of a gated MLP, and then the first's y = act(y) · the second's y.
+  virtual void project_gated(std::span<const Projection> gate_up, const float* x, int64_t ldx, int num_rows, int layer, const LoraPlan& lora,
+                             std::span<const Projection> next, bool gelu) = 0;
   virtual void rope(float* x, int64_t ldx, int num_heads, int head_dim, int num_rows, const RopeAngles& angles) = 0;
   // Stores each row's keys and values in its sequence's blocks.
   virtual void store_kv(const KvLayer& kv, const Batch& batch, const float* k, int64_t ldk, const float* v, int64_t ldv) = 0;
   virtual void attention(const KvLayer& kv, const Batch& batch, const float* q, int64_t ldq, float* out, int64_t ldo, int num_heads,
                          int window, float scale) = 0;
-  // gate[r] = act(gate[r]) · up[r]
-  virtual void activate(float* gate, const float* up, int64_t ld, int num_rows, int n, bool gelu) = 0;
   virtual void add(float* y, const float* x, int64_t ld, int num_rows) = 0;
   virtual void gather_rows(float* y, const float* x, int64_t ld, std::span<const int32_t> rows) = 0;
   // Samples rows [0, n) of logits (overwritten), which are the batch's samples first_sample + i.

@@ -474,10 +474,8 @@ void Model::run_layer(int l, const Batch& batch) {
 
     device_->rmsnorm(h, ldh, x, ldh, layer.mlp_norm, rows, hidden, dims_.norm_eps);
     clock_.lap(StepPart::kNorm);
-    device_->project(gate_up, h, ldh, rows, l, lora, down);
+    device_->project_gated(gate_up, h, ldh, rows, l, lora, down, dims_.gelu);
     clock_.lap(StepPart::kGateUp);
-    device_->activate(gate, up, ldi, rows, dims_.intermediate_size, dims_.gelu);
-    clock_.lap(StepPart::kActivation);
     device_->project(down, gate, ldi, rows, l, lora, first_of_layer(l + 1));
     clock_.lap(StepPart::kDown);
   }

@@ -18,14 +18,13 @@ enum class StepPart {
   kKvWrite,
   kAttention,
   kOut,
-  kGateUp,
-  kActivation,
+  kGateUp,      // with the activation
   kDown,
   kHead,
   kSample,
 };
 inline constexpr std::array kStepPartNames = {"plan", "embed", "weights", "norm", "qkv",        "rope", "kv_write", "attention",
-                                              "out",  "gate_up", "activation", "down", "head", "sample"};
+                                              "out",  "gate_up", "down", "head", "sample"};
 
 class StepClock {
  public:
