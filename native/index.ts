@@ -221,8 +221,9 @@ export interface StepBatch {
 }
 
 /**
- * Parts of a step: a projection is counted with its quantising, adapters and biases, `gate_up` with the activation; `norm` with the residual sums; `plan`
- * is what a step prepares before its first operation; `weights` is waiting for layers that stream. See src/step_clock.h.
+ * Parts of a step: a projection is counted with its quantising, adapters and biases, `gate_up` with the activation too; `norm`
+ * with the residual sums; `plan` is what a step prepares before its first operation; `weights` is waiting for layers that
+ * stream. See src/step_clock.h.
  */
 export type StepPart =
   | 'plan'

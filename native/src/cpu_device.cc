@@ -641,14 +641,15 @@ class CpuDevice final : public Device {
     cut_jobs(projections.size(), num_rows, rows_of_pass);
     cut_tasks(tasks_, projections, num_rows, rows_of_pass);
     look_ahead(next, num_rows);
-    const bool is_paired = num_cut(projections, num_rows) < projections.size();
+    const auto cut = projections.first(num_cut(projections, num_rows));
+    const bool is_paired = cut.size() < projections.size();
     pool_.run_apart(static_cast<int>(tasks_.size()), ahead_, [&](int index, int) {
       const Task& task = tasks_[index];
       const int row_begin = task.pass * rows_of_pass, row_end = std::min(row_begin + rows_of_pass, num_rows);
       const auto part = [&](size_t i, int begin, int end) {
         product(projections[i], deltas_[task.pass * projections.size() + i], x, ldx, row_begin, row_end, begin, end);
       };
-      for_each_part(task, projections.first(num_cut(projections, num_rows)), [&](size_t i, int begin, int end) {
+      for_each_part(task, cut, [&](size_t i, int begin, int end) {
         if (!is_paired) return part(i, begin, end);
         // As many columns of both at once as the cache holds.
         const int fit = static_cast<int>(kGatedBytes / ((row_end - row_begin) * 2 * kTileColumns * sizeof(float))) / kGatedTiles * kGatedTiles;

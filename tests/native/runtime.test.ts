@@ -15,6 +15,7 @@ import {
   packedBytes,
   type Runtime,
   readGguf,
+  readIn,
   type StepBatch,
   sourceBytes,
 } from '../../native/index.ts';
@@ -722,6 +723,14 @@ describe('a running step', () => {
 });
 
 describe('opening', () => {
+  test('a file that cannot be read in is named', async () => {
+    await expect(readIn('/nowhere')).rejects.toMatchObject({
+      code: 'io_failed',
+      message: expect.stringContaining('/nowhere'),
+    });
+    expect(() => readIn(7 as never)).toThrow(/path: expected a string/);
+  });
+
   test('refuses a device memory below one page, and tensors that are missing or misplaced, by name', async () => {
     const { packedPath, dims, tensors } = await prepare(join(goldensFolder, 'tiny/llama3'));
     const options = {

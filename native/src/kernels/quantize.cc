@@ -23,14 +23,14 @@ struct GroupScales {
   i32x16 keeps;        // 0 where all integers are 0: nothing but zeros, or no number
 };
 
-// `count` groups, `step` activations apart.
+// `count` groups, one after the other.
 // Magnitudes are compared as integers, which order them as floats do, infinity and NaN above all others.
-MOTET_INLINE GroupScales scales_of(const float* x, int64_t step, int count) {
+MOTET_INLINE GroupScales scales_of(const float* x, int count) {
   alignas(64) int32_t greatest[16], peak[16];
   alignas(64) uint16_t places[16][2];  // of the first and of the second sixteen: a bit for each that is the greatest
   alignas(64) float at_peak[16];
   i32x16 of_group[16];
-  for (int g = 0; g < count; ++g) of_group[g] = max(magnitude(x + step * g), magnitude(x + step * g + 16));
+  for (int g = 0; g < count; ++g) of_group[g] = max(magnitude(x + kActivationGroup * g), magnitude(x + kActivationGroup * g + 16));
   for (int g = count; g < 16; ++g) {
     of_group[g] = i32_zero();
     places[g][0] = places[g][1] = 0;
@@ -39,7 +39,7 @@ MOTET_INLINE GroupScales scales_of(const float* x, int64_t step, int count) {
   const i32x16 first = reduce_max(of_group);
   store_i32(greatest, first);
   for (int g = 0; g < count; ++g) {
-    const float* const from = x + step * g;
+    const float* const from = x + kActivationGroup * g;
     const i32x16 all = i32_set1(greatest[g]), a0 = magnitude(from), a1 = magnitude(from + 16);
     const mask16 at0 = a0 == all, at1 = a1 == all;
     places[g][0] = static_cast<uint16_t>(bits(at0));
@@ -51,7 +51,7 @@ MOTET_INLINE GroupScales scales_of(const float* x, int64_t step, int count) {
   const i32x16 where = load_i32(peak), exponent = shift_right<23>(as_i32(to_f32(where & (i32_zero() - where)))) & i32_set1(255);
   const i32x16 place = max(exponent - i32_set1(127), i32_zero());
   store_i32(peak, place);
-  for (int g = 0; g < count; ++g) at_peak[g] = x[step * g + peak[g]];
+  for (int g = 0; g < count; ++g) at_peak[g] = x[kActivationGroup * g + peak[g]];
   // Where two values are the greatest, so is the second.
   const i32x16 rest = reduce_max(of_group), second = select((where & (where - i32_set1(1))) == i32_zero(), rest, first);
   const f32x16 wanted = max(as_f32(second) / f32_set1(127.0f), as_f32(first) / f32_set1(kPeakMax));
@@ -86,7 +86,7 @@ MOTET_INLINE void put_middle([[maybe_unused]] int8_t* to, [[maybe_unused]] int c
 
 // `count` neighbouring groups of one row: the place of the first is `at`, those of the others `height` apart.
 MOTET_INLINE void quantize_groups(const QuantizedRows& out, const float* x, int count, int64_t at, int64_t height) {
-  const GroupScales groups = scales_of(x, kActivationGroup, count);
+  const GroupScales groups = scales_of(x, count);
   const Peaks peaks = peaks_of(groups);
   alignas(64) int32_t used[16], peak[16], low[16], sums8[16], first_sums8[16], chunks[16], middles[16], highs[16];
   alignas(64) float factors[16], scales[16], offsets[16];
@@ -136,7 +136,7 @@ MOTET_INLINE void quantize_block(const QuantizedRows& out, const float* x, int64
     store(copy + kActivationGroup * g, load(x + g * ldx));
     store(copy + kActivationGroup * g + 16, load(x + g * ldx + 16));
   }
-  const GroupScales groups = scales_of(copy, kActivationGroup, 16);
+  const GroupScales groups = scales_of(copy, 16);
   const Peaks peaks = peaks_of(groups);
   alignas(64) int32_t peak[16], low[16];
   alignas(64) float factors[16];

@@ -168,6 +168,7 @@ MOTET_INLINE u8x64 saturate_s8(i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
   const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));  // four of each in every quarter
   return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes)};
 }
+
 MOTET_INLINE u8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 MOTET_INLINE void store_bytes(void* p, u8x64 a) { _mm512_storeu_si512(p, a.v); }
 MOTET_INLINE u8x64 bytes_word(const void* p) {

@@ -219,6 +219,7 @@ MOTET_INLINE u8x64 saturate_s8(i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
   }
   return out;
 }
+
 MOTET_INLINE u8x64 load_bytes(const void* p) {
   u8x64 out;
   __builtin_memcpy(out.v, p, 64);
