@@ -171,7 +171,9 @@ test('an API server that takes connections and says nothing is noticed', async (
   await expect.poll(() => changes, soon).toEqual(['+a', '+b']);
 });
 
-test('a quiet watch is no failure, and its bookmarks move the version on', async () => {
+test('a quiet watch is no failure, and its bookmarks move the version on', {
+  timeout: 60_000,
+}, async () => {
   const quiet = await tenants();
   const busy = await tenants();
   const versions: number[] = [];
@@ -185,13 +187,14 @@ test('a quiet watch is no failure, and its bookmarks move the version on', async
   onTestFinished(() => {
     unsubscribe('undici:request:create', onUndici);
   });
-  // The server ends it after 6 s and sends the bookmark 2 s before.
+  // The server ends it after 6 s and sends the bookmark 2 s before; one that is busy may leave out a bookmark, not all.
   const { watch, changes, errors } = watchOf({ path: quiet.path, maxSilenceMs: 8_000 });
   await watch.synced;
   await busy.create('elsewhere');
   const later = await callApi<Tenant>(kubeConfigOf(plane), { path: `${busy.path}/elsewhere` });
-  await expect.poll(() => versions.length, soon).toBe(2);
-  expect(versions[1]).toBeGreaterThanOrEqual(Number(later.metadata.resourceVersion));
+  await expect
+    .poll(() => versions.at(-1), { ...soon, timeout: 45_000 })
+    .toBeGreaterThanOrEqual(Number(later.metadata.resourceVersion));
   expect(changes).toEqual([]);
   expect(errors).toEqual([]);
 });
