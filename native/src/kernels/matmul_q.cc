@@ -48,9 +48,10 @@ constexpr bool uses_tile_registers([[maybe_unused]] WeightFormat format) {
 }
 constexpr int tiles_of(WeightFormat format) { return uses_tile_registers(format) ? 2 : kTiles; }
 constexpr int rows_of_turn(int tiles) { return tiles > 2 ? 4 : kMaxRows; }
-// How far ahead one or two rows ask for the weights of each stream, and more rows, which take longer, for the second level of
-// cache.
-constexpr int64_t kPrefetchBytes = 2048, kPrefetchFarBytes = 6144;
+// How far ahead one or two rows ask for the weights of each stream. More rows take longer, in several blocks that read the same
+// tiles: they ask for the next tiles meanwhile, evenly, so that memory is at work all the time.
+constexpr int64_t kPrefetchBytes = 2048;
+constexpr bool asks_for_next(int rows) { return rows > 2; }
 
 // The rows of one block (kernels.h) from one of them on.
 struct RowsOfBlock {
@@ -148,13 +149,21 @@ MOTET_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 w, u8x64 x) {
   return format_info(kFormat).bits == 4 ? dot4_u7(acc, w, x) : dot4(acc, w, x);
 }
 
-// y [kRows][kNum · 16] for the rows of x from `row` on, straight from the packed bytes of kNum tiles that lie `apart` bytes
-// from each other, and their columns y_apart.
-template <WeightFormat kFormat, int kRows, int kNum>
-void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int64_t apart, const QuantizedRows& x,
-               int64_t row, Asker& asker) {
+// Tiles that are walked together: they lie `apart` bytes from each other, and their columns y_apart.
+struct TileRun {
+  const uint8_t* tiles;
+  int64_t apart, y_apart;
+  const uint8_t* next;  // several rows: the tiles after these; each block of rows asks for its share of them
+};
+
+// y [kRows][kNum · 16] for the rows of x from `row` on, straight from the packed bytes of kNum tiles. They are one of kParts blocks of
+// rows that go over these.
+template <WeightFormat kFormat, int kRows, int kNum, int kPart, int kParts>
+void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x, int64_t row, Asker& asker) {
   using T = Tile<kFormat>;
   constexpr FormatInfo kInfo = T::kInfo;
+  const uint8_t* const tiles = run.tiles;
+  const int64_t apart = run.apart;
   const T first(tiles, x.k);
   const RowsOfBlock rows(x, row);
   const int64_t groups = x.k / kInfo.group_size;
@@ -171,7 +180,11 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* const weights = first.group(g);
     asker.turn();
-    for (int t = 0; t < kNum; ++t) first.template ask_ahead<kRows <= 2>(g, t * apart, kRows <= 2 ? kPrefetchBytes : kPrefetchFarBytes);
+    if constexpr (asks_for_next(kRows)) {
+      T::template ask_part<kPart, kParts, kNum>(run.next, g);
+    } else {
+      for (int t = 0; t < kNum; ++t) first.ask_ahead(g, t * apart, kPrefetchBytes);
+    }
     i32x16 dot[kRows][kNum];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -247,27 +260,32 @@ void block_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int t = 0; t < kNum; ++t) store(y + r * ldy + t * y_apart, acc[r][t]);
+    for (int t = 0; t < kNum; ++t) store(y + r * ldy + t * run.y_apart, acc[r][t]);
   }
 }
 
-// All of kRows rows, from row kAt on, in blocks of like size: the later ones find the tiles in the cache.
-template <WeightFormat kFormat, int kRows, int kNum, int kAt = 0>
-MOTET_INLINE void blocks_few(float* y, int64_t ldy, int64_t y_apart, const uint8_t* tiles, int64_t apart, const QuantizedRows& x, Asker& asker) {
-  constexpr int kBlocks = blocks_of_few(kRows), kHere = (kRows + kBlocks - 1) / kBlocks;
-  block_few<kFormat, kHere, kNum>(y + kAt * ldy, ldy, y_apart, tiles, apart, x, kAt, asker);
-  if constexpr (kRows > kHere) blocks_few<kFormat, kRows - kHere, kNum, kAt + kHere>(y, ldy, y_apart, tiles, apart, x, asker);
+// All of kRows rows, from row kAt on, in kParts blocks of like size, of which kPart are done: the later ones find the tiles in the
+// cache.
+template <WeightFormat kFormat, int kRows, int kNum, int kAt = 0, int kPart = 0, int kParts = blocks_of_few(kRows)>
+MOTET_INLINE void blocks_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x, Asker& asker) {
+  constexpr int kHere = (kRows + kParts - kPart - 1) / (kParts - kPart);
+  block_few<kFormat, kHere, kNum, kPart, kParts>(y + kAt * ldy, ldy, run, x, kAt, asker);
+  if constexpr (kRows > kHere) blocks_few<kFormat, kRows - kHere, kNum, kAt + kHere, kPart + 1, kParts>(y, ldy, run, x, asker);
 }
 
-// The tiles [begin, end) for kRows rows, cut into kNum runs that are read side by side: so many streams of memory. What is left over
-// goes in fewer.
+// The tiles [begin, end) for kRows rows, kNum at a time: one or two rows read kNum runs of tiles side by side, so many streams of
+// memory; more rows take neighbours. What is left over goes in fewer.
 template <WeightFormat kFormat, int kRows, int kNum>
 void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Asker& asker) {
-  const int64_t stride = Tile<kFormat>::bytes(x.k), run = (end - begin) / kNum;
-  for (int64_t t = begin; t < begin + run; ++t)
-    blocks_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, run * kTileColumns, w.data + t * stride, run * stride, x, asker);
+  constexpr bool kAsksForNext = asks_for_next(kRows);
+  const int64_t stride = Tile<kFormat>::bytes(x.k), num = (end - begin) / kNum;
+  const int64_t apart = kAsksForNext ? 1 : num, step = kAsksForNext ? kNum : 1;
+  for (int64_t i = 0, t = begin; i < num; ++i, t += step) {
+    const uint8_t* const tiles = w.data + t * stride;
+    blocks_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, {tiles, apart * stride, apart * kTileColumns, tiles + kNum * stride}, x, asker);
+  }
   if constexpr (kNum > 1) {
-    if (begin + run * kNum < end) few_tiles<kFormat, kRows, kNum / 2>(y, ldy, w, x, begin + run * kNum, end, asker);
+    if (begin + num * kNum < end) few_tiles<kFormat, kRows, kNum / 2>(y, ldy, w, x, begin + num * kNum, end, asker);
   }
 }
 

@@ -34,14 +34,23 @@ struct Tile {
   }
   MOTET_INLINE const uint8_t* group(int64_t g) const { return quants + g * kGroupBytes; }
 
-  // Asks for what lies `ahead` bytes from group g of the tile that is `at` bytes from this one, to the first level of cache or
-  // the second. Over a walk through tiles it asks for every line: a group's step counts its part of the header too.
-  template <bool kFirstLevel>
+  // What a group's step of a walk through tiles counts for: its part of the header too.
+  static constexpr int kStepBytes = kGroupBytes + kScaleStride * (kInfo.has_min ? 2 : 1);
+
+  // Asks for what lies `ahead` bytes from group g of the tile that is `at` bytes from this one. Over a walk it asks for every line.
   MOTET_INLINE void ask_ahead(int64_t g, int64_t at, int64_t ahead) const {
-    constexpr int kBytes = kGroupBytes + kScaleStride * (kInfo.has_min ? 2 : 1);
-    const uint8_t* const p = quants + at + ahead + g * kBytes;
+    const uint8_t* const p = quants + at + ahead + g * kStepBytes;
 #pragma GCC unroll 16
-    for (int c = 0; c < (kBytes + 63) / 64; ++c) kFirstLevel ? prefetch(p + 64 * c) : prefetch_l2(p + 64 * c);
+    for (int c = 0; c < (kStepBytes + 63) / 64; ++c) prefetch(p + 64 * c);
+  }
+
+  // Asks, for the second level of cache, for part kPart of kParts of what group g counts for of kNum tiles, neighbours that begin at
+  // `tiles`. Over all groups and parts that is every line.
+  template <int kPart, int kParts, int kNum>
+  MOTET_INLINE static void ask_part(const uint8_t* tiles, int64_t g) {
+    const uint8_t* const p = tiles + g * kNum * kStepBytes;
+#pragma GCC unroll 32
+    for (int c = kPart; c < (kNum * kStepBytes + 63) / 64; c += kParts) prefetch_l2(p + 64 * c);
   }
 
  private:
