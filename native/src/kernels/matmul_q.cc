@@ -180,7 +180,7 @@ void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* const weights = first.group(g);
     asker.turn();
-    if constexpr (asks_for_next(kRows)) {
+    if constexpr (kParts > 1 || asks_for_next(kRows)) {
       T::template ask_part<kPart, kParts, kNum>(run.next, g);
     } else {
       for (int t = 0; t < kNum; ++t) first.ask_ahead(g, t * apart, kPrefetchBytes);
