@@ -44,8 +44,10 @@ constexpr int kShrinkTaskRows = 48;
 // About what one core reads and computes, to cut shrinks into tasks of like time, and the least time of one.
 constexpr double kShrinkBytesPerNs = 25, kShrinkMacsPerNs = 60, kShrinkTaskNs = 4000;
 constexpr int kTilesPerLoraTile = kLoraTileColumns / kTileColumns;
-// Rows that wait for the weights' memory more than they compute, and the least tiles of a task of so few, in tiles of adapters.
-constexpr int kStreamRows = 2, kStreamUnits = 6;
+// Rows that wait for the weights' memory more than they compute, and the least tiles of a task of so few.
+constexpr int kStreamRows = 2, kStreamTiles = 24;
+// Tiles that a block of rows goes over at once.
+constexpr int kFewTiles = 2;
 // What a thread computes of gate and up before it multiplies them: part of its second level of cache, and whole turns of a product's
 // tiles and of the adapters'.
 constexpr size_t kGatedBytes = 384 << 10;
@@ -339,7 +341,7 @@ class CpuDevice final : public Device {
     int first_job, num_jobs, row_begin, row_end, j_begin, j_end;
   };
   struct Task {
-    int begin, end;
+    int begin, end;  // of pieces; of tiles
     int pass = 0;  // of rows
   };
 
@@ -639,8 +641,9 @@ class CpuDevice final : public Device {
     if (num_passes > 1 && num_rows >= even_passes * kMinPassRows) num_passes = even_passes;
     const int rows_of_pass = static_cast<int>(ceil_div(ceil_div(num_rows, num_passes), int64_t{kRowBlock}) * kRowBlock);
     cut_jobs(projections.size(), num_rows, rows_of_pass);
-    cut_tasks(tasks_, projections, num_rows, rows_of_pass);
-    look_ahead(next, num_rows);
+    const int unit = unit_of(lora, num_rows);
+    cut_tasks(tasks_, projections, num_rows, rows_of_pass, unit);
+    look_ahead(next, num_rows, unit);
     const auto cut = projections.first(num_cut(projections, num_rows));
     const bool is_paired = cut.size() < projections.size();
     pool_.run_apart(static_cast<int>(tasks_.size()), ahead_, [&](int index, int) {
@@ -833,24 +836,39 @@ class CpuDevice final : public Device {
   }
 
   // Tiles of projections and passes of rows as tasks of equal size, neighbours in memory one after another: as many for each
-  // thread as are worth it. A task may go over from one projection to the next. Tiles are counted in whole tiles of adapters.
-  void cut_tasks(std::vector<Task>& tasks, std::span<const Projection> projections, int num_rows, int rows_of_pass) const {
+  // thread as are worth it. A task may go over from one projection to the next. Its ends lie between `unit` tiles of a projection.
+  void cut_tasks(std::vector<Task>& tasks, std::span<const Projection> projections, int num_rows, int rows_of_pass, int unit) const {
     tasks.clear();
     const size_t num_here = num_cut(projections, num_rows);
-    int64_t num_units = 0;
-    for (const auto& p : projections.first(num_here)) num_units += ceil_div(num_tiles(p.weight->out_features), kTilesPerLoraTile);
+    int64_t tiles = 0;
+    for (const auto& p : projections.first(num_here)) tiles += num_tiles(p.weight->out_features);
     const int64_t num_passes = ceil_div(num_rows, rows_of_pass), num_together = projections.size() / num_here;
-    const int64_t unit_macs = int64_t{projections[0].weight->in_features} * kLoraTileColumns * std::min(num_rows, rows_of_pass) * num_together;
-    const int64_t wanted = std::clamp<int64_t>(num_units * num_passes * unit_macs / (kTaskMacs * pool_.num_threads()), 1, kTasksPerThread * 2) * pool_.num_threads();
+    const int64_t tile_macs = int64_t{projections[0].weight->in_features} * kTileColumns * std::min(num_rows, rows_of_pass) * num_together;
+    const int64_t wanted = std::clamp<int64_t>(tiles * num_passes * tile_macs / (kTaskMacs * pool_.num_threads()), 1, kTasksPerThread * 2) * pool_.num_threads();
     // One or two rows wait for memory at the beginning of each task, so theirs are longer.
-    const int64_t most = num_rows > kStreamRows ? num_units : std::max<int64_t>(num_units / kStreamUnits / pool_.num_threads(), 1) * pool_.num_threads();
-    const int64_t tasks_of_pass = std::min({num_units, most, ceil_div(wanted, num_passes)});
+    const int64_t most = num_rows > kStreamRows ? tiles : std::max<int64_t>(tiles / kStreamTiles / pool_.num_threads(), 1) * pool_.num_threads();
+    const int64_t tasks_of_pass = std::min({ceil_div(tiles, unit), most, ceil_div(wanted, num_passes)});
     for (int pass = 0; pass < num_passes; ++pass) {
-      for (int64_t i = 0; i < tasks_of_pass; ++i) {
-        tasks.push_back({static_cast<int>(num_units * i / tasks_of_pass), static_cast<int>(num_units * (i + 1) / tasks_of_pass), pass});
+      for (int64_t i = 0, begin = 0, end; i < tasks_of_pass; ++i, begin = end) {
+        end = nearest_end(projections.first(num_here), tiles * (i + 1) / tasks_of_pass, unit);
+        tasks.push_back({static_cast<int>(begin), static_cast<int>(end), pass});
       }
     }
   }
+
+  // Of the places between whole units of each projection, the one nearest to a tile.
+  static int64_t nearest_end(std::span<const Projection> projections, int64_t tile, int unit) {
+    int64_t first = 0;
+    for (const auto& p : projections) {
+      const int64_t tiles = num_tiles(p.weight->out_features);
+      if (tile < first + tiles) return first + std::min((tile - first + unit / 2) / unit * unit, tiles);
+      first += tiles;
+    }
+    return first;
+  }
+
+  // The tiles that stay together in a task: those of a tile of the adapters; without these, those that few rows go over at once.
+  static int unit_of(const LoraPlan& lora, int num_rows) { return lora.groups.empty() && num_rows <= kRowBlock ? kFewTiles : kTilesPerLoraTile; }
 
   // How many of the projections are cut into tasks. Of gate and up it is the gate, and a thread computes the same columns of both, which
   // it can multiply then without waiting for others. Few rows read them one after the other, as longer streams of memory.
@@ -862,22 +880,22 @@ class CpuDevice final : public Device {
   // Calls f(projection, tile_begin, tile_end) for the parts of a task.
   template <typename F>
   static void for_each_part(const Task& task, std::span<const Projection> projections, F&& f) {
-    int begin = task.begin, end = task.end;  // in units, from this projection's first
+    int begin = task.begin, end = task.end;  // from this projection's first
     for (size_t p = 0; p < projections.size() && end > 0; ++p) {
       const int tiles = static_cast<int>(num_tiles(projections[p].weight->out_features));
-      const int units = static_cast<int>(ceil_div(tiles, kTilesPerLoraTile));
-      if (begin < units) f(p, std::max(begin, 0) * kTilesPerLoraTile, std::min(std::min(end, units) * kTilesPerLoraTile, tiles));
-      begin -= units;
-      end -= units;
+      const int from = std::max(begin, 0), to = std::min(end, tiles);
+      if (from < to) f(p, from, to);
+      begin -= tiles;
+      end -= tiles;
     }
   }
 
   // Where each thread will begin to read the weights of the projections after these. With few rows a step waits for memory, and
   // between two projections nobody reads: then those who wait ask for these bytes.
-  void look_ahead(std::span<const Projection> next, int num_rows) {
+  void look_ahead(std::span<const Projection> next, int num_rows, int unit) {
     ahead_.clear();
     if (next.empty() || num_rows > kAheadRows) return;
-    cut_tasks(next_tasks_, next, num_rows, num_rows);
+    cut_tasks(next_tasks_, next, num_rows, num_rows, unit);
     for (int thread = 0; thread < pool_.num_threads(); ++thread) {
       bool is_first = true;
       for_each_part(next_tasks_[pool_.first_task(static_cast<int>(next_tasks_.size()), thread)], next.first(num_cut(next, num_rows)), [&](size_t p, int begin, int) {

@@ -15,14 +15,13 @@
 namespace motet::MOTET_ISA {
 namespace {
 
-// Few rows: rows and tiles of the biggest block that the registers hold. And tiles of one row, which are streams of memory: two are
-// read faster than one, four or eight on a Zen 5.
+// Few rows: rows and tiles of the biggest block that the registers hold.
 #if defined(MOTET_ISA_avx512)
-constexpr int kMaxRows = 6, kTilesOfFew = 2, kTilesOfOne = 2;
+constexpr int kMaxRows = 6, kTilesOfFew = 2;
 #elif defined(MOTET_ISA_avx2)
-constexpr int kMaxRows = 4, kTilesOfFew = 1, kTilesOfOne = 2;
+constexpr int kMaxRows = 4, kTilesOfFew = 1;
 #else
-constexpr int kMaxRows = 2, kTilesOfFew = 1, kTilesOfOne = 1;
+constexpr int kMaxRows = 2, kTilesOfFew = 1;
 #endif
 // Up to so many rows. On from there unpacking the weights first is faster. They are of one block (kernels.h).
 #if defined(MOTET_ISA_avx512)
@@ -48,9 +47,10 @@ constexpr bool uses_tile_registers([[maybe_unused]] WeightFormat format) {
 }
 constexpr int tiles_of(WeightFormat format) { return uses_tile_registers(format) ? 2 : kTiles; }
 constexpr int rows_of_turn(int tiles) { return tiles > 2 ? 4 : kMaxRows; }
-// How far ahead one or two rows ask for the weights of each stream. More rows take longer, in several blocks that read the same
-// tiles: they ask for the next tiles meanwhile, evenly, so that memory is at work all the time.
-constexpr int64_t kPrefetchBytes = 2048;
+// One or two rows wait for memory alone: a thread reads one stream of it, tile after tile, and asks for what lies so far ahead. More
+// rows take longer, in several blocks that read the same tiles: they ask for the next tiles meanwhile, evenly, so that memory is at
+// work all the time.
+constexpr int64_t kPrefetchBytes = 6144;
 constexpr bool asks_for_next(int rows) { return rows > 2; }
 
 // The rows of one block (kernels.h) from one of them on.
@@ -149,21 +149,14 @@ MOTET_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 w, u8x64 x) {
   return format_info(kFormat).bits == 4 ? dot4_u7(acc, w, x) : dot4(acc, w, x);
 }
 
-// Tiles that are walked together: they lie `apart` bytes from each other, and their columns y_apart.
-struct TileRun {
-  const uint8_t* tiles;
-  int64_t apart, y_apart;
-  const uint8_t* next;  // several rows: the tiles after these; each block of rows asks for its share of them
-};
-
 // y [kRows][kNum · 16] for the rows of x from `row` on, straight from the packed bytes of kNum tiles. They are one of kParts blocks of
 // rows that go over these.
 template <WeightFormat kFormat, int kRows, int kNum, int kPart, int kParts>
-void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x, int64_t row, Asker& asker) {
+void block_few(float* y, int64_t ldy, const uint8_t* tiles, const QuantizedRows& x, int64_t row, Asker& asker) {
   using T = Tile<kFormat>;
   constexpr FormatInfo kInfo = T::kInfo;
-  const uint8_t* const tiles = run.tiles;
-  const int64_t apart = run.apart;
+  const int64_t stride = T::bytes(x.k);
+  const uint8_t* const next = tiles + kNum * stride;
   const T first(tiles, x.k);
   const RowsOfBlock rows(x, row);
   const int64_t groups = x.k / kInfo.group_size;
@@ -181,9 +174,10 @@ void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x
     const uint8_t* const weights = first.group(g);
     asker.turn();
     if constexpr (kParts > 1 || asks_for_next(kRows)) {
-      T::template ask_part<kPart, kParts, kNum>(run.next, g);
+      T::template ask_part<kPart, kParts, kNum>(next, g);
     } else {
-      for (int t = 0; t < kNum; ++t) first.ask_ahead(g, t * apart, kPrefetchBytes);
+      static_assert(kNum == 1);
+      first.ask_ahead(g, kPrefetchBytes);
     }
     i32x16 dot[kRows][kNum];
 #pragma GCC unroll 16
@@ -197,7 +191,7 @@ void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x
       u8x64 low[kNum], high[kNum];
 #pragma GCC unroll 8
       for (int t = 0; t < kNum; ++t) {
-        const u8x64 bytes = load_bytes(weights + t * apart + 64 * c);
+        const u8x64 bytes = load_bytes(weights + t * stride + 64 * c);
         low[t] = kInfo.bits == 4 ? low_nibbles(bytes) : bytes;
         if constexpr (kInfo.bits == 4) high[t] = high_nibbles(bytes);
         if constexpr (kKeeps) {
@@ -220,8 +214,8 @@ void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x
     }
     const auto weights_at = [&](int t, int chunk) __attribute__((always_inline)) {
       if constexpr (kKeeps) return unpacked[t][chunk];
-      else if constexpr (kInfo.bits == 4) return nibbles(load_bytes(weights + t * apart + 64 * (chunk & 3)), chunk >= 4);
-      return load_bytes(weights + t * apart + 64 * chunk);
+      else if constexpr (kInfo.bits == 4) return nibbles(load_bytes(weights + t * stride + 64 * (chunk & 3)), chunk >= 4);
+      return load_bytes(weights + t * stride + 64 * chunk);
     };
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -247,7 +241,7 @@ void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kNum; ++t) {
-      const T tile(tiles + t * apart, x.k);
+      const T tile(tiles + t * stride, x.k);
       const f32x16 scale = tile.scale(g), min = tile.min(g);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
@@ -260,32 +254,26 @@ void block_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int t = 0; t < kNum; ++t) store(y + r * ldy + t * run.y_apart, acc[r][t]);
+    for (int t = 0; t < kNum; ++t) store(y + r * ldy + t * kTileColumns, acc[r][t]);
   }
 }
 
 // All of kRows rows, from row kAt on, in kParts blocks of like size, of which kPart are done: the later ones find the tiles in the
 // cache.
 template <WeightFormat kFormat, int kRows, int kNum, int kAt = 0, int kPart = 0, int kParts = blocks_of_few(kRows)>
-MOTET_INLINE void blocks_few(float* y, int64_t ldy, const TileRun& run, const QuantizedRows& x, Asker& asker) {
+MOTET_INLINE void blocks_few(float* y, int64_t ldy, const uint8_t* tiles, const QuantizedRows& x, Asker& asker) {
   constexpr int kHere = (kRows + kParts - kPart - 1) / (kParts - kPart);
-  block_few<kFormat, kHere, kNum, kPart, kParts>(y + kAt * ldy, ldy, run, x, kAt, asker);
-  if constexpr (kRows > kHere) blocks_few<kFormat, kRows - kHere, kNum, kAt + kHere, kPart + 1, kParts>(y, ldy, run, x, asker);
+  block_few<kFormat, kHere, kNum, kPart, kParts>(y + kAt * ldy, ldy, tiles, x, kAt, asker);
+  if constexpr (kRows > kHere) blocks_few<kFormat, kRows - kHere, kNum, kAt + kHere, kPart + 1, kParts>(y, ldy, tiles, x, asker);
 }
 
-// The tiles [begin, end) for kRows rows, kNum at a time: one or two rows read kNum runs of tiles side by side, so many streams of
-// memory; more rows take neighbours. What is left over goes in fewer.
+// The tiles [begin, end) for kRows rows, kNum at a time. What is left over goes in fewer.
 template <WeightFormat kFormat, int kRows, int kNum>
 void few_tiles(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Asker& asker) {
-  constexpr bool kAsksForNext = asks_for_next(kRows);
-  const int64_t stride = Tile<kFormat>::bytes(x.k), num = (end - begin) / kNum;
-  const int64_t apart = kAsksForNext ? 1 : num, step = kAsksForNext ? kNum : 1;
-  for (int64_t i = 0, t = begin; i < num; ++i, t += step) {
-    const uint8_t* const tiles = w.data + t * stride;
-    blocks_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, {tiles, apart * stride, apart * kTileColumns, tiles + kNum * stride}, x, asker);
-  }
+  int64_t t = begin;
+  for (; t + kNum <= end; t += kNum) blocks_few<kFormat, kRows, kNum>(y + t * kTileColumns, ldy, w.data + t * Tile<kFormat>::bytes(x.k), x, asker);
   if constexpr (kNum > 1) {
-    if (begin + num * kNum < end) few_tiles<kFormat, kRows, kNum / 2>(y, ldy, w, x, begin + num * kNum, end, asker);
+    if (t < end) few_tiles<kFormat, kRows, kNum / 2>(y, ldy, w, x, t, end, asker);
   }
 }
 
@@ -294,7 +282,7 @@ template <WeightFormat kFormat, int kRows>
 MOTET_INLINE void few_rows(float* y, int64_t ldy, const PackedMatrix& w, const QuantizedRows& x, int64_t begin, int64_t end, const Ahead* ahead,
                            int num_ahead) {
   if constexpr (kRows > 0) {
-    constexpr int kNum = kRows == 1 ? kTilesOfOne : kTilesOfFew;
+    constexpr int kNum = asks_for_next(kRows) ? kTilesOfFew : 1;
     if (x.num_rows != kRows) return few_rows<kFormat, kRows - 1>(y, ldy, w, x, begin, end, ahead, num_ahead);
     const int64_t walks = (end - begin + kNum - 1) / kNum * blocks_of_few(kRows);
     Asker asker(ahead, num_ahead, walks * (x.k / format_info(kFormat).group_size));

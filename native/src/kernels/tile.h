@@ -37,9 +37,9 @@ struct Tile {
   // What a group's step of a walk through tiles counts for: its part of the header too.
   static constexpr int kStepBytes = kGroupBytes + kScaleStride * (kInfo.has_min ? 2 : 1);
 
-  // Asks for what lies `ahead` bytes from group g of the tile that is `at` bytes from this one. Over a walk it asks for every line.
-  MOTET_INLINE void ask_ahead(int64_t g, int64_t at, int64_t ahead) const {
-    const uint8_t* const p = quants + at + ahead + g * kStepBytes;
+  // Asks for what lies `ahead` bytes from group g. Over a walk through neighbours it asks for every line.
+  MOTET_INLINE void ask_ahead(int64_t g, int64_t ahead) const {
+    const uint8_t* const p = quants + ahead + g * kStepBytes;
 #pragma GCC unroll 16
     for (int c = 0; c < (kStepBytes + 63) / 64; ++c) prefetch(p + 64 * c);
   }
