@@ -246,8 +246,8 @@ test('rounds of a later run are added to those of the same contestant and settin
   expect(addRounds(record([1]), record([2], 'ended')).series[0]!.failure).toBe('ended');
 });
 
-test('decode is shown with ratios, shares of both roofs, and who failed', () => {
-  const rates = (value: number) => ({ tokensPerSecond: [value, value] });
+test('decode is shown with ratios, shares of its roofs, and who failed', () => {
+  const rates = (value: number) => ({ tokensPerSecond: [value, value], memoryGigabytesPerSecond: [32, 32] });
   const text = show({
     case: 'decode',
     shape: 'qwen05b',
@@ -259,8 +259,10 @@ test('decode is shown with ratios, shares of both roofs, and who failed', () => 
     ],
     facts: { 'weights of motet q4_0_all': 278_000_000 },
   });
-  // 278 MB and 160 positions of 12 KiB, 100 times a second, of 40 GB/s; 2 × 494 M operations of 988 G.
-  expect(text).toMatch(/motet q4_0_all +\| 100 \(100–100\) +\| +\| 70 % \(70–70\) +\| 10 % \(10–10\)/);
+  // 278 MB and 160 positions of 12 KiB, 100 times a second, of 40 GB/s and of 32; 2 × 494 M operations of 988 G.
+  expect(text).toMatch(
+    /motet q4_0_all +\| 100 \(100–100\) +\| +\| 70 % \(70–70\) +\| 87 % \(87–87\) +\| 10 % \(10–10\)/,
+  );
   expect(text).toMatch(/llama.cpp q4_0 +\| 50.0 \(50.0–50.0\) +\| 2.00 \(2.00–2.00\)/);
   expect(text).toContain('failed: no such file');
   expect(text).toContain('roof: read 40.0 GB/s, vpdpbusd 988 GOP/s');

@@ -31,6 +31,8 @@ import { ratios, type Spread, shortNumber, spread } from './spread.ts';
 
 const decodeSteps = 64;
 const prefillTokens = 512;
+/** Bytes of an array that comes from memory, larger than the caches of the machines that this runs on. */
+const beyondCaches = 2 ** 29;
 const weightsFact = 'weights of ';
 
 export async function measureDecode(bench: Bench, shape: ShapeName): Promise<CaseRecord> {
@@ -172,12 +174,25 @@ function ourKinds(shape: ShapeName, kinds: readonly FileKind[]): FileKind[] {
 const weightFacts = (opened: readonly Opened[]) =>
   Object.fromEntries(opened.map(({ name, steps }) => [weightsFact + name, steps.runtime.weightBytes]));
 
-/** Its samples with the read bandwidth just before and after them: memory may be twice as fast a minute later. */
+/**
+ * Its samples with the read bandwidth just before and after them, of an array as large as the weights and of one that no cache
+ * holds: memory may be twice as fast a minute later.
+ */
 function besideRoof(contestant: Contestant, bytes: number, threads: number): Contestant {
+  const read = async () => [
+    await readGigabytesPerSecond(bytes, threads),
+    await readGigabytesPerSecond(beyondCaches, threads),
+  ];
   const measure = async () => {
-    const before = await readGigabytesPerSecond(bytes, threads);
+    const before = await read();
     const figures = await contestant.measure();
-    return { ...figures, gigabytesPerSecond: (before + (await readGigabytesPerSecond(bytes, threads))) / 2 };
+    const after = await read();
+    const [gigabytesPerSecond, memoryGigabytesPerSecond] = before.map((value, i) => (value + after[i]!) / 2);
+    return {
+      ...figures,
+      gigabytesPerSecond: gigabytesPerSecond!,
+      memoryGigabytesPerSecond: memoryGigabytesPerSecond!,
+    };
   };
   return { ...contestant, measure };
 }
@@ -202,7 +217,8 @@ export function showDecode(record: CaseRecord): Table[] {
   };
   const note =
     `Output tokens per second of ${decodeSteps} steps after ${contextTokens} tokens, greedy; of vLLM by a stream's pace over HTTP. ${medianNote(numRounds(record))} ` +
-    'Of read: the bytes of a step (weights and KV) over its time, as a share of the read bandwidth just before and after it. ' +
+    'Of read: the bytes of a step (weights and KV) over its time, as a share of the bandwidth at which an array of that size is read just ' +
+    `before and after it; of memory: of one of ${beyondCaches / 2 ** 20} MiB, larger than the caches. ` +
     `Of int8: operations of the matrices over the time, as a share of the peak of vpdpbusd. Weights: ${megabytes(record, weightsFact)}.`;
   return [
     {
@@ -231,7 +247,7 @@ export function showPrefill(record: CaseRecord): Table[] {
   ];
 }
 
-const columns = ['who', 'tokens/s', 'motet ÷ it', 'of read', 'of int8', 'others'];
+const columns = ['who', 'tokens/s', 'motet ÷ it', 'of read', 'of memory', 'of int8', 'others'];
 
 /** A second's work at some rate. */
 interface Work {
@@ -259,6 +275,7 @@ function speedRows(
           spread(rates),
           ourRates && !name.startsWith(ours) ? ratios(ourRates, rates) : '',
           shareOf(bytes, figures.gigabytesPerSecond ?? roofs.gigabytesPerSecond),
+          shareOf(bytes, figures.memoryGigabytesPerSecond),
           shareOf(
             each.map(({ gigaops }) => gigaops),
             roofs.vnniGops,
@@ -270,9 +287,9 @@ function speedRows(
   });
 }
 
-/** Empty where either is not there: a CPU without the instruction, a format whose bytes are not known. */
+/** Empty where either is not there: a CPU without the instruction, a format whose bytes are not known, rounds of an older file. */
 function shareOf(values: number[], roof: number[] | undefined): string {
-  if (values.length === 0 || roof === undefined || !roof.every((value) => value > 0)) return '';
+  if (values.length === 0 || roof?.length !== values.length || !roof.every((value) => value > 0)) return '';
   return showPercent(ratios(values, roof));
 }
 
