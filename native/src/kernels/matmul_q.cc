@@ -47,11 +47,11 @@ constexpr bool uses_tile_registers([[maybe_unused]] WeightFormat format) {
 }
 constexpr int tiles_of(WeightFormat format) { return uses_tile_registers(format) ? 2 : kTiles; }
 constexpr int rows_of_turn(int tiles) { return tiles > 2 ? 4 : kMaxRows; }
-// One or two rows wait for memory alone: a thread reads one stream of it, tile after tile, and asks for what lies so far ahead. More
+// Up to three rows wait for memory alone: a thread reads one stream of it, tile after tile, and asks for what lies so far ahead. More
 // rows take longer, in several blocks that read the same tiles: they ask for the next tiles meanwhile, evenly, so that memory is at
 // work all the time.
 constexpr int64_t kPrefetchBytes = 6144;
-constexpr bool asks_for_next(int rows) { return rows > 2; }
+constexpr bool asks_for_next(int rows) { return rows > 3; }
 
 // The rows of one block (kernels.h) from one of them on.
 struct RowsOfBlock {
