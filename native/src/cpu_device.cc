@@ -839,30 +839,34 @@ class CpuDevice final : public Device {
   // thread as are worth it. A task may go over from one projection to the next. Its ends lie between `unit` tiles of a projection.
   void cut_tasks(std::vector<Task>& tasks, std::span<const Projection> projections, int num_rows, int rows_of_pass, int unit) const {
     tasks.clear();
-    const size_t num_here = num_cut(projections, num_rows);
-    int64_t tiles = 0;
-    for (const auto& p : projections.first(num_here)) tiles += num_tiles(p.weight->out_features);
-    const int64_t num_passes = ceil_div(num_rows, rows_of_pass), num_together = projections.size() / num_here;
+    const auto here = projections.first(num_cut(projections, num_rows));
+    int64_t num_units = 0, tiles = 0;
+    for (const auto& p : here) {
+      tiles += num_tiles(p.weight->out_features);
+      num_units += ceil_div(num_tiles(p.weight->out_features), unit);
+    }
+    const int64_t num_passes = ceil_div(num_rows, rows_of_pass), num_together = projections.size() / here.size();
     const int64_t tile_macs = int64_t{projections[0].weight->in_features} * kTileColumns * std::min(num_rows, rows_of_pass) * num_together;
     const int64_t wanted = std::clamp<int64_t>(tiles * num_passes * tile_macs / (kTaskMacs * pool_.num_threads()), 1, kTasksPerThread * 2) * pool_.num_threads();
     // One or two rows wait for memory at the beginning of each task, so theirs are longer.
-    const int64_t most = num_rows > kStreamRows ? tiles : std::max<int64_t>(tiles / kStreamTiles / pool_.num_threads(), 1) * pool_.num_threads();
-    const int64_t tasks_of_pass = std::min({ceil_div(tiles, unit), most, ceil_div(wanted, num_passes)});
+    const int64_t most = num_rows > kStreamRows ? num_units : std::max<int64_t>(tiles / kStreamTiles / pool_.num_threads(), 1) * pool_.num_threads();
+    const int64_t tasks_of_pass = std::min({num_units, most, ceil_div(wanted, num_passes)});
     for (int pass = 0; pass < num_passes; ++pass) {
       for (int64_t i = 0, begin = 0, end; i < tasks_of_pass; ++i, begin = end) {
-        end = nearest_end(projections.first(num_here), tiles * (i + 1) / tasks_of_pass, unit);
+        end = first_tile(here, num_units * (i + 1) / tasks_of_pass, unit);
         tasks.push_back({static_cast<int>(begin), static_cast<int>(end), pass});
       }
     }
   }
 
-  // Of the places between whole units of each projection, the one nearest to a tile.
-  static int64_t nearest_end(std::span<const Projection> projections, int64_t tile, int unit) {
+  // The tile with which a unit of the projections begins: so many tiles each, and what is left over at the end of a projection.
+  static int64_t first_tile(std::span<const Projection> projections, int64_t index, int unit) {
     int64_t first = 0;
     for (const auto& p : projections) {
-      const int64_t tiles = num_tiles(p.weight->out_features);
-      if (tile < first + tiles) return first + std::min((tile - first + unit / 2) / unit * unit, tiles);
+      const int64_t tiles = num_tiles(p.weight->out_features), units = ceil_div(tiles, unit);
+      if (index < units) return first + index * unit;
       first += tiles;
+      index -= units;
     }
     return first;
   }
